@@ -1,1 +1,4 @@
 //! mp-train
+pub mod backend;
+pub mod config;
+pub mod random;

@@ -1,0 +1,53 @@
+//! Sums over tensors and the AdamW step.
+
+use super::reduce;
+use super::threads::Threads;
+use crate::backend::{AdamwStep, Element};
+
+/// Values per partial sum; partial sums are added in order.
+const PIECE: usize = 8192;
+
+fn pieces(threads: &Threads, x: &[f32], partial: impl Fn(&[f32]) -> f32 + Sync) -> f32 {
+    let mut partials = vec![0.0f32; x.len().div_ceil(PIECE)];
+    threads.rows(&mut partials, 1, |index, sum| {
+        let start = index * PIECE;
+        sum[0] = partial(&x[start..x.len().min(start + PIECE)]);
+    });
+    reduce::sum(&partials)
+}
+
+pub fn sum(threads: &Threads, x: &[f32]) -> f32 {
+    pieces(threads, x, reduce::sum)
+}
+
+pub fn sum_squares(threads: &Threads, x: &[f32], scale: f32) -> f32 {
+    scale * scale * pieces(threads, x, |x| reduce::sum_squares(x, 0.0))
+}
+
+/// The four arrays of a trainable tensor that an optimiser step changes, and its gradient.
+pub struct Tensor<'a, E> {
+    /// Copy in the storage type.
+    pub working: &'a mut [E],
+    /// f32 values.
+    pub master: &'a mut [f32],
+    /// First moment.
+    pub exp_avg: &'a mut [f32],
+    /// Second moment.
+    pub exp_avg_sq: &'a mut [f32],
+    /// Gradient.
+    pub gradient: &'a [f32],
+}
+
+pub fn adamw<E: Element>(tensor: Tensor<'_, E>, step: AdamwStep) {
+    let moments = tensor.exp_avg.iter_mut().zip(tensor.exp_avg_sq);
+    let values = tensor.master.iter_mut().zip(tensor.working);
+    for (((m, v), (master, working)), gradient) in moments.zip(values).zip(tensor.gradient) {
+        let g = step.gradient_scale * gradient;
+        *m = step.beta1 * *m + (1.0 - step.beta1) * g;
+        *v = step.beta2 * *v + (1.0 - step.beta2) * g * g;
+        let decayed = *master * (1.0 - step.learning_rate * step.weight_decay);
+        let denominator = (*v / step.bias_correction2).sqrt() + step.eps;
+        *master = decayed - step.learning_rate * (*m / step.bias_correction1) / denominator;
+        *working = E::from_f32(*master);
+    }
+}

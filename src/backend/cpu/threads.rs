@@ -1,0 +1,113 @@
+//! The compute threads of one CPU stage, and the loops that use them.
+//!
+//! Work is always cut by shape, never by the number of threads: who computes a piece can change,
+//! what is computed cannot.
+
+use rayon::prelude::*;
+
+use crate::backend::BackendError;
+
+/// Elements below which a piece of an elementwise loop is not cut further (about 10 µs of work).
+const GRAIN: usize = 16 * 1024;
+
+/// A pool of compute threads; with one thread everything runs on the caller's.
+pub struct Threads {
+    pool: Option<rayon::ThreadPool>,
+}
+
+impl Threads {
+    /// Starts `count` threads; 0 counts as 1.
+    pub fn new(count: usize) -> Result<Self, BackendError> {
+        if count <= 1 {
+            return Ok(Threads { pool: None });
+        }
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(count)
+            .thread_name(|index| format!("compute-{index}"))
+            .build()
+            .map_err(|error| BackendError::Threads {
+                threads: count,
+                reason: error.to_string(),
+            })?;
+        Ok(Threads { pool: Some(pool) })
+    }
+
+    /// Calls `work(0) .. work(tasks - 1)`, in any order.
+    pub fn tasks(&self, tasks: usize, work: impl Fn(usize) + Sync) {
+        match &self.pool {
+            Some(pool) if tasks > 1 => {
+                pool.install(|| (0..tasks).into_par_iter().for_each(|task| work(task)));
+            }
+            _ => (0..tasks).for_each(work),
+        }
+    }
+
+    /// Calls `work(row, values)` for every row of `cols` values.
+    pub fn rows<T: Send>(&self, out: &mut [T], cols: usize, work: impl Fn(usize, &mut [T]) + Sync) {
+        if cols == 0 {
+            return;
+        }
+        let rows_per_piece = (GRAIN / cols).max(1);
+        let piece = |(index, piece): (usize, &mut [T])| {
+            for (row, values) in piece.chunks_mut(cols).enumerate() {
+                work(index * rows_per_piece + row, values);
+            }
+        };
+        let pieces = out.len().div_ceil(rows_per_piece * cols);
+        match &self.pool {
+            Some(pool) if pieces > 1 => pool.install(|| {
+                out.par_chunks_mut(rows_per_piece * cols)
+                    .enumerate()
+                    .for_each(piece);
+            }),
+            _ => out
+                .chunks_mut(rows_per_piece * cols)
+                .enumerate()
+                .for_each(piece),
+        }
+    }
+
+    /// Calls `work(start, values)` for pieces of a flat list.
+    pub fn pieces<T: Send>(&self, out: &mut [T], work: impl Fn(usize, &mut [T]) + Sync) {
+        let piece = |(index, values): (usize, &mut [T])| work(index * GRAIN, values);
+        match &self.pool {
+            Some(pool) if out.len() > GRAIN => {
+                pool.install(|| out.par_chunks_mut(GRAIN).enumerate().for_each(piece));
+            }
+            _ => out.chunks_mut(GRAIN).enumerate().for_each(piece),
+        }
+    }
+}
+
+/// A slice that several tasks write at once, each to places of its own.
+pub struct Scattered<'a, T> {
+    start: *mut T,
+    len: usize,
+    lifetime: std::marker::PhantomData<&'a mut [T]>,
+}
+
+// SAFETY: the only access is `at`, whose callers promise that no two live pieces overlap; then
+// sharing the pointer is like having split the slice beforehand.
+unsafe impl<T: Send> Sync for Scattered<'_, T> {}
+
+impl<'a, T> Scattered<'a, T> {
+    /// Takes the slice over for the time of the tasks.
+    pub fn new(values: &'a mut [T]) -> Self {
+        Scattered {
+            start: values.as_mut_ptr(),
+            len: values.len(),
+            lifetime: std::marker::PhantomData,
+        }
+    }
+
+    /// The piece `offset .. offset + len`; out of range is a bug and panics.
+    ///
+    /// # Safety
+    /// No other piece that overlaps it may be alive.
+    #[allow(clippy::mut_from_ref)]
+    pub unsafe fn at(&self, offset: usize, len: usize) -> &mut [T] {
+        assert!(offset + len <= self.len, "piece outside of its buffer");
+        // SAFETY: in range by the assertion, alive for 'a, and unshared by the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(offset), len) }
+    }
+}

@@ -1,0 +1,395 @@
+//! The op vocabulary of the engine and its contracts; [`cpu`] is the readable reference.
+//!
+//! Conventions of every op: outputs come first; buffers hold contiguous rows and may be longer than
+//! what the op touches (the shape arguments say how much that is); nothing but [`Backend::zeros`] and
+//! [`Backend::upload`] allocates; sums are taken in f32 in an order that depends on the shape alone,
+//! so that a result repeats bit for bit at every thread count; an element is rounded once, when it
+//! is stored.
+//!
+//! Letters: T rows (tokens) of a micro-batch, H hidden_size, F inner_hidden_size, N attention heads,
+//! G key/value heads, D head_dim, V vocabulary, P prefix positions, S sequences, r LoRA rank.
+
+pub mod cpu;
+mod element;
+mod shapes;
+
+pub use element::{Element, Plain};
+pub use shapes::{
+    AdamwStep, AttentionLayout, Dropout, HeadLayout, LinearShape, NormShape, Prefix, RowGradient,
+    Span,
+};
+
+/// Why a backend could not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum BackendError {
+    /// Memory for a buffer could not be had.
+    #[error("{device}: no memory for {bytes} bytes more")]
+    OutOfMemory {
+        /// The device, in words.
+        device: String,
+        /// Size of the buffer asked for.
+        bytes: usize,
+    },
+    /// The threads of the CPU backend could not be started.
+    #[error("cannot start {threads} compute threads: {reason}")]
+    Threads {
+        /// How many were asked for.
+        threads: usize,
+        /// What the system said.
+        reason: String,
+    },
+}
+
+type Result<T> = std::result::Result<T, BackendError>;
+
+/// A device that holds buffers and runs the ops of the engine on them.
+///
+/// `Element` is the storage type of weights and activations. Residual sums, statistics, gradients of
+/// trainables and optimiser state are f32 whatever it is. A backend belongs to one worker thread.
+pub trait Backend: Sized + 'static {
+    /// Storage type of weights and activations.
+    type Element: Element;
+    /// Memory on the device.
+    type Buffer<T: Plain>;
+
+    /// A buffer of `len` zeros.
+    fn zeros<T: Plain>(&self, len: usize) -> Result<Self::Buffer<T>>;
+
+    /// A buffer with the values of `host`.
+    fn upload<T: Plain>(&self, host: &[T]) -> Result<Self::Buffer<T>>;
+
+    /// Overwrites the first `host.len()` values of `out`.
+    fn write<T: Plain>(&self, out: &mut Self::Buffer<T>, host: &[T]) -> Result<()>;
+
+    /// The first `len` values of `x`; waits until they are computed.
+    fn read<T: Plain>(&self, x: &Self::Buffer<T>, len: usize) -> Result<Vec<T>>;
+
+    /// Sets the first `len` values of `out` to zero.
+    fn clear<T: Plain>(&self, out: &mut Self::Buffer<T>, len: usize) -> Result<()>;
+
+    /// `out[i] = x[i]`, rounded to the storage type.
+    fn cast<T: Element>(
+        &self,
+        out: &mut Self::Buffer<T>,
+        x: &Self::Buffer<f32>,
+        len: usize,
+    ) -> Result<()>;
+
+    /// `out[i] += x[i]`.
+    fn add(&self, out: &mut Self::Buffer<f32>, x: &Self::Buffer<f32>, len: usize) -> Result<()>;
+
+    /// Rows of a table: `out[t] = table[ids[t]]`. `out [T, H]`, `table [V, H]`, `ids [T]`.
+    fn embed(
+        &self,
+        out: &mut Self::Buffer<f32>,
+        table: &Self::Buffer<Self::Element>,
+        ids: &Self::Buffer<u32>,
+        rows: usize,
+        hidden_size: usize,
+    ) -> Result<()>;
+
+    /// `dtable[ids[t]] += dout[t]`, in ascending t.
+    fn embed_backward(
+        &self,
+        dtable: &mut Self::Buffer<f32>,
+        dout: &Self::Buffer<Self::Element>,
+        ids: &Self::Buffer<u32>,
+        rows: usize,
+        hidden_size: usize,
+    ) -> Result<()>;
+
+    /// Rows picked from x: `out[i] = x[index[first + i]]` for `i < rows`. f32 rows of `cols` values.
+    fn gather_rows(
+        &self,
+        out: &mut Self::Buffer<f32>,
+        x: &Self::Buffer<f32>,
+        index: &Self::Buffer<u32>,
+        first: usize,
+        rows: usize,
+        cols: usize,
+    ) -> Result<()>;
+
+    /// Rows put back: `out[index[first + i]] = x[i]` for `i < rows`; other rows stay as they are.
+    fn scatter_rows(
+        &self,
+        out: &mut Self::Buffer<Self::Element>,
+        x: &Self::Buffer<Self::Element>,
+        index: &Self::Buffer<u32>,
+        first: usize,
+        rows: usize,
+        cols: usize,
+    ) -> Result<()>;
+
+    /// Layer norm (Ba et al. 2016): `out = (x - mean) * rstd * weight + bias` per row, with
+    /// `rstd = 1 / sqrt(var + eps)`. `stats [2, T]`: all means, then all rstds.
+    fn layer_norm(
+        &self,
+        out: &mut Self::Buffer<Self::Element>,
+        stats: &mut Self::Buffer<f32>,
+        x: &Self::Buffer<f32>,
+        weight: &Self::Buffer<Self::Element>,
+        bias: &Self::Buffer<Self::Element>,
+        shape: NormShape,
+    ) -> Result<()>;
+
+    /// Gradient of [`Backend::layer_norm`] with respect to x.
+    fn layer_norm_backward(
+        &self,
+        dx: &mut Self::Buffer<Self::Element>,
+        dout: RowGradient<'_, Self>,
+        x: &Self::Buffer<f32>,
+        stats: &Self::Buffer<f32>,
+        weight: &Self::Buffer<Self::Element>,
+        shape: NormShape,
+    ) -> Result<()>;
+
+    /// Adds the gradient of [`Backend::layer_norm`] with respect to weight and bias, rows ascending.
+    fn layer_norm_weight_gradient(
+        &self,
+        dweight: &mut Self::Buffer<f32>,
+        dbias: &mut Self::Buffer<f32>,
+        dout: RowGradient<'_, Self>,
+        x: &Self::Buffer<f32>,
+        stats: &Self::Buffer<f32>,
+        shape: NormShape,
+    ) -> Result<()>;
+
+    /// `out = scale * x weightᵀ + bias + keep * out`, with `keep` 0 or 1 (0: `out` is not read).
+    /// `out [T, O]`, `x [T, I]`, `weight [O, I]`, `bias [O]`.
+    #[allow(clippy::too_many_arguments)]
+    fn linear<T: Element>(
+        &self,
+        out: &mut Self::Buffer<T>,
+        x: &Self::Buffer<T>,
+        weight: &Self::Buffer<T>,
+        bias: Option<&Self::Buffer<T>>,
+        shape: LinearShape,
+        scale: f32,
+        accumulate: bool,
+    ) -> Result<()>;
+
+    /// Gradient of [`Backend::linear`] with respect to x: `dx = scale * dout weight`, added to what
+    /// `dx` holds when `accumulate`.
+    fn linear_backward<T: Element>(
+        &self,
+        dx: &mut Self::Buffer<T>,
+        dout: &Self::Buffer<T>,
+        weight: &Self::Buffer<T>,
+        shape: LinearShape,
+        scale: f32,
+        accumulate: bool,
+    ) -> Result<()>;
+
+    /// `dweight += scale * doutᵀ x`. `dweight [O, I]`.
+    fn weight_gradient<T: Element>(
+        &self,
+        dweight: &mut Self::Buffer<f32>,
+        dout: &Self::Buffer<T>,
+        x: &Self::Buffer<T>,
+        shape: LinearShape,
+        scale: f32,
+    ) -> Result<()>;
+
+    /// `dbias[o] += sum over t of dout[t, o]`, rows ascending.
+    fn bias_gradient<T: Element>(
+        &self,
+        dbias: &mut Self::Buffer<f32>,
+        dout: &Self::Buffer<T>,
+        shape: LinearShape,
+    ) -> Result<()>;
+
+    /// Two-dimensional rotary embedding on the query and key heads of x, in place. Each head is cut
+    /// in halves; the first is rotated by `position`, the second by `block_position`; inside a half
+    /// of width D/2 element j is paired with j + D/4. `cos`, `sin`: `[positions, D / 4]`.
+    /// With `inverse` the rotation is undone, which is also its gradient.
+    #[allow(clippy::too_many_arguments)]
+    fn rotary(
+        &self,
+        x: &mut Self::Buffer<Self::Element>,
+        cos: &Self::Buffer<f32>,
+        sin: &Self::Buffer<f32>,
+        position: &Self::Buffer<u32>,
+        block_position: &Self::Buffer<u32>,
+        layout: &AttentionLayout,
+        rows: usize,
+        inverse: bool,
+    ) -> Result<()>;
+
+    /// Copies the key and value heads of each row of x into a cache: row `slots[t]` of `cache`,
+    /// `[rows of the cache, 2, G, D]`.
+    fn store_key_value(
+        &self,
+        cache: &mut Self::Buffer<Self::Element>,
+        x: &Self::Buffer<Self::Element>,
+        slots: &Self::Buffer<u32>,
+        layout: &AttentionLayout,
+        rows: usize,
+    ) -> Result<()>;
+
+    /// Softmax attention inside each sequence: `out [T, N, D]`, `lse [T, N]` (log of the sum of
+    /// exponentials of the scaled scores, for the backward pass).
+    ///
+    /// Query i of a span stands at `t = kv_len - q_len + i`; it sees key k when `k <= t` or
+    /// `k < context_length`, and all prefix keys. Scores are `scale * q·k`.
+    #[allow(clippy::too_many_arguments)]
+    fn attention(
+        &self,
+        out: &mut Self::Buffer<Self::Element>,
+        lse: &mut Self::Buffer<f32>,
+        query: &Self::Buffer<Self::Element>,
+        key_value: &Self::Buffer<Self::Element>,
+        prefix: Option<Prefix<'_, Self>>,
+        layout: &AttentionLayout,
+        spans: &[Span],
+        scale: f32,
+    ) -> Result<()>;
+
+    /// Gradient of [`Backend::attention`] where queries, keys and values stand in one buffer and
+    /// every query has its key: fills the query, key and value heads of `dqkv`, and
+    /// `dprefix [S, P, 2, G, D]` where there is a prefix.
+    #[allow(clippy::too_many_arguments)]
+    fn attention_backward(
+        &self,
+        dqkv: &mut Self::Buffer<Self::Element>,
+        dprefix: Option<&mut Self::Buffer<f32>>,
+        dout: &Self::Buffer<Self::Element>,
+        out: &Self::Buffer<Self::Element>,
+        lse: &Self::Buffer<f32>,
+        qkv: &Self::Buffer<Self::Element>,
+        prefix: Option<Prefix<'_, Self>>,
+        layout: &AttentionLayout,
+        spans: &[Span],
+        scale: f32,
+    ) -> Result<()>;
+
+    /// One prefix per sequence with dropout of its own: `out [S, P, 2, G, D]` from `x [P, 2, G, D]`;
+    /// `cols` is `2 G D`.
+    fn prefix_dropout(
+        &self,
+        out: &mut Self::Buffer<Self::Element>,
+        x: &Self::Buffer<Self::Element>,
+        dropout: Dropout,
+        sequences: usize,
+        prefix_len: usize,
+        cols: usize,
+    ) -> Result<()>;
+
+    /// `dx[p, c] += sum over s of mask * dout[s, p, c]`, sequences ascending: the gradient of
+    /// [`Backend::prefix_dropout`], and of sharing one prefix when `dropout` is `None`.
+    fn prefix_gradient(
+        &self,
+        dx: &mut Self::Buffer<f32>,
+        dout: &Self::Buffer<f32>,
+        dropout: Option<Dropout>,
+        sequences: usize,
+        prefix_len: usize,
+        cols: usize,
+    ) -> Result<()>;
+
+    /// Dropout of activations: `out = mask * x`, mask 0 or `1 / (1 - p)`, from counter-based random
+    /// numbers of (dropout key, sequence, token in it, column). `out`, `x`: `[T, cols]`.
+    fn dropout(
+        &self,
+        out: &mut Self::Buffer<Self::Element>,
+        x: &Self::Buffer<Self::Element>,
+        dropout: Dropout,
+        spans: &[Span],
+        cols: usize,
+    ) -> Result<()>;
+
+    /// `dx += mask * dout` with the mask of [`Backend::dropout`].
+    fn dropout_backward(
+        &self,
+        dx: &mut Self::Buffer<Self::Element>,
+        dout: &Self::Buffer<Self::Element>,
+        dropout: Dropout,
+        spans: &[Span],
+        cols: usize,
+    ) -> Result<()>;
+
+    /// GELU in its tanh form: `0.5 x (1 + tanh(0.7978845608028654 x (1 + 0.044715 x²)))`.
+    fn gelu(
+        &self,
+        out: &mut Self::Buffer<Self::Element>,
+        x: &Self::Buffer<Self::Element>,
+        len: usize,
+    ) -> Result<()>;
+
+    /// `dx = dx * gelu'(x)`, in place.
+    fn gelu_backward(
+        &self,
+        dx: &mut Self::Buffer<Self::Element>,
+        x: &Self::Buffer<Self::Element>,
+        len: usize,
+    ) -> Result<()>;
+
+    /// `x = tanh(x)`, in place.
+    fn tanh(&self, x: &mut Self::Buffer<f32>, len: usize) -> Result<()>;
+
+    /// `dx = dx * (1 - out²)`, in place; `out` is what [`Backend::tanh`] left.
+    fn tanh_backward(
+        &self,
+        dx: &mut Self::Buffer<f32>,
+        out: &Self::Buffer<f32>,
+        len: usize,
+    ) -> Result<()>;
+
+    /// The residual sum, in f32: `out = alpha * x + branch`.
+    fn residual(
+        &self,
+        out: &mut Self::Buffer<f32>,
+        x: &Self::Buffer<Self::Element>,
+        alpha: f32,
+        branch: &Self::Buffer<Self::Element>,
+        len: usize,
+    ) -> Result<()>;
+
+    /// Softmax cross-entropy of rows `first .. first + rows` of a list of targets, and its gradient.
+    /// `loss[first + i] = -log softmax(logits[i])[ids[first + i]]`; afterwards
+    /// `logits[i] = scale * (softmax(logits[i]) - one_hot)`. `logits [rows, V]`.
+    #[allow(clippy::too_many_arguments)]
+    fn cross_entropy(
+        &self,
+        loss: &mut Self::Buffer<f32>,
+        logits: &mut Self::Buffer<Self::Element>,
+        ids: &Self::Buffer<u32>,
+        first: usize,
+        rows: usize,
+        vocab_size: usize,
+        scale: f32,
+    ) -> Result<()>;
+
+    /// `out[index] = sum of x[..len]`.
+    fn sum(
+        &self,
+        out: &mut Self::Buffer<f32>,
+        index: usize,
+        x: &Self::Buffer<f32>,
+        len: usize,
+    ) -> Result<()>;
+
+    /// `out[index] = sum of (scale * x[i])²` for `i < len`.
+    fn sum_squares(
+        &self,
+        out: &mut Self::Buffer<f32>,
+        index: usize,
+        x: &Self::Buffer<f32>,
+        len: usize,
+        scale: f32,
+    ) -> Result<()>;
+
+    /// One AdamW step (Loshchilov & Hutter 2019) on the f32 master values, then the working copy:
+    /// `m = b1 m + (1 - b1) g`, `v = b2 v + (1 - b2) g²` with `g = gradient_scale * gradient`;
+    /// `master = master (1 - lr decay) - lr (m / c1) / (sqrt(v / c2) + eps)`; `working = master`.
+    #[allow(clippy::too_many_arguments)]
+    fn adamw(
+        &self,
+        working: &mut Self::Buffer<Self::Element>,
+        master: &mut Self::Buffer<f32>,
+        exp_avg: &mut Self::Buffer<f32>,
+        exp_avg_sq: &mut Self::Buffer<f32>,
+        gradient: &Self::Buffer<f32>,
+        step: AdamwStep,
+        len: usize,
+    ) -> Result<()>;
+}
