@@ -1,6 +1,7 @@
 //! The small argument types of the ops.
 
 use super::Backend;
+use crate::random::Key;
 
 /// `[rows, in_features] -> [rows, out_features]`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -145,8 +146,9 @@ impl<B: Backend> Copy for Prefix<'_, B> {}
 pub struct Dropout {
     /// Probability of a zero, `0 <= p < 1`.
     pub p: f32,
-    /// Key of the random numbers of this step, micro-batch, layer and site.
-    pub key: [u32; 2],
+    /// Key of the random numbers of this step, micro-batch, layer and site; the sequence is folded in
+    /// by the op.
+    pub key: Key,
 }
 
 /// One optimiser step on one tensor.

@@ -4,19 +4,7 @@ use super::threads::Threads;
 use crate::backend::{Dropout, Element, Span};
 use crate::random;
 
-/// Four mask values at a time: 0, or `1 / (1 - p)`.
-fn mask(dropout: Dropout, sequence: u32, row: u32, quad: u32) -> [f32; 4] {
-    let keep = 1.0 / (1.0 - dropout.p);
-    random::philox([quad, row, sequence, 0], dropout.key).map(|word| {
-        if random::uniform(word) < dropout.p {
-            0.0
-        } else {
-            keep
-        }
-    })
-}
-
-/// Calls `work(column, mask)` for each column of a row.
+/// Calls `work(column, mask)` for each column of a row; a mask is 0, or `1 / (1 - p)`.
 fn each_column(
     dropout: Dropout,
     sequence: usize,
@@ -24,10 +12,13 @@ fn each_column(
     cols: usize,
     mut work: impl FnMut(usize, f32),
 ) {
+    let keep = 1.0 / (1.0 - dropout.p);
+    let key = dropout.key.fold(sequence as u64);
     for quad in 0..cols.div_ceil(4) {
-        let masks = mask(dropout, sequence as u32, row as u32, quad as u32);
-        for (column, mask) in (4 * quad..cols).zip(masks) {
-            work(column, mask);
+        let words = key.words(row as u32, quad as u64);
+        for (column, word) in (4 * quad..cols).zip(words) {
+            let dropped = random::uniform(word) < dropout.p;
+            work(column, if dropped { 0.0 } else { keep });
         }
     }
 }
