@@ -1,0 +1,273 @@
+//! The prefix encoder of P-Tuning v2 (Liu et al. 2021): trained keys and values for every block.
+//!
+//! Names as in THUDM's checkpoints: without projection `embedding.weight [P, L 2 G D]` is cut by
+//! block; with it a row is `trans.2(tanh(trans.0(embedding)))`, where `trans.2` is cut by block and
+//! lives with its block, while `embedding` and `trans.0` are held by every stage alike. As in the
+//! original, the encoder computes in f32 whatever the storage type of the model is.
+
+use super::Parameter;
+use crate::backend::{Backend, BackendError, LinearShape};
+
+/// Sizes of a prefix.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PrefixShape {
+    /// P, number of positions (`pre_seq_len`).
+    pub len: usize,
+    /// H, width of the projection.
+    pub hidden_size: usize,
+    /// 2 G D, keys and values of one block and position.
+    pub width: usize,
+}
+
+impl PrefixShape {
+    fn hidden(&self) -> LinearShape {
+        LinearShape {
+            rows: self.len,
+            in_features: self.hidden_size,
+            out_features: self.hidden_size,
+        }
+    }
+
+    fn output(&self) -> LinearShape {
+        LinearShape {
+            rows: self.len,
+            in_features: self.hidden_size,
+            out_features: self.width,
+        }
+    }
+}
+
+/// The part of the projection that all blocks share, held by every stage.
+pub struct SharedProjection<B: Backend> {
+    /// `embedding.weight [P, H]`.
+    pub embedding: Parameter<B>,
+    /// `trans.0.weight [H, H]`.
+    pub weight: Parameter<B>,
+    /// `trans.0.bias [H]`.
+    pub bias: Parameter<B>,
+    /// `tanh(trans.0(embedding))`, `[P, H]`.
+    hidden: B::Buffer<f32>,
+}
+
+/// What one block holds of the prefix.
+pub enum PrefixBlock<B: Backend> {
+    /// Its columns of the embedding, which are its keys and values, `[P, 2 G D]`.
+    Embedding(Parameter<B>),
+    /// Its rows of `trans.2`, with the keys and values they give and the gradient of these.
+    Projection {
+        /// `[2 G D, H]`.
+        weight: Parameter<B>,
+        /// `[2 G D]`.
+        bias: Parameter<B>,
+        /// `[P, 2 G D]`, for this step.
+        key_value: B::Buffer<B::Element>,
+        /// `[P, 2 G D]`, added up over the micro-batches of this step.
+        gradient: B::Buffer<f32>,
+    },
+}
+
+impl<B: Backend> PrefixBlock<B> {
+    /// Keys and values of this step, `[P, 2 G D]`.
+    pub fn key_value(&self) -> &B::Buffer<B::Element> {
+        match self {
+            PrefixBlock::Embedding(embedding) => embedding.working(),
+            PrefixBlock::Projection { key_value, .. } => key_value,
+        }
+    }
+
+    /// Where backward actions add the gradient of [`PrefixBlock::key_value`].
+    pub fn accumulate(&mut self) -> &mut B::Buffer<f32> {
+        match self {
+            PrefixBlock::Embedding(embedding) => embedding.accumulate(),
+            PrefixBlock::Projection { gradient, .. } => gradient,
+        }
+    }
+
+    /// The trainable tensors of this block.
+    pub fn parameters(&mut self) -> Vec<&mut Parameter<B>> {
+        match self {
+            PrefixBlock::Embedding(embedding) => vec![embedding],
+            PrefixBlock::Projection { weight, bias, .. } => vec![weight, bias],
+        }
+    }
+}
+
+/// The prefix of the blocks of one stage.
+pub struct PrefixEncoder<B: Backend> {
+    shape: PrefixShape,
+    shared: Option<SharedProjection<B>>,
+    blocks: Vec<PrefixBlock<B>>,
+    /// f32 room for one block's keys and values before they are rounded.
+    room: B::Buffer<f32>,
+}
+
+impl<B: Backend> PrefixEncoder<B> {
+    /// A prefix without projection; `embeddings` are the columns of each block of the stage.
+    ///
+    /// # Errors
+    /// When the device has no memory for it.
+    pub fn plain(
+        backend: &B,
+        shape: PrefixShape,
+        embeddings: Vec<Parameter<B>>,
+    ) -> Result<Self, BackendError> {
+        Ok(PrefixEncoder {
+            shape,
+            shared: None,
+            blocks: embeddings.into_iter().map(PrefixBlock::Embedding).collect(),
+            room: backend.zeros(0)?,
+        })
+    }
+
+    /// A prefix with projection: `[embedding, trans.0.weight, trans.0.bias]`, and the rows of
+    /// `trans.2` of each block as (weight, bias).
+    ///
+    /// # Errors
+    /// When the device has no memory for it.
+    pub fn projected(
+        backend: &B,
+        shape: PrefixShape,
+        [embedding, weight, bias]: [Parameter<B>; 3],
+        outputs: Vec<(Parameter<B>, Parameter<B>)>,
+    ) -> Result<Self, BackendError> {
+        let len = shape.len * shape.width;
+        let block = |(weight, bias)| {
+            Ok(PrefixBlock::Projection {
+                weight,
+                bias,
+                key_value: backend.zeros(len)?,
+                gradient: backend.zeros(len)?,
+            })
+        };
+        Ok(PrefixEncoder {
+            shape,
+            shared: Some(SharedProjection {
+                embedding,
+                weight,
+                bias,
+                hidden: backend.zeros(shape.len * shape.hidden_size)?,
+            }),
+            blocks: outputs
+                .into_iter()
+                .map(block)
+                .collect::<Result<_, BackendError>>()?,
+            room: backend.zeros(len)?,
+        })
+    }
+
+    /// Sizes.
+    pub fn shape(&self) -> PrefixShape {
+        self.shape
+    }
+
+    /// Whether the projection is there, so that stages must agree on its input gradient.
+    pub fn is_projected(&self) -> bool {
+        self.shared.is_some()
+    }
+
+    /// What block `index` of the stage holds.
+    pub fn block(&self, index: usize) -> &PrefixBlock<B> {
+        &self.blocks[index]
+    }
+
+    /// What block `index` of the stage holds.
+    pub fn block_mut(&mut self, index: usize) -> &mut PrefixBlock<B> {
+        &mut self.blocks[index]
+    }
+
+    /// All trainable tensors of this stage's prefix.
+    pub fn parameters(&mut self) -> Vec<&mut Parameter<B>> {
+        let shared = self.shared.iter_mut().flat_map(|shared| {
+            [
+                &mut shared.embedding,
+                &mut shared.weight,
+                &mut shared.bias,
+            ]
+        });
+        let blocks = self.blocks.iter_mut().flat_map(PrefixBlock::parameters);
+        shared.chain(blocks).collect()
+    }
+
+    /// Computes the keys and values of every block from the parameters as they are now, and clears
+    /// the gradients of them. Once per step, before the first action.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn prepare(&mut self, backend: &B) -> Result<(), BackendError> {
+        let Some(shared) = &mut self.shared else {
+            return Ok(());
+        };
+        let shape = self.shape;
+        let (embedding, weight) = (shared.embedding.master(), shared.weight.master());
+        let bias = Some(shared.bias.master());
+        backend.linear(&mut shared.hidden, embedding, weight, bias, shape.hidden(), 1.0, false)?;
+        backend.tanh(&mut shared.hidden, shape.len * shape.hidden_size)?;
+        for block in &mut self.blocks {
+            if let PrefixBlock::Projection {
+                weight,
+                bias,
+                key_value,
+                gradient,
+            } = block
+            {
+                let (weight, bias) = (weight.master(), Some(bias.master()));
+                let (room, hidden) = (&mut self.room, &shared.hidden);
+                backend.linear(room, hidden, weight, bias, shape.output(), 1.0, false)?;
+                backend.cast(key_value, room, shape.len * shape.width)?;
+                backend.clear(gradient, shape.len * shape.width)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Gradient of block `index`'s part of the projection: of its rows of `trans.2`, and into
+    /// `dhidden [P, H]` of the hidden layer that all blocks share.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn block_backward(
+        &mut self,
+        backend: &B,
+        index: usize,
+        dhidden: &mut B::Buffer<f32>,
+    ) -> Result<(), BackendError> {
+        let output = self.shape.output();
+        if let (
+            Some(shared),
+            PrefixBlock::Projection {
+                weight,
+                bias,
+                gradient,
+                ..
+            },
+        ) = (&self.shared, &mut self.blocks[index])
+        {
+            backend.weight_gradient(weight.accumulate(), gradient, &shared.hidden, output, 1.0)?;
+            backend.bias_gradient(bias.accumulate(), gradient, output)?;
+            backend.linear_backward(dhidden, gradient, weight.master(), output, 1.0, false)?;
+        }
+        Ok(())
+    }
+
+    /// Gradient of the shared part, from the sum over all blocks of all stages; `dhidden` is used up.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn shared_backward(
+        &mut self,
+        backend: &B,
+        dhidden: &mut B::Buffer<f32>,
+    ) -> Result<(), BackendError> {
+        let hidden = self.shape.hidden();
+        let Some(shared) = &mut self.shared else {
+            return Ok(());
+        };
+        let len = self.shape.len * self.shape.hidden_size;
+        backend.tanh_backward(dhidden, &shared.hidden, len)?;
+        let embedding = shared.embedding.master();
+        backend.weight_gradient(shared.weight.accumulate(), dhidden, embedding, hidden, 1.0)?;
+        backend.bias_gradient(shared.bias.accumulate(), dhidden, hidden)?;
+        let dembedding = shared.embedding.accumulate();
+        backend.linear_backward(dembedding, dhidden, shared.weight.master(), hidden, 1.0, true)
+    }
+}

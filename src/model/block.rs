@@ -1,0 +1,283 @@
+//! One GLM block: `a = norm1(x); y = alpha a + attention(a); b = norm2(y); out = alpha b + mlp(b)`.
+//! The residual is the *normed* input.
+
+use super::activations::{AttentionActivations, DenseActivations, Scratch};
+use super::attention::{Attention, BlockPrefix};
+use super::batch::Batch;
+use super::mlp::Mlp;
+use super::norm::LayerNorm;
+use super::rotary::Rotary;
+use crate::adapter::Parameter;
+use crate::backend::{Backend, BackendError, RowGradient};
+
+/// Factor on the residual, sqrt(2 * 28). In the original the block has a layer count of its own that
+/// defaults to 28 and is never set from the configuration, so it does not follow the model's depth.
+pub const RESIDUAL_ALPHA: f32 = 7.483_314_8;
+
+/// A place in the block, in the order of the forward pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Depth {
+    Norm1,
+    QueryKeyValue,
+    Prefix,
+    Dense,
+    Norm2,
+    HTo4h,
+    FourHToH,
+}
+
+/// One GLM block.
+pub struct Block<B: Backend> {
+    /// `input_layernorm`.
+    pub norm1: LayerNorm<B>,
+    /// `attention`.
+    pub attention: Attention<B>,
+    /// `post_attention_layernorm`.
+    pub norm2: LayerNorm<B>,
+    /// `mlp`.
+    pub mlp: Mlp<B>,
+}
+
+/// What all blocks of a stage share in one action.
+pub struct Shared<'a, B: Backend> {
+    /// The device.
+    pub backend: &'a B,
+    /// Rotary tables.
+    pub rotary: &'a Rotary<B>,
+    /// The micro-batch.
+    pub batch: &'a Batch<B>,
+}
+
+impl<B: Backend> Block<B> {
+    /// `x [T, H]` to `out [T, H]`, f32 sums both; fills `attention` and `dense`.
+    ///
+    /// # Errors
+    /// When the device fails.
+    #[allow(clippy::too_many_arguments)]
+    pub fn forward(
+        &self,
+        shared: &Shared<'_, B>,
+        out: &mut B::Buffer<f32>,
+        x: &B::Buffer<f32>,
+        attention: &mut AttentionActivations<B>,
+        dense: &mut DenseActivations<B>,
+        prefix: Option<&BlockPrefix<'_, B>>,
+        cache: Option<&mut B::Buffer<B::Element>>,
+        scratch: &mut Scratch<B>,
+    ) -> Result<(), BackendError> {
+        self.norm1(shared, dense, x)?;
+        self.attend(shared, attention, dense, prefix, cache, scratch)?;
+        self.norm2_and_widen(shared, attention, dense, scratch)?;
+        let Shared { backend, batch, .. } = *shared;
+        let Scratch { branch, lora, .. } = scratch;
+        let narrow = &self.mlp.dense_4h_to_h;
+        narrow.forward(backend, branch, &dense.gelu, batch, lora)?;
+        let len = batch.rows * narrow.out_features;
+        backend.residual(out, &dense.norm2, RESIDUAL_ALPHA, branch, len)
+    }
+
+    /// Fills `dense` again from the block's input and what attention left (`attention_free`).
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn recompute_dense(
+        &self,
+        shared: &Shared<'_, B>,
+        x: &B::Buffer<f32>,
+        attention: &AttentionActivations<B>,
+        dense: &mut DenseActivations<B>,
+        scratch: &mut Scratch<B>,
+    ) -> Result<(), BackendError> {
+        self.norm1(shared, dense, x)?;
+        self.norm2_and_widen(shared, attention, dense, scratch)
+    }
+
+    /// Fills `attention` and `dense` again from the block's input (`block`).
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn recompute_all(
+        &self,
+        shared: &Shared<'_, B>,
+        x: &B::Buffer<f32>,
+        attention: &mut AttentionActivations<B>,
+        dense: &mut DenseActivations<B>,
+        prefix: Option<&BlockPrefix<'_, B>>,
+        scratch: &mut Scratch<B>,
+    ) -> Result<(), BackendError> {
+        self.norm1(shared, dense, x)?;
+        self.attend(shared, attention, dense, prefix, None, scratch)?;
+        self.norm2_and_widen(shared, attention, dense, scratch)
+    }
+
+    fn norm1(
+        &self,
+        shared: &Shared<'_, B>,
+        dense: &mut DenseActivations<B>,
+        x: &B::Buffer<f32>,
+    ) -> Result<(), BackendError> {
+        let DenseActivations {
+            norm1, norm1_stats, ..
+        } = dense;
+        self.norm1
+            .forward(shared.backend, norm1, norm1_stats, x, shared.batch.rows)
+    }
+
+    fn attend(
+        &self,
+        shared: &Shared<'_, B>,
+        attention: &mut AttentionActivations<B>,
+        dense: &DenseActivations<B>,
+        prefix: Option<&BlockPrefix<'_, B>>,
+        cache: Option<&mut B::Buffer<B::Element>>,
+        scratch: &mut Scratch<B>,
+    ) -> Result<(), BackendError> {
+        let Shared {
+            backend,
+            rotary,
+            batch,
+        } = *shared;
+        let x = &dense.norm1;
+        self.attention
+            .forward(backend, attention, x, batch, rotary, prefix, cache, scratch)?;
+        let Scratch { branch, lora, .. } = scratch;
+        let layer = &self.attention.dense;
+        layer.forward(backend, branch, &attention.context, batch, lora)?;
+        let len = batch.rows * layer.out_features;
+        backend.residual(&mut attention.sum, x, RESIDUAL_ALPHA, branch, len)
+    }
+
+    fn norm2_and_widen(
+        &self,
+        shared: &Shared<'_, B>,
+        attention: &AttentionActivations<B>,
+        dense: &mut DenseActivations<B>,
+        scratch: &mut Scratch<B>,
+    ) -> Result<(), BackendError> {
+        let Shared { backend, batch, .. } = *shared;
+        let DenseActivations {
+            norm2, norm2_stats, ..
+        } = dense;
+        let sum = &attention.sum;
+        self.norm2.forward(backend, norm2, norm2_stats, sum, batch.rows)?;
+        self.mlp.widen(backend, dense, batch, &mut scratch.lora)
+    }
+
+    /// The lowest place of the block with something to train; `None` when there is nothing.
+    fn lowest_trained(&self, prefix: bool) -> Option<Depth> {
+        let places = [
+            (Depth::Norm1, self.norm1.is_trained()),
+            (Depth::QueryKeyValue, self.attention.query_key_value.is_trained()),
+            (Depth::Prefix, prefix),
+            (Depth::Dense, self.attention.dense.is_trained()),
+            (Depth::Norm2, self.norm2.is_trained()),
+            (Depth::HTo4h, self.mlp.dense_h_to_4h.is_trained()),
+            (Depth::FourHToH, self.mlp.dense_4h_to_h.is_trained()),
+        ];
+        let trained = places.into_iter().find(|(_, trained)| *trained);
+        trained.map(|(depth, _)| depth)
+    }
+
+    /// The mirror of [`Block::forward`]: gradients of what is trained, and `dx` where something below
+    /// the block is trained. Without it, the walk ends at the lowest place that is trained.
+    ///
+    /// # Errors
+    /// When the device fails.
+    #[allow(clippy::too_many_arguments)]
+    pub fn backward(
+        &mut self,
+        shared: &Shared<'_, B>,
+        dx: Option<&mut B::Buffer<B::Element>>,
+        dout: &B::Buffer<B::Element>,
+        x: &B::Buffer<f32>,
+        attention: &AttentionActivations<B>,
+        dense: &DenseActivations<B>,
+        prefix: Option<BlockPrefix<'_, B>>,
+        scratch: &mut Scratch<B>,
+    ) -> Result<(), BackendError> {
+        let Shared {
+            backend,
+            rotary,
+            batch,
+        } = *shared;
+        let lowest = self.lowest_trained(prefix.is_some());
+        // Whether anything lies below a place that needs its input gradient.
+        let wanted = |depth: Depth| dx.is_some() || lowest.is_some_and(|lowest| lowest < depth);
+        let alpha = RESIDUAL_ALPHA;
+        let inner_len = batch.rows * self.mlp.dense_h_to_4h.out_features;
+
+        let below = wanted(Depth::FourHToH);
+        let dinner = below.then_some(&mut scratch.dinner);
+        let narrow = &mut self.mlp.dense_4h_to_h;
+        narrow.backward(backend, dinner, dout, &dense.gelu, batch, &mut scratch.lora)?;
+        if !below {
+            return Ok(());
+        }
+        backend.gelu_backward(&mut scratch.dinner, &dense.inner, inner_len)?;
+
+        let below = wanted(Depth::HTo4h);
+        let dnorm2 = below.then_some(&mut scratch.branch);
+        let (dinner, lora) = (&scratch.dinner, &mut scratch.lora);
+        let widen = &mut self.mlp.dense_h_to_4h;
+        widen.backward(backend, dnorm2, dinner, &dense.norm2, batch, lora)?;
+        if !below {
+            return Ok(());
+        }
+
+        let below = wanted(Depth::Norm2);
+        let dnorm2 = RowGradient {
+            dout: &scratch.branch,
+            residual: Some((dout, alpha)),
+        };
+        let dsum = below.then_some(&mut scratch.dsum);
+        let (sum, stats) = (&attention.sum, &dense.norm2_stats);
+        self.norm2.backward(backend, dsum, dnorm2, sum, stats, batch.rows)?;
+        if !below {
+            return Ok(());
+        }
+
+        let below = wanted(Depth::Dense);
+        let dcontext = below.then_some(&mut scratch.dcontext);
+        let (dsum, lora) = (&scratch.dsum, &mut scratch.lora);
+        let layer = &mut self.attention.dense;
+        layer.backward(backend, dcontext, dsum, &attention.context, batch, lora)?;
+        if !below {
+            return Ok(());
+        }
+
+        let below = wanted(Depth::Prefix);
+        self.attention
+            .backward(backend, attention, batch, rotary, prefix, scratch)?;
+        if !below {
+            return Ok(());
+        }
+
+        let below = wanted(Depth::QueryKeyValue);
+        let dnorm1 = below.then_some(&mut scratch.branch);
+        let (dqkv, lora) = (&scratch.dqkv, &mut scratch.lora);
+        let layer = &mut self.attention.query_key_value;
+        layer.backward(backend, dnorm1, dqkv, &dense.norm1, batch, lora)?;
+        if !below {
+            return Ok(());
+        }
+
+        let dnorm1 = RowGradient {
+            dout: &scratch.branch,
+            residual: Some((&scratch.dsum, alpha)),
+        };
+        let stats = &dense.norm1_stats;
+        self.norm1.backward(backend, dx, dnorm1, x, stats, batch.rows)
+    }
+
+    /// What is trained in this block, prefix apart.
+    pub fn parameters(&mut self) -> Vec<&mut Parameter<B>> {
+        let mut all: Vec<&mut Parameter<B>> = Vec::new();
+        all.extend(self.norm1.parameters());
+        all.extend(self.attention.query_key_value.parameters());
+        all.extend(self.attention.dense.parameters());
+        all.extend(self.norm2.parameters());
+        all.extend(self.mlp.dense_h_to_4h.parameters());
+        all.extend(self.mlp.dense_4h_to_h.parameters());
+        all
+    }
+}

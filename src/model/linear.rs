@@ -1,0 +1,165 @@
+//! A linear layer: frozen or trained weight and bias, and a LoRA beside it where one is asked for.
+
+use super::batch::Batch;
+use super::weights::LinearSite;
+use crate::adapter::Parameter;
+use crate::adapter::lora::{Lora, LoraNoise, LoraScratch};
+use crate::backend::{Backend, BackendError, Dropout, LinearShape};
+use crate::random::{Domain, Key};
+
+/// A tensor of the base model.
+pub enum Weight<B: Backend> {
+    /// Read once, never changed, no gradient.
+    Frozen(B::Buffer<B::Element>),
+    /// Trained with the whole model.
+    Trained(Box<Parameter<B>>),
+}
+
+impl<B: Backend> Weight<B> {
+    /// The values, in the storage type.
+    pub fn values(&self) -> &B::Buffer<B::Element> {
+        match self {
+            Weight::Frozen(values) => values,
+            Weight::Trained(parameter) => parameter.working(),
+        }
+    }
+
+    /// The parameter, where it is trained.
+    pub fn parameter(&mut self) -> Option<&mut Parameter<B>> {
+        match self {
+            Weight::Frozen(_) => None,
+            Weight::Trained(parameter) => Some(parameter),
+        }
+    }
+
+    /// Where its gradient is added up, where it is trained.
+    pub fn accumulate(&mut self) -> Option<&mut B::Buffer<f32>> {
+        self.parameter().map(Parameter::accumulate)
+    }
+}
+
+/// `out = x weightᵀ + bias`, and LoRA's share.
+pub struct Linear<B: Backend> {
+    /// Which layer of the block.
+    pub site: LinearSite,
+    /// Index of the block in the model.
+    pub layer: usize,
+    /// I.
+    pub in_features: usize,
+    /// O.
+    pub out_features: usize,
+    /// `[O, I]`.
+    pub weight: Weight<B>,
+    /// `[O]`.
+    pub bias: Weight<B>,
+    /// Beside the weight.
+    pub lora: Option<Lora<B>>,
+    /// Dropout probability of the LoRA's input; 0 for none.
+    pub lora_dropout: f32,
+}
+
+impl<B: Backend> Linear<B> {
+    fn shape(&self, rows: usize) -> LinearShape {
+        LinearShape {
+            rows,
+            in_features: self.in_features,
+            out_features: self.out_features,
+        }
+    }
+
+    fn noise<'a>(&self, batch: &'a Batch<B>) -> Option<LoraNoise<'a>> {
+        let noise = batch.noise.filter(|_| self.lora_dropout > 0.0)?;
+        let key = noise
+            .key(Domain::LoraDropout)
+            .fold(self.layer as u64)
+            .fold(self.site as u64);
+        Some(LoraNoise {
+            dropout: Dropout {
+                p: self.lora_dropout,
+                key,
+            },
+            spans: &batch.spans,
+        })
+    }
+
+    /// Whether anything of this layer is trained.
+    pub fn is_trained(&self) -> bool {
+        self.lora.is_some() || matches!(self.weight, Weight::Trained(_))
+    }
+
+    /// `out [T, O]` from `x [T, I]`.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn forward(
+        &self,
+        backend: &B,
+        out: &mut B::Buffer<B::Element>,
+        x: &B::Buffer<B::Element>,
+        batch: &Batch<B>,
+        scratch: &mut LoraScratch<B>,
+    ) -> Result<(), BackendError> {
+        let shape = self.shape(batch.rows);
+        let (weight, bias) = (self.weight.values(), Some(self.bias.values()));
+        backend.linear(out, x, weight, bias, shape, 1.0, false)?;
+        if let Some(lora) = &self.lora {
+            lora.forward(backend, out, x, shape, scratch, self.noise(batch))?;
+        }
+        Ok(())
+    }
+
+    /// The mirror of [`Linear::forward`]: gradients of what is trained, and `dx` where wanted.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn backward(
+        &mut self,
+        backend: &B,
+        mut dx: Option<&mut B::Buffer<B::Element>>,
+        dout: &B::Buffer<B::Element>,
+        x: &B::Buffer<B::Element>,
+        batch: &Batch<B>,
+        scratch: &mut LoraScratch<B>,
+    ) -> Result<(), BackendError> {
+        let shape = self.shape(batch.rows);
+        if let Some(dweight) = self.weight.accumulate() {
+            backend.weight_gradient(dweight, dout, x, shape, 1.0)?;
+        }
+        if let Some(dbias) = self.bias.accumulate() {
+            backend.bias_gradient(dbias, dout, shape)?;
+        }
+        if let Some(dx) = dx.as_deref_mut() {
+            backend.linear_backward(dx, dout, self.weight.values(), shape, 1.0, false)?;
+        }
+        let noise = self.noise(batch);
+        if let Some(lora) = &mut self.lora {
+            lora.backward(backend, dx, dout, x, shape, scratch, noise)?;
+        }
+        Ok(())
+    }
+
+    /// What is trained here.
+    pub fn parameters(&mut self) -> impl Iterator<Item = &mut Parameter<B>> {
+        let lora = self.lora.iter_mut().flat_map(|lora| [&mut lora.a, &mut lora.b]);
+        let base = [self.weight.parameter(), self.bias.parameter()];
+        base.into_iter().flatten().chain(lora)
+    }
+}
+
+/// Which micro-batch of which step the random numbers of training belong to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NoiseKey {
+    /// Seed of the run.
+    pub seed: u64,
+    /// Step of the run.
+    pub step: u64,
+    /// Index of the micro-batch in the whole run.
+    pub micro_batch: u64,
+}
+
+impl NoiseKey {
+    /// The key for one purpose in this micro-batch.
+    pub fn key(&self, domain: Domain) -> Key {
+        Key::new(self.seed, domain).fold(self.step).fold(self.micro_batch)
+    }
+}

@@ -1,0 +1,103 @@
+//! The model of one pipeline stage: ChatGLM-6B's blocks, forward and backward by hand.
+
+pub mod activations;
+pub mod attention;
+pub mod batch;
+pub mod block;
+pub mod embedding;
+pub mod head;
+pub mod linear;
+pub mod load;
+pub mod memory;
+pub mod mlp;
+pub mod norm;
+pub mod rotary;
+pub mod stage;
+pub mod trainables;
+pub mod weights;
+
+use std::path::PathBuf;
+
+use crate::adapter::AdapterError;
+use crate::backend::BackendError;
+use crate::checkpoint::CheckpointError;
+
+/// Why a model could not be put together or run.
+#[derive(Debug, thiserror::Error)]
+pub enum ModelError {
+    /// Tensors that the model needs are not in its folder.
+    #[error("{count} tensors of the model are missing, the first is `{name}`; is the download complete?")]
+    MissingTensor {
+        /// The first of them.
+        name: String,
+        /// How many.
+        count: usize,
+    },
+    /// Tensors that belong to no ChatGLM-6B model.
+    #[error("{file}: holds {count} tensors that this model does not have, the first is `{name}`")]
+    ExtraTensor {
+        /// File of the first of them.
+        file: PathBuf,
+        /// The first of them.
+        name: String,
+        /// How many.
+        count: usize,
+    },
+    /// A tensor whose shape contradicts `config.json`.
+    #[error("{file}: `{name}` has shape {found:?}; config.json gives {expected:?}")]
+    WrongShape {
+        /// The file.
+        file: PathBuf,
+        /// The tensor.
+        name: String,
+        /// Shape in the file.
+        found: Vec<usize>,
+        /// Shape by config.json.
+        expected: Vec<usize>,
+    },
+    /// A LoRA target that the model does not have.
+    #[error("target_modules: this model has no linear layer `{name}`; it has {known}")]
+    UnknownTarget {
+        /// As configured.
+        name: String,
+        /// What there is.
+        known: String,
+    },
+    /// A micro-batch that does not fit the room that was planned for it.
+    #[error("a micro-batch of {rows} tokens in {sequences} sequences exceeds the planned {max_rows} in {max_sequences}")]
+    TooLong {
+        /// Tokens of the micro-batch.
+        rows: usize,
+        /// Its sequences.
+        sequences: usize,
+        /// Tokens planned for.
+        max_rows: usize,
+        /// Sequences planned for.
+        max_sequences: usize,
+    },
+    /// A position beyond the rotary tables.
+    #[error("position {position} is beyond max_sequence_length {max}: shorten the row")]
+    Position {
+        /// As found.
+        position: u32,
+        /// Largest allowed plus one.
+        max: usize,
+    },
+    /// A token id beyond the vocabulary.
+    #[error("token id {id} is beyond the vocabulary of {vocab_size}")]
+    TokenId {
+        /// As found.
+        id: u32,
+        /// V.
+        vocab_size: usize,
+    },
+    /// Files.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// Trainable parameters.
+    #[error(transparent)]
+    Adapter(#[from] AdapterError),
+    /// Device.
+    #[error(transparent)]
+    Backend(#[from] BackendError),
+}
