@@ -1,0 +1,282 @@
+//! Counter-based random numbers: Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as
+//! easy as 1, 2, 3").
+//!
+//! A number is a function of what it is for (seed, purpose, step, micro-batch, layer, ..) and of
+//! nothing else: not of the number of stages, not of what was drawn before. So a resumed run and a
+//! recomputed activation see the same numbers without any generator state being saved.
+
+/// What random numbers are for. Each purpose has its own numbers under the same seed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Domain {
+    /// Order of the rows in an epoch.
+    Shuffle,
+    /// Initial values of lora_A.
+    LoraInit,
+    /// Initial values of the prefix encoder.
+    PrefixInit,
+    /// Dropout on the input of lora_A.
+    LoraDropout,
+    /// Dropout on prefix keys and values.
+    PrefixDropout,
+    /// Choice of the next token.
+    Sampling,
+}
+
+impl Domain {
+    /// Written out, because runs already saved depend on these numbers.
+    fn number(self) -> u32 {
+        match self {
+            Domain::Shuffle => 1,
+            Domain::LoraInit => 2,
+            Domain::PrefixInit => 3,
+            Domain::LoraDropout => 4,
+            Domain::PrefixDropout => 5,
+            Domain::Sampling => 6,
+        }
+    }
+}
+
+/// Last counter word of a draw, and of a derived key: the two never meet.
+const DRAW: u32 = 0;
+const DERIVE: u32 = 1;
+
+/// A place in the space of random numbers, reached from the seed coordinate by coordinate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Key([u32; 2]);
+
+impl Key {
+    /// The key of one purpose under a seed.
+    pub fn new(seed: u64, domain: Domain) -> Self {
+        Key(split(seed)).derive([domain.number(), 0, 1])
+    }
+
+    /// The key one coordinate further: a step, micro-batch, sequence, layer or site. Order matters.
+    pub fn fold(self, coordinate: u64) -> Self {
+        let [low, high] = split(coordinate);
+        self.derive([low, high, 0])
+    }
+
+    /// Four random words for one place of a two-dimensional array, e.g. a token and a group of four
+    /// channels.
+    pub fn words(self, row: u32, column: u64) -> [u32; 4] {
+        let [low, high] = split(column);
+        philox([low, high, row, DRAW], self.0)
+    }
+
+    /// All words of row 0 in order.
+    pub fn stream(self) -> Stream {
+        Stream {
+            key: self,
+            drawn: 0,
+            words: [0; 4],
+        }
+    }
+
+    fn derive(self, [a, b, c]: [u32; 3]) -> Self {
+        let [x, y, _, _] = philox([a, b, c, DERIVE], self.0);
+        Key([x, y])
+    }
+}
+
+/// Random words one after another.
+#[derive(Clone, Debug)]
+pub struct Stream {
+    key: Key,
+    drawn: u64,
+    words: [u32; 4],
+}
+
+impl Stream {
+    /// The next word.
+    pub fn next_word(&mut self) -> u32 {
+        let place = (self.drawn % 4) as usize;
+        if place == 0 {
+            self.words = self.key.words(0, self.drawn / 4);
+        }
+        self.drawn += 1;
+        self.words[place]
+    }
+
+    /// A uniform number in `[0, 1)` with 24 random bits.
+    pub fn uniform(&mut self) -> f32 {
+        uniform(self.next_word())
+    }
+
+    /// A standard normal number.
+    pub fn normal(&mut self) -> f32 {
+        let (first, second) = (self.next_word(), self.next_word());
+        normal(first, second)
+    }
+
+    /// A uniform integer in `0..bound` without modulo bias (Lemire 2019); 0 when `bound` is 0.
+    pub fn below(&mut self, bound: u64) -> u64 {
+        // The lowest `2^64 mod bound` products of each bucket are one too many for a fair share.
+        let surplus = bound.wrapping_neg().checked_rem(bound).unwrap_or(0);
+        loop {
+            let word = u64::from(self.next_word()) << 32 | u64::from(self.next_word());
+            let product = u128::from(word) * u128::from(bound);
+            if product as u64 >= surplus {
+                return (product >> 64) as u64;
+            }
+        }
+    }
+}
+
+/// The order in which an epoch sees `n` rows: a permutation of `0..n` (Fisher-Yates) that depends
+/// on seed and epoch alone.
+pub fn shuffle(seed: u64, epoch: u64, n: usize) -> Vec<usize> {
+    let mut stream = Key::new(seed, Domain::Shuffle).fold(epoch).stream();
+    let mut order: Vec<usize> = (0..n).collect();
+    for last in (1..n).rev() {
+        order.swap(last, stream.below(last as u64 + 1) as usize);
+    }
+    order
+}
+
+/// A uniform number in `[0, 1)` from the upper 24 bits of a word; all of them are exact in f32.
+pub fn uniform(word: u32) -> f32 {
+    (word >> 8) as f32 / 16_777_216.0
+}
+
+/// A standard normal number from two words (Box-Muller; at most 6.7 from 0).
+pub fn normal(first: u32, second: u32) -> f32 {
+    let above_zero = (f64::from(first) + 1.0) / 4_294_967_296.0;
+    let angle = std::f64::consts::TAU * f64::from(second) / 4_294_967_296.0;
+    ((-2.0 * above_zero.ln()).sqrt() * angle.cos()) as f32
+}
+
+/// Philox4x32-10: four random words, a bijection of the counter for every key.
+pub fn philox(counter: [u32; 4], key: [u32; 2]) -> [u32; 4] {
+    let [mut c0, mut c1, mut c2, mut c3] = counter;
+    let [mut k0, mut k1] = key;
+    for _ in 0..10 {
+        let [low0, high0] = split(u64::from(c0) * 0xD251_1F53);
+        let [low1, high1] = split(u64::from(c2) * 0xCD9E_8D57);
+        [c0, c1, c2, c3] = [high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0];
+        k0 = k0.wrapping_add(0x9E37_79B9);
+        k1 = k1.wrapping_add(0xBB67_AE85);
+    }
+    [c0, c1, c2, c3]
+}
+
+/// Low and high half.
+fn split(word: u64) -> [u32; 2] {
+    [word as u32, (word >> 32) as u32]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// `kat_vectors` of the Random123 distribution, lines `philox4x32 10`.
+    #[test]
+    fn philox_gives_the_published_answers() {
+        let cases = [
+            (
+                [0; 4],
+                [0; 2],
+                [0x6627_e8d5, 0xe169_c58d, 0xbc57_ac4c, 0x9b00_dbd8],
+            ),
+            (
+                [u32::MAX; 4],
+                [u32::MAX; 2],
+                [0x408f_276d, 0x41c8_3b0e, 0xa20b_c7c6, 0x6d54_51fd],
+            ),
+            (
+                [0x243f_6a88, 0x85a3_08d3, 0x1319_8a2e, 0x0370_7344],
+                [0xa409_3822, 0x299f_31d0],
+                [0xd16c_fe09, 0x94fd_cceb, 0x5001_e420, 0x2412_6ea1],
+            ),
+        ];
+        for (counter, key, expected) in cases {
+            assert_eq!(philox(counter, key), expected);
+        }
+    }
+
+    #[test]
+    fn keys_of_different_purposes_and_coordinates_differ() {
+        let domains = [
+            Domain::Shuffle,
+            Domain::LoraInit,
+            Domain::PrefixInit,
+            Domain::LoraDropout,
+            Domain::PrefixDropout,
+            Domain::Sampling,
+        ];
+        let mut seen = std::collections::HashSet::new();
+        for seed in [0, 1, 1 << 32] {
+            for domain in domains {
+                let key = Key::new(seed, domain);
+                assert!(seen.insert(key.0));
+                for coordinate in [0, 1, 2, 1 << 32] {
+                    assert!(seen.insert(key.fold(coordinate).0));
+                    assert!(seen.insert(key.fold(coordinate).fold(coordinate).0));
+                }
+            }
+        }
+        assert_ne!(
+            Key::new(7, Domain::LoraDropout).fold(1).fold(2),
+            Key::new(7, Domain::LoraDropout).fold(2).fold(1)
+        );
+    }
+
+    #[test]
+    fn uniform_spans_zero_to_one_without_one() {
+        assert_eq!(uniform(0), 0.0);
+        assert_eq!(uniform(u32::MAX), 1.0 - 1.0 / 16_777_216.0);
+        let mut stream = Key::new(3, Domain::LoraInit).stream();
+        let mean = (0..10_000)
+            .map(|_| f64::from(stream.uniform()))
+            .sum::<f64>()
+            / 10_000.0;
+        assert!((mean - 0.5).abs() < 0.015, "{mean}");
+    }
+
+    #[test]
+    fn normal_has_the_right_moments_and_no_infinity() {
+        assert!(normal(0, 0).is_finite() && normal(u32::MAX, u32::MAX).is_finite());
+        let mut stream = Key::new(3, Domain::PrefixInit).stream();
+        let numbers: Vec<f64> = (0..20_000).map(|_| f64::from(stream.normal())).collect();
+        let moment =
+            |power: i32| numbers.iter().map(|x| x.powi(power)).sum::<f64>() / numbers.len() as f64;
+        assert!(moment(1).abs() < 0.03, "{}", moment(1));
+        assert!((moment(2) - 1.0).abs() < 0.04, "{}", moment(2));
+        assert!((moment(4) - 3.0).abs() < 0.4, "{}", moment(4));
+    }
+
+    #[test]
+    fn bounded_integers_are_fair_and_in_bounds() {
+        let mut stream = Key::new(11, Domain::Sampling).stream();
+        let mut counts = [0_u32; 6];
+        for _ in 0..60_000 {
+            counts[stream.below(6) as usize] += 1;
+        }
+        assert!(
+            counts.iter().all(|&c| c.abs_diff(10_000) < 500),
+            "{counts:?}"
+        );
+        // With this bound a third of the words are rejected; kept, they would all give even numbers.
+        let bound = (u64::MAX / 3) * 2;
+        let even = (0..10_000)
+            .filter(|_| stream.below(bound).is_multiple_of(2))
+            .count();
+        assert!(even.abs_diff(5_000) < 250, "{even}");
+        assert_eq!((stream.below(1), stream.below(0)), (0, 0));
+    }
+
+    #[test]
+    fn shuffle_is_a_permutation_that_depends_on_seed_and_epoch() {
+        let order = shuffle(5, 0, 97);
+        let mut sorted = order.clone();
+        sorted.sort_unstable();
+        assert_eq!(sorted, (0..97).collect::<Vec<_>>());
+        assert_eq!(order, shuffle(5, 0, 97));
+        assert_ne!(order, shuffle(5, 1, 97));
+        assert_ne!(order, shuffle(6, 0, 97));
+        assert_eq!(shuffle(5, 0, 0), Vec::<usize>::new());
+        assert_eq!(shuffle(5, 0, 1), [0]);
+        let firsts: std::collections::HashSet<Vec<usize>> =
+            (0..200).map(|epoch| shuffle(5, epoch, 3)).collect();
+        assert_eq!(firsts.len(), 6, "every order of three rows comes up");
+    }
+}
