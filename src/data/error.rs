@@ -142,9 +142,9 @@ pub enum RowProblem {
          positions follow from it unless `position_ids` are given"
     )]
     NoMask {
-        /// Id of [gMASK].
+        /// Id of `[gMASK]`.
         gmask_token_id: u32,
-        /// Id of [MASK].
+        /// Id of `[MASK]`.
         mask_token_id: u32,
     },
     /// Nothing to learn.

@@ -9,7 +9,7 @@ pub enum Positions<'a> {
     /// ChatGLM-6B's rule. In the context: the index of the token, and from sop on the index of the
     /// mask token. In the block: 0, and from sop on 1, 2, 3, ..
     Rule {
-        /// Index of the first [gMASK], or of the first [MASK] where there is none.
+        /// Index of the first `[gMASK]`, or of the first `[MASK]` where there is none.
         mask: u32,
         /// Index of the first sop.
         sop: u32,

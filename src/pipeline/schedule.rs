@@ -9,10 +9,12 @@ use std::fmt;
 
 use crate::config::run::ScheduleKind;
 
+mod simulate;
 mod timeline;
 mod validate;
 
-pub use validate::{ScheduleError, Transfers};
+pub use simulate::Transfers;
+pub use validate::ScheduleError;
 
 /// One unit of work of one stage.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
