@@ -255,10 +255,13 @@ mod tests {
             counts.iter().all(|&c| c.abs_diff(10_000) < 500),
             "{counts:?}"
         );
-        // With this bound a third of the words are rejected; kept, they would all give even numbers.
-        let bound = (u64::MAX / 3) * 2;
-        let even = (0..10_000).filter(|_| stream.below(bound) % 2 == 0).count();
-        assert!(even.abs_diff(5_000) < 250, "{even}");
+        // Four words share three numbers here: one in four is rejected, or else multiples of three
+        // would come up half of the time.
+        let bound = 3 << 62;
+        let threes = (0..9_000)
+            .filter(|_| stream.below(bound).is_multiple_of(3))
+            .count();
+        assert!(threes.abs_diff(3_000) < 250, "{threes}");
         assert_eq!((stream.below(1), stream.below(0)), (0, 0));
     }
 

@@ -1,5 +1,8 @@
 //! The micro-batch as the engine sees it: real tokens only, flat, with sequence offsets.
 
+use super::positions::next_positions;
+use super::rows::{PromptRow, Row};
+
 /// One sequence inside a [`MicroBatch`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sequence {
@@ -33,4 +36,78 @@ pub struct MicroBatch {
     pub sequences: Vec<Sequence>,
     /// The rows with a target, ascending.
     pub targets: Vec<Target>,
+}
+
+impl MicroBatch {
+    /// Training rows one after another, with their targets.
+    pub fn from_rows<'a>(rows: impl IntoIterator<Item = Row<'a>>) -> Self {
+        let mut batch = Self::default();
+        for row in rows {
+            let start = batch.tokens();
+            let positions = (0..row.input_ids.len()).map(|t| row.positions.at(t));
+            batch.push(row.input_ids, positions, row.context_length);
+            batch.targets.extend(row.targets().map(|(t, id)| Target {
+                row: (start + t) as u32,
+                id,
+            }));
+        }
+        batch
+    }
+
+    /// Prompts one after another; nothing is a target.
+    pub fn from_prompts<'a>(prompts: impl IntoIterator<Item = &'a PromptRow>) -> Self {
+        let mut batch = Self::default();
+        for prompt in prompts {
+            let positions = prompt.positions.iter().copied();
+            batch.push(&prompt.input_ids, positions, prompt.context_length);
+        }
+        batch
+    }
+
+    /// The micro-batch that continues every sequence by one token, for a model that still holds the
+    /// keys and values of all tokens before: `ids` are the new tokens, one per sequence, in order.
+    ///
+    /// `len` and `start` count the new tokens only; `context_length` stays that of the sequence as
+    /// a whole.
+    pub fn continued(&self, ids: &[u32]) -> Self {
+        let mut batch = Self::default();
+        for (sequence, &id) in self.sequences.iter().zip(ids) {
+            let end = sequence.start + sequence.len;
+            let before = end.checked_sub(1).filter(|_| sequence.len > 0);
+            let next = before.map_or((0, 0), |last| {
+                next_positions((self.position[last], self.block_position[last]))
+            });
+            batch.push(&[id], std::iter::once(next), sequence.context_length);
+        }
+        batch
+    }
+
+    /// Number of tokens, T.
+    pub fn tokens(&self) -> usize {
+        self.input_ids.len()
+    }
+
+    /// Tokens of the longest sequence.
+    pub fn max_len(&self) -> usize {
+        let lengths = self.sequences.iter().map(|sequence| sequence.len);
+        lengths.max().unwrap_or(0)
+    }
+
+    fn push(
+        &mut self,
+        ids: &[u32],
+        positions: impl Iterator<Item = (u32, u32)>,
+        context_length: usize,
+    ) {
+        self.sequences.push(Sequence {
+            start: self.tokens(),
+            len: ids.len(),
+            context_length,
+        });
+        self.input_ids.extend(ids);
+        for (position, block_position) in positions {
+            self.position.push(position);
+            self.block_position.push(block_position);
+        }
+    }
 }

@@ -1,0 +1,155 @@
+//! Everything that can be wrong with training data, each with its file and line.
+
+use std::path::PathBuf;
+
+/// Why training data cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum DataError {
+    /// A file that cannot be read.
+    #[error("{path}: {source}")]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// A file without any row.
+    #[error("{path}: no rows; expected one JSON object per line")]
+    NoRows {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A row that cannot be used.
+    #[error("{path}:{line}: {problem}")]
+    Row {
+        /// The file.
+        path: PathBuf,
+        /// Line, counted from 1.
+        line: usize,
+        /// What is wrong with it.
+        problem: RowProblem,
+    },
+    /// A saved position that this data does not have.
+    #[error(
+        "the saved position is row {row} of an epoch, but the data has {rows} rows: it has changed \
+         since the checkpoint was written; put the old data back or start a new run"
+    )]
+    Position {
+        /// Rows that were consumed.
+        row: usize,
+        /// Rows there are.
+        rows: usize,
+    },
+}
+
+/// What is wrong with one row.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum RowProblem {
+    /// Bytes that are no text.
+    #[error("not UTF-8 at byte {byte} of the line; save the file as UTF-8")]
+    NotUtf8 {
+        /// Offset in the line, from 0.
+        byte: usize,
+    },
+    /// No JSON object of the expected form.
+    #[error("{message} (column {column})")]
+    Json {
+        /// What the parser said.
+        message: String,
+        /// Column, from 1.
+        column: usize,
+    },
+    /// A line longer than any row can be.
+    #[error("the line is longer than {limit} bytes; expected one JSON object per line")]
+    LineTooLong {
+        /// Longest line that is read, in bytes.
+        limit: usize,
+    },
+    /// A blank line with rows after it.
+    #[error("blank line between rows; remove it")]
+    Blank,
+    /// No tokens.
+    #[error("`input_ids` is empty")]
+    Empty,
+    /// Two lists that do not fit.
+    #[error("`{name}` has {found} entries, `input_ids` has {expected}")]
+    Length {
+        /// Key of the list.
+        name: &'static str,
+        /// Its length.
+        found: usize,
+        /// Number of tokens.
+        expected: usize,
+    },
+    /// An id the model does not have.
+    #[error(
+        "`{name}[{index}]` is {found}, which is no id of this model (vocab_size {vocab_size}{})",
+        if *.name == "labels" { ", or -100 for no target" } else { "" }
+    )]
+    Id {
+        /// Key of the list.
+        name: &'static str,
+        /// Place in the list.
+        index: usize,
+        /// What stands there.
+        found: i64,
+        /// Ids of the model are below this.
+        vocab_size: usize,
+    },
+    /// A position the model does not have.
+    #[error(
+        "`position_ids[{list}][{index}]` is {found}; positions are below {limit} \
+         (max_sequence_length)"
+    )]
+    Position {
+        /// 0: in the context, 1: in the block.
+        list: usize,
+        /// Place in the list.
+        index: usize,
+        /// What stands there.
+        found: u32,
+        /// Positions are below this.
+        limit: usize,
+    },
+    /// A context that is longer than the row.
+    #[error("`context_length` is {found}, but the row has {tokens} tokens")]
+    Context {
+        /// The context length given.
+        found: usize,
+        /// Tokens of the row.
+        tokens: usize,
+    },
+    /// A row that does not fit the model.
+    #[error("{tokens} tokens; the model takes at most {limit} (max_sequence_length)")]
+    TooLong {
+        /// Tokens up to the last one that matters.
+        tokens: usize,
+        /// Most that the model takes.
+        limit: usize,
+    },
+    /// No answer begins.
+    #[error(
+        "no sop (id {bos_token_id}) in `input_ids`; positions and context follow from it unless \
+         `position_ids` and `context_length` are given"
+    )]
+    NoSop {
+        /// The id looked for.
+        bos_token_id: u32,
+    },
+    /// No place for the answer.
+    #[error(
+        "neither [gMASK] (id {gmask_token_id}) nor [MASK] (id {mask_token_id}) in `input_ids`; \
+         positions follow from it unless `position_ids` are given"
+    )]
+    NoMask {
+        /// Id of `[gMASK]`.
+        gmask_token_id: u32,
+        /// Id of `[MASK]`.
+        mask_token_id: u32,
+    },
+    /// Nothing to learn.
+    #[error(
+        "no target: every label after the first is -100, so nothing can be learnt from the row"
+    )]
+    NoTarget,
+}
