@@ -1,1 +1,5 @@
-//! mp-train
+//! Model-parallel fine-tuning of GLM models.
+
+pub mod cli;
+pub mod config;
+pub mod report;
