@@ -1,8 +1,17 @@
 //! The resolved run configuration: every choice made, every default filled in, every value checked.
 
-use std::path::PathBuf;
+use std::convert::Infallible;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
 
-use serde::{Deserialize, Serialize};
+use clap::ValueEnum;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+pub use super::device::Device;
+use super::error::ConfigError;
+use super::file::ConfigFile;
+use super::layers::Layers;
+use super::raw::RawConfig;
 
 /// Everything a training run needs to know.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -22,6 +31,25 @@ pub struct RunConfig {
     pub run: RunSection,
 }
 
+impl RunConfig {
+    /// The configuration as TOML: every key, one section after the other. Fails on a path that is not
+    /// UTF-8.
+    pub fn to_toml(&self) -> Result<String, ConfigError> {
+        Ok(toml::to_string(self)?)
+    }
+
+    /// Reads and checks a configuration file alone, without flags: the inverse of
+    /// [`RunConfig::to_toml`].
+    pub fn from_file(path: &Path) -> Result<Self, ConfigError> {
+        let file = Some(ConfigFile::read(path)?);
+        Layers {
+            flags: RawConfig::default(),
+            file,
+        }
+        .resolve()
+    }
+}
+
 /// `[model]`
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -33,8 +61,9 @@ pub struct ModelSection {
 }
 
 /// Storage type of weights and activations; arithmetic is f32 either way.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "lowercase")]
+#[value(rename_all = "lowercase")]
 pub enum Precision {
     /// IEEE binary32.
     F32,
@@ -126,8 +155,9 @@ pub struct OptimizerSection {
 }
 
 /// Shape of the learning rate after warm-up.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "lowercase")]
+#[value(rename_all = "lowercase")]
 pub enum LrSchedule {
     /// Stays at the peak.
     Constant,
@@ -138,8 +168,9 @@ pub enum LrSchedule {
 }
 
 /// How micro-batches weigh in the loss of a step.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "snake_case")]
+#[value(rename_all = "snake_case")]
 pub enum LossNormalisation {
     /// Every target token of the step weighs the same.
     PerToken,
@@ -165,43 +196,12 @@ pub struct PipelineSection {
     pub memory_per_device: Option<u64>,
 }
 
-/// Where a stage runs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
-pub enum Device {
-    /// The CPU backend.
-    Cpu,
-    /// CUDA device ordinal.
-    Cuda(u32),
-}
-
-impl From<Device> for String {
-    fn from(device: Device) -> Self {
-        match device {
-            Device::Cpu => "cpu".to_owned(),
-            Device::Cuda(ordinal) => ordinal.to_string(),
-        }
-    }
-}
-
-impl TryFrom<String> for Device {
-    type Error = String;
-
-    fn try_from(text: String) -> Result<Self, Self::Error> {
-        if text == "cpu" {
-            return Ok(Device::Cpu);
-        }
-        text.parse()
-            .map(Device::Cuda)
-            .map_err(|_| format!("`{text}` is no device: use `cpu` or a CUDA device number"))
-    }
-}
-
 /// Order of forwards and backwards in a step.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
 pub enum ScheduleKind {
     /// One forward, one backward (Narayanan et al. 2019).
     #[serde(rename = "1f1b")]
+    #[value(name = "1f1b")]
     OneForwardOneBackward,
     /// All forwards, then all backwards (Huang et al. 2018).
     #[serde(rename = "gpipe")]
@@ -209,8 +209,9 @@ pub enum ScheduleKind {
 }
 
 /// What the backward pass computes a second time to save memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "snake_case")]
+#[value(rename_all = "snake_case")]
 pub enum Recompute {
     /// Nothing: every activation is kept.
     None,
@@ -246,9 +247,9 @@ pub struct RunSection {
     pub log_steps: u64,
 }
 
-/// Where a run starts.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+/// Where a run starts. Written `"no"`, `"latest"` or the path of a checkpoint folder (one that is
+/// called `latest` is written `./latest`).
+#[derive(Clone, Debug, PartialEq)]
 pub enum Resume {
     /// From the beginning.
     No,
@@ -256,4 +257,33 @@ pub enum Resume {
     Latest,
     /// From this checkpoint folder.
     From(PathBuf),
+}
+
+impl FromStr for Resume {
+    type Err = Infallible;
+
+    fn from_str(text: &str) -> Result<Self, Infallible> {
+        Ok(match text {
+            "no" => Resume::No,
+            "latest" => Resume::Latest,
+            path => Resume::From(path.into()),
+        })
+    }
+}
+
+impl Serialize for Resume {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Resume::No => serializer.serialize_str("no"),
+            Resume::Latest => serializer.serialize_str("latest"),
+            Resume::From(path) => path.serialize(serializer),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Resume {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let Ok(resume) = String::deserialize(deserializer)?.parse();
+        Ok(resume)
+    }
 }

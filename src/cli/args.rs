@@ -1,0 +1,125 @@
+//! The command line's shape.
+
+#![allow(
+    rustdoc::broken_intra_doc_links,
+    reason = "help texts show defaults in brackets"
+)]
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::config::error::ConfigError;
+use crate::config::file::ConfigFile;
+use crate::config::layers::Layers;
+use crate::config::raw::RawConfig;
+use crate::config::run::{Device, Precision, RunConfig};
+
+/// Model-parallel fine-tuning of ChatGLM-6B: LoRA, P-Tuning v2, whole model
+#[derive(Debug, Parser)]
+#[command(
+    name = "mp-train",
+    version,
+    args_conflicts_with_subcommands = true,
+    allow_negative_numbers = true,
+    max_term_width = 100,
+    override_usage = "mp-train [train] [--config FILE] [OPTIONS]\n       mp-train <COMMAND>",
+    after_help = "Without a command, mp-train trains. Every TOML key has a flag, and the flag wins."
+)]
+pub(super) struct Cli {
+    #[command(subcommand)]
+    pub command: Option<Command>,
+    #[command(flatten)]
+    pub train: TrainArgs,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Command {
+    /// Train, or continue a run
+    #[command(allow_negative_numbers = true)]
+    Train(Box<TrainArgs>),
+    /// Show the split of blocks and the schedule, without loading the model
+    #[command(allow_negative_numbers = true)]
+    Plan(Box<ConfigArgs>),
+    /// Continue token ids greedily
+    Generate(GenerateArgs),
+}
+
+#[derive(Debug, Args)]
+pub(super) struct TrainArgs {
+    #[command(flatten)]
+    pub config: ConfigArgs,
+    /// Print warnings only
+    #[arg(long, help_heading = "Run")]
+    pub quiet: bool,
+    /// Print the resolved TOML and exit
+    #[arg(long, help_heading = "Run")]
+    pub print_config: bool,
+}
+
+/// A TOML file and the flags that override it.
+#[derive(Debug, Args)]
+pub(super) struct ConfigArgs {
+    /// TOML file; relative paths in it start at the current directory
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    #[command(flatten)]
+    pub flags: RawConfig,
+}
+
+impl ConfigArgs {
+    /// Whether nothing says which model to train.
+    pub fn is_bare(&self) -> bool {
+        self.config.is_none() && self.flags.model.path.is_none()
+    }
+
+    pub fn resolve(&self) -> Result<RunConfig, ConfigError> {
+        let file = self.config.as_deref().map(ConfigFile::read).transpose()?;
+        Layers {
+            flags: self.flags.clone(),
+            file,
+        }
+        .resolve()
+    }
+}
+
+#[derive(Debug, Args)]
+pub(super) struct GenerateArgs {
+    /// Model folder: config.json and weights
+    #[arg(long, value_name = "DIR")]
+    pub model: PathBuf,
+    /// Adapter folder (PEFT LoRA or prefix)
+    #[arg(long, value_name = "DIR")]
+    pub adapter: Option<PathBuf>,
+    /// Prompts, JSONL rows {"input_ids": [..]} ending in gMASK, sop; - is standard input
+    #[arg(long, value_name = "FILE", default_value = "-")]
+    pub input: PathBuf,
+    /// Answers, JSONL rows {"input_ids": [..], "new_tokens": [..]}; - is standard output
+    #[arg(long, value_name = "FILE", default_value = "-")]
+    pub output: PathBuf,
+    /// Most ids per answer, 1 to 65536
+    #[arg(long, value_name = "N", default_value_t = 128,
+        value_parser = clap::value_parser!(u32).range(1..=65_536))]
+    pub max_new_tokens: u32,
+    /// Go on after the end-of-answer id
+    #[arg(long)]
+    pub no_stop_at_eop: bool,
+    /// One stage each: cpu, or a CUDA number
+    #[arg(
+        long,
+        value_name = "D,D,..",
+        value_delimiter = ',',
+        default_value = "cpu"
+    )]
+    pub devices: Vec<Device>,
+    /// Blocks per stage [by cost]
+    #[arg(long, value_name = "N,N,..", value_delimiter = ',',
+        value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub balance: Option<Vec<u32>>,
+    /// Storage of weights and activations [f32 on cpu]
+    #[arg(long, value_name = "f32|f16", hide_possible_values = true)]
+    pub precision: Option<Precision>,
+    /// CPU threads of all stages together [all cores]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4_096))]
+    pub threads: Option<u32>,
+}

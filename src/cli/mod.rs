@@ -1,0 +1,58 @@
+//! The command line: parse, call, print errors and hints, choose the exit code.
+
+use std::ffi::OsString;
+use std::io::{ErrorKind, Write};
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use args::{Cli, Command};
+use failure::{Failure, FailureClass};
+
+mod args;
+pub mod failure;
+mod generate;
+mod plan;
+mod prompts;
+mod signals;
+mod train;
+
+const WHERE_TO_GET_A_MODEL: &str = "\
+download the ChatGLM-6B folder (config.json and the weights, about 13 GB) from
+      https://huggingface.co/THUDM/chatglm-6b into models/chatglm-6b, then for example
+      mp-train --model models/chatglm-6b --train data/train.jsonl --max-steps 1000 --devices cpu,cpu";
+
+/// Runs the command that `args` (the program's name first) asks for. Everything that goes wrong is
+/// told on standard error: exit code 0 done, 2 the user can fix it, 1 machine or bug, 3 training
+/// diverged, 130 interrupted.
+pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let cli = match Cli::try_parse_from(args) {
+        Ok(cli) => cli,
+        Err(usage) => {
+            // Help and version come this way too, to standard output and with code 0.
+            let _ = usage.print();
+            return ExitCode::from(if usage.use_stderr() { 2 } else { 0 });
+        }
+    };
+    let result = match cli.command {
+        None => train::run(&cli.train),
+        Some(Command::Train(args)) => train::run(&args),
+        Some(Command::Plan(args)) => plan::run(&args),
+        Some(Command::Generate(args)) => generate::run(&args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => failure.report(),
+    }
+}
+
+/// Writes a command's result to standard output. A reader that has seen enough (`| head`) is no error.
+fn print(text: &str) -> Result<(), Failure> {
+    let mut out = std::io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => {
+            Err(Failure::new(FailureClass::Machine, &error))
+        }
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,246 @@
+//! Defaults and checks, key by key.
+
+use std::path::PathBuf;
+
+use super::byte_size::ByteSize;
+use super::error::ConfigError;
+use super::layers::{Layers, setting};
+use super::raw::AdapterKind;
+use super::run::{
+    AdapterSection, DataSection, Device, FullSection, LoraSection, LossNormalisation, LrSchedule,
+    ModelSection, OptimizerSection, PipelineSection, Precision, PrefixSection, Recompute, Resume,
+    RunConfig, RunSection, ScheduleKind,
+};
+use super::setting::Value;
+
+/// Upper bounds far beyond any use, so that no product of two settings overflows.
+const MAX_STEPS: u64 = 1_000_000_000_000;
+const MAX_COUNT: usize = 1_000_000;
+const MAX_RANK: usize = 65_536;
+const MAX_STAGES: usize = 1_024;
+/// TOML has no greater integers, and the resolved configuration is saved as TOML.
+const MAX_INTEGER: u64 = i64::MAX as u64;
+
+pub(super) fn resolve(typed: &Layers) -> Result<RunConfig, ConfigError> {
+    // What depends on another section comes after it: the number of stages, the kind, the steps.
+    let pipeline = pipeline(typed)?;
+    let model = model(typed, &pipeline.devices)?;
+    let adapter = adapter(typed)?;
+    let data = data(typed)?;
+    let run = run(typed, pipeline.devices.len())?;
+    let optimizer = optimizer(typed, &adapter, run.max_steps)?;
+    Ok(RunConfig {
+        model,
+        adapter,
+        data,
+        optimizer,
+        pipeline,
+        run,
+    })
+}
+
+fn model(typed: &Layers, devices: &[Device]) -> Result<ModelSection, ConfigError> {
+    Ok(ModelSection {
+        path: path(setting!(typed, model.path).required("\"models/chatglm-6b\"")?)?,
+        precision: setting!(typed, model.precision)
+            .or(default_precision(devices))
+            .any(),
+    })
+}
+
+/// f32 where the CPU computes, f16 where all stages are GPUs.
+pub(super) fn default_precision(devices: &[Device]) -> Precision {
+    match devices.contains(&Device::Cpu) {
+        true => Precision::F32,
+        false => Precision::F16,
+    }
+}
+
+fn adapter(typed: &Layers) -> Result<AdapterSection, ConfigError> {
+    let kind = setting!(typed, adapter.kind).or(AdapterKind::Lora).any();
+    let name = match kind {
+        AdapterKind::Lora => "\"lora\"",
+        AdapterKind::Prefix => "\"prefix\"",
+        AdapterKind::Full => "\"full\"",
+    };
+    let r = setting!(typed, adapter.r);
+    let lora_alpha = setting!(typed, adapter.lora_alpha);
+    let lora_dropout = setting!(typed, adapter.lora_dropout);
+    let target_modules = setting!(typed, adapter.target_modules);
+    let pre_seq_len = setting!(typed, adapter.pre_seq_len);
+    let prefix_projection = setting!(typed, adapter.prefix_projection);
+    let prefix_dropout = setting!(typed, adapter.prefix_dropout);
+    let init_adapter = setting!(typed, adapter.init_adapter);
+    if kind != AdapterKind::Lora {
+        r.not_with(name, "\"lora\"")?;
+        lora_alpha.not_with(name, "\"lora\"")?;
+        lora_dropout.not_with(name, "\"lora\"")?;
+        target_modules.not_with(name, "\"lora\"")?;
+    }
+    if kind != AdapterKind::Prefix {
+        pre_seq_len.not_with(name, "\"prefix\"")?;
+        prefix_projection.not_with(name, "\"prefix\"")?;
+        prefix_dropout.not_with(name, "\"prefix\"")?;
+    }
+    if kind == AdapterKind::Full {
+        init_adapter.not_with(name, "\"lora\" or \"prefix\"")?;
+    }
+    let init_adapter = init_adapter.typed.map(path).transpose()?;
+    Ok(match kind {
+        AdapterKind::Lora => AdapterSection::Lora(LoraSection {
+            r: r.or(8).between(1, MAX_RANK)?,
+            lora_alpha: lora_alpha.or(32.0).above_zero()?,
+            lora_dropout: lora_dropout.or(0.0).below_one()?,
+            target_modules: target_modules
+                .or(vec!["query_key_value".to_owned()])
+                .check(
+                    "a list of linear layers, each once, such as [\"query_key_value\", \"dense\"]",
+                    |names| are_module_names(names),
+                )?,
+            init_adapter,
+        }),
+        AdapterKind::Prefix => AdapterSection::Prefix(PrefixSection {
+            pre_seq_len: pre_seq_len.or(128).between(1, MAX_RANK)?,
+            prefix_projection: prefix_projection.or(false).any(),
+            prefix_dropout: prefix_dropout.or(0.1).below_one()?,
+            init_adapter,
+        }),
+        AdapterKind::Full => AdapterSection::Full(FullSection {}),
+    })
+}
+
+/// Names by their form; whether the model has such layers is known when the model is.
+fn are_module_names(names: &[String]) -> bool {
+    let is_name = |name: &String| {
+        !name.is_empty()
+            && name
+                .bytes()
+                .all(|byte| byte.is_ascii_alphanumeric() || b"_.".contains(&byte))
+    };
+    let is_first = |i: usize| !names[..i].contains(&names[i]);
+    !names.is_empty() && names.iter().all(is_name) && (0..names.len()).all(is_first)
+}
+
+fn data(typed: &Layers) -> Result<DataSection, ConfigError> {
+    Ok(DataSection {
+        train: path(setting!(typed, data.train).required("\"data/train.jsonl\"")?)?,
+        shuffle: setting!(typed, data.shuffle).or(true).any(),
+    })
+}
+
+fn optimizer(
+    typed: &Layers,
+    adapter: &AdapterSection,
+    max_steps: u64,
+) -> Result<OptimizerSection, ConfigError> {
+    let learning_rate = match adapter {
+        AdapterSection::Lora(_) => 1e-4,
+        AdapterSection::Prefix(_) => 2e-2,
+        AdapterSection::Full(_) => 1e-5,
+    };
+    Ok(OptimizerSection {
+        learning_rate: setting!(typed, optimizer.learning_rate)
+            .or(learning_rate)
+            .above_zero()?,
+        lr_schedule: setting!(typed, optimizer.lr_schedule)
+            .or(LrSchedule::Linear)
+            .any(),
+        warmup_steps: setting!(typed, optimizer.warmup_steps).or(0).check(
+            format!("at most run.max_steps, which is {max_steps}"),
+            |steps| *steps <= max_steps,
+        )?,
+        weight_decay: setting!(typed, optimizer.weight_decay)
+            .or(0.0)
+            .not_negative()?,
+        beta1: setting!(typed, optimizer.beta1).or(0.9).below_one()?,
+        beta2: setting!(typed, optimizer.beta2).or(0.999).below_one()?,
+        eps: setting!(typed, optimizer.eps).or(1e-8).above_zero()?,
+        max_grad_norm: setting!(typed, optimizer.max_grad_norm)
+            .or(1.0)
+            .not_negative()?,
+        loss_normalisation: setting!(typed, optimizer.loss_normalisation)
+            .or(LossNormalisation::PerToken)
+            .any(),
+        max_skipped_steps: setting!(typed, optimizer.max_skipped_steps)
+            .or(20)
+            .between(1, 1_000_000)?,
+    })
+}
+
+fn pipeline(typed: &Layers) -> Result<PipelineSection, ConfigError> {
+    let devices = setting!(typed, pipeline.devices)
+        .or(vec![Device::Cpu])
+        .check(
+            format!("a list of 1 to {MAX_STAGES} devices, such as [\"cpu\", \"cpu\"]"),
+            |devices| (1..=MAX_STAGES).contains(&devices.len()),
+        )?;
+    let stages = devices.len();
+    let balance = setting!(typed, pipeline.balance).typed.map(|balance| {
+        balance.check(
+            format!("one number of blocks, 1 or more, for each of the {stages} devices"),
+            |blocks| blocks.len() == stages && blocks.iter().all(|n| (1..=MAX_COUNT).contains(n)),
+        )
+    });
+    let memory = setting!(typed, pipeline.memory_per_device)
+        .typed
+        .map(|memory| {
+            memory.check("1 MiB or more", |bytes| {
+                (1 << 20..=MAX_INTEGER).contains(&bytes.0)
+            })
+        });
+    Ok(PipelineSection {
+        balance: balance.transpose()?,
+        schedule: setting!(typed, pipeline.schedule)
+            .or(ScheduleKind::OneForwardOneBackward)
+            .any(),
+        recompute: setting!(typed, pipeline.recompute)
+            .or(Recompute::Auto)
+            .any(),
+        threads: setting!(typed, pipeline.threads)
+            .or(default_threads())
+            .between(1, 4_096)?,
+        memory_per_device: memory.transpose()?.map(|ByteSize(bytes)| bytes),
+        devices,
+    })
+}
+
+/// As many threads as the system says this process may run at once.
+pub(super) fn default_threads() -> usize {
+    std::thread::available_parallelism().map_or(1, |n| n.get().min(4_096))
+}
+
+fn run(typed: &Layers, stages: usize) -> Result<RunSection, ConfigError> {
+    // With m micro-batches over p stages the bubble is (p - 1) / (m + p - 1): 4 p keeps it below 20 %.
+    let gradient_accumulation = if stages > 1 { 4 * stages } else { 1 };
+    Ok(RunSection {
+        output: path(setting!(typed, run.output).or("output".into()))?,
+        max_steps: setting!(typed, run.max_steps)
+            .required("1000")?
+            .between(1, MAX_STEPS)?,
+        micro_batch_size: setting!(typed, run.micro_batch_size)
+            .or(1)
+            .between(1, MAX_COUNT)?,
+        gradient_accumulation: setting!(typed, run.gradient_accumulation)
+            .or(gradient_accumulation)
+            .between(1, MAX_COUNT)?,
+        save_steps: setting!(typed, run.save_steps)
+            .or(0)
+            .between(0, MAX_STEPS)?,
+        save_total_limit: setting!(typed, run.save_total_limit)
+            .or(3)
+            .between(0, MAX_COUNT)?,
+        seed: setting!(typed, run.seed).or(42).between(0, MAX_INTEGER)?,
+        resume: setting!(typed, run.resume).or(Resume::No).check(
+            "no, latest or a checkpoint folder",
+            |resume| match resume {
+                Resume::From(path) => !path.as_os_str().is_empty(),
+                Resume::No | Resume::Latest => true,
+            },
+        )?,
+        log_steps: setting!(typed, run.log_steps).or(1).between(1, MAX_STEPS)?,
+    })
+}
+
+fn path(value: Value<PathBuf>) -> Result<PathBuf, ConfigError> {
+    value.check("a path", |path| !path.as_os_str().is_empty())
+}

@@ -1,0 +1,128 @@
+//! What a run says about itself: plain data from the engine, and the two places it goes to.
+//!
+//! The engine makes [`Event`]s; [`progress`] shows them to a person, [`metrics`] keeps the steps for
+//! programs. This room imports nothing of the rest of the crate.
+
+use std::ops::Range;
+use std::path::PathBuf;
+
+use serde::{Serialize, Serializer};
+
+pub mod atomic_file;
+pub mod metrics;
+pub mod progress;
+
+/// Something that happened in a run.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Event {
+    /// Model and data are loaded, the first step is next.
+    RunStarted(RunStarted),
+    /// An optimiser step is over.
+    Step(StepReport),
+    /// A checkpoint is complete on disk.
+    CheckpointSaved {
+        /// The checkpoint's folder.
+        path: PathBuf,
+        /// Optimiser steps that it holds.
+        step: u64,
+    },
+    /// Something the user should know that does not end the run.
+    Warning(String),
+    /// All steps are done and the result is saved.
+    Finished(RunFinished),
+}
+
+/// What a run consists of, at its start.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RunStarted {
+    /// The stages, first to last.
+    pub stages: Vec<StageSummary>,
+    /// Numbers that are trained.
+    pub trainable_parameters: u64,
+    /// Numbers in the base model.
+    pub model_parameters: u64,
+    /// Optimiser steps already done: 0, or those of the checkpoint that was resumed.
+    pub start_step: u64,
+    /// Optimiser steps at the end.
+    pub max_steps: u64,
+    /// The run's output folder, which exists.
+    pub output: PathBuf,
+    /// The resolved configuration, as saved.
+    pub config_path: PathBuf,
+}
+
+/// One stage of the pipeline.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StageSummary {
+    /// Where it runs: `cpu`, or a CUDA device number.
+    pub device: String,
+    /// Its blocks.
+    pub blocks: Range<usize>,
+}
+
+/// What one optimiser step did. The numbers are those of the whole step, over all stages.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct StepReport {
+    /// Which step this was, from 1.
+    pub step: u64,
+    /// Steps of the whole run.
+    pub max_steps: u64,
+    /// Loss of the step, in the run's normalisation.
+    #[serde(serialize_with = "widened")]
+    pub loss: f32,
+    /// Mean loss over the targets of each micro-batch, in order.
+    #[serde(serialize_with = "all_widened")]
+    pub micro_losses: Vec<f32>,
+    /// Learning rate that this step used.
+    pub learning_rate: f64,
+    /// Global L2 norm of the gradient before clipping.
+    #[serde(serialize_with = "widened")]
+    pub grad_norm: f32,
+    /// Whether the gradient was clipped.
+    pub clipped: bool,
+    /// Whether the update was skipped because the gradient was not finite.
+    pub skipped: bool,
+    /// Factor the loss was scaled by; 1 without scaling.
+    #[serde(serialize_with = "widened")]
+    pub loss_scale: f32,
+    /// Targets in the step.
+    pub target_tokens: u64,
+    /// Tokens in the step, targets or not.
+    pub tokens: u64,
+    /// Wall time of the step.
+    pub seconds: f64,
+}
+
+/// How a run ended that did all its steps.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RunFinished {
+    /// Optimiser steps done.
+    pub steps: u64,
+    /// Wall time since the start (or the resume) of the run.
+    pub seconds: f64,
+    /// The trained adapter or model.
+    pub result: PathBuf,
+}
+
+/// Whose turn it is after a failure. The command line turns it into an exit code.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FailureClass {
+    /// The user can fix it: usage, configuration, data, model folder, checkpoint.
+    User,
+    /// The machine (disk full, out of memory) or a bug.
+    Machine,
+    /// Training diverged.
+    Diverged,
+    /// A signal asked for the end; what was done is saved.
+    Interrupted,
+}
+
+/// An f32 as the f64 of the same value: shortest digits would come back exact only to those who read
+/// them as f32. Not-a-number and infinity become null, for JSON has neither.
+fn widened<S: Serializer>(value: &f32, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_f64(f64::from(*value))
+}
+
+fn all_widened<S: Serializer>(values: &[f32], serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_seq(values.iter().copied().map(f64::from))
+}
