@@ -12,7 +12,9 @@ pub fn initial_values(spec: &ParameterSpec, seed: u64) -> Option<Vec<f32>> {
     let len: usize = spec.shape.iter().product();
     let key = |domain| {
         let name = spec.name.bytes();
-        name.fold(Key::new(seed, domain), |key, byte| key.fold(u64::from(byte)))
+        name.fold(Key::new(seed, domain), |key, byte| {
+            key.fold(u64::from(byte))
+        })
     };
     let uniform = |key: Key, in_features: usize| {
         let bound = 1.0 / (in_features as f32).sqrt();

@@ -38,7 +38,9 @@ impl<B: Backend> LoraScratch<B> {
             low: backend.zeros(rows * rank)?,
             dlow: backend.zeros(rows * rank)?,
             wide: match widest {
-                Some(widest) => Some([backend.zeros(rows * widest)?, backend.zeros(rows * widest)?]),
+                Some(widest) => {
+                    Some([backend.zeros(rows * widest)?, backend.zeros(rows * widest)?])
+                }
                 None => None,
             },
         })

@@ -34,7 +34,9 @@ pub enum AdapterError {
         name: String,
     },
     /// A tensor of another shape than the model and the settings give.
-    #[error("{file}: tensor `{name}` has shape {found:?}, the model and the settings give {expected:?}")]
+    #[error(
+        "{file}: tensor `{name}` has shape {found:?}, the model and the settings give {expected:?}"
+    )]
     WrongShape {
         /// The file.
         file: PathBuf,

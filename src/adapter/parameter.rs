@@ -64,7 +64,12 @@ impl ParameterSpec {
     /// Name for messages: the tensor, and which part of it.
     pub fn title(&self) -> String {
         match self.slice {
-            Some(slice) => format!("{}[{}..{}]", self.name, slice.start, slice.start + slice.len),
+            Some(slice) => format!(
+                "{}[{}..{}]",
+                self.name,
+                slice.start,
+                slice.start + slice.len
+            ),
             None => self.name.clone(),
         }
     }
@@ -79,7 +84,13 @@ impl ParameterSpec {
         let outer: usize = self.shape[..slice.axis].iter().product();
         let run = slice.len * inner;
         (0..outer)
-            .map(|i| (i * run, (i * self.shape[slice.axis] + slice.start) * inner, run))
+            .map(|i| {
+                (
+                    i * run,
+                    (i * self.shape[slice.axis] + slice.start) * inner,
+                    run,
+                )
+            })
             .collect()
     }
 
@@ -241,7 +252,11 @@ impl<B: Backend> Parameter<B> {
     /// # Errors
     /// When the device fails.
     pub fn update(&mut self, backend: &B, step: AdamwStep) -> Result<(), BackendError> {
-        let weight_decay = if self.spec.decay { step.weight_decay } else { 0.0 };
+        let weight_decay = if self.spec.decay {
+            step.weight_decay
+        } else {
+            0.0
+        };
         backend.adamw(
             &mut self.working,
             &mut self.master,

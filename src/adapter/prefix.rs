@@ -177,13 +177,10 @@ impl<B: Backend> PrefixEncoder<B> {
 
     /// All trainable tensors of this stage's prefix.
     pub fn parameters(&mut self) -> Vec<&mut Parameter<B>> {
-        let shared = self.shared.iter_mut().flat_map(|shared| {
-            [
-                &mut shared.embedding,
-                &mut shared.weight,
-                &mut shared.bias,
-            ]
-        });
+        let shared = self
+            .shared
+            .iter_mut()
+            .flat_map(|shared| [&mut shared.embedding, &mut shared.weight, &mut shared.bias]);
         let blocks = self.blocks.iter_mut().flat_map(PrefixBlock::parameters);
         shared.chain(blocks).collect()
     }
@@ -200,7 +197,15 @@ impl<B: Backend> PrefixEncoder<B> {
         let shape = self.shape;
         let (embedding, weight) = (shared.embedding.master(), shared.weight.master());
         let bias = Some(shared.bias.master());
-        backend.linear(&mut shared.hidden, embedding, weight, bias, shape.hidden(), 1.0, false)?;
+        backend.linear(
+            &mut shared.hidden,
+            embedding,
+            weight,
+            bias,
+            shape.hidden(),
+            1.0,
+            false,
+        )?;
         backend.tanh(&mut shared.hidden, shape.len * shape.hidden_size)?;
         for block in &mut self.blocks {
             if let PrefixBlock::Projection {
@@ -268,6 +273,13 @@ impl<B: Backend> PrefixEncoder<B> {
         backend.weight_gradient(shared.weight.accumulate(), dhidden, embedding, hidden, 1.0)?;
         backend.bias_gradient(shared.bias.accumulate(), dhidden, hidden)?;
         let dembedding = shared.embedding.accumulate();
-        backend.linear_backward(dembedding, dhidden, shared.weight.master(), hidden, 1.0, true)
+        backend.linear_backward(
+            dembedding,
+            dhidden,
+            shared.weight.master(),
+            hidden,
+            1.0,
+            true,
+        )
     }
 }

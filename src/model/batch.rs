@@ -99,7 +99,10 @@ impl<B: Backend> Batch<B> {
             });
         }
         let ids = host.input_ids.iter().chain(host.target_ids);
-        if let Some(&id) = ids.into_iter().find(|&&id| id as usize >= limits.vocab_size) {
+        if let Some(&id) = ids
+            .into_iter()
+            .find(|&&id| id as usize >= limits.vocab_size)
+        {
             return Err(ModelError::TokenId {
                 id,
                 vocab_size: limits.vocab_size,

@@ -159,7 +159,8 @@ impl<B: Backend> Block<B> {
             norm2, norm2_stats, ..
         } = dense;
         let sum = &attention.sum;
-        self.norm2.forward(backend, norm2, norm2_stats, sum, batch.rows)?;
+        self.norm2
+            .forward(backend, norm2, norm2_stats, sum, batch.rows)?;
         self.mlp.widen(backend, dense, batch, &mut scratch.lora)
     }
 
@@ -167,7 +168,10 @@ impl<B: Backend> Block<B> {
     fn lowest_trained(&self, prefix: bool) -> Option<Depth> {
         let places = [
             (Depth::Norm1, self.norm1.is_trained()),
-            (Depth::QueryKeyValue, self.attention.query_key_value.is_trained()),
+            (
+                Depth::QueryKeyValue,
+                self.attention.query_key_value.is_trained(),
+            ),
             (Depth::Prefix, prefix),
             (Depth::Dense, self.attention.dense.is_trained()),
             (Depth::Norm2, self.norm2.is_trained()),
@@ -231,7 +235,8 @@ impl<B: Backend> Block<B> {
         };
         let dsum = below.then_some(&mut scratch.dsum);
         let (sum, stats) = (&attention.sum, &dense.norm2_stats);
-        self.norm2.backward(backend, dsum, dnorm2, sum, stats, batch.rows)?;
+        self.norm2
+            .backward(backend, dsum, dnorm2, sum, stats, batch.rows)?;
         if !below {
             return Ok(());
         }
@@ -266,7 +271,8 @@ impl<B: Backend> Block<B> {
             residual: Some((&scratch.dsum, alpha)),
         };
         let stats = &dense.norm1_stats;
-        self.norm1.backward(backend, dx, dnorm1, x, stats, batch.rows)
+        self.norm1
+            .backward(backend, dx, dnorm1, x, stats, batch.rows)
     }
 
     /// What is trained in this block, prefix apart.

@@ -60,7 +60,9 @@ struct Room<B: Backend> {
 /// Rows of a chunk of logits.
 pub fn chunk_rows(vocab_size: usize, rows: usize) -> usize {
     let fitting = CHUNK_LOGITS / vocab_size;
-    fitting.clamp(*CHUNK_ROWS.start(), *CHUNK_ROWS.end()).min(rows)
+    fitting
+        .clamp(*CHUNK_ROWS.start(), *CHUNK_ROWS.end())
+        .min(rows)
 }
 
 /// The matrix of lm_head, and where its gradient is added up where it is trained.
@@ -127,7 +129,9 @@ impl<B: Backend> Head<B> {
             LogitsRows::Targets => backend.read(&batch.target_rows, batch.targets)?,
             LogitsRows::Last => {
                 let spans = batch.spans.iter();
-                spans.map(|span| (span.q_start + span.q_len - 1) as u32).collect()
+                spans
+                    .map(|span| (span.q_start + span.q_len - 1) as u32)
+                    .collect()
             }
         };
         backend.write(&mut self.room.index, &index)?;
@@ -143,8 +147,17 @@ impl<B: Backend> Head<B> {
             backend.gather_rows(&mut room.x, x, &room.index, first, rows, hidden)?;
             self.norm
                 .forward(backend, &mut room.norm, &mut room.stats, &room.x, rows)?;
-            backend.linear(&mut room.logits, &room.norm, matrix, None, shape, 1.0, false)?;
-            all.logits.extend(backend.read(&room.logits, rows * self.vocab_size)?);
+            backend.linear(
+                &mut room.logits,
+                &room.norm,
+                matrix,
+                None,
+                shape,
+                1.0,
+                false,
+            )?;
+            all.logits
+                .extend(backend.read(&room.logits, rows * self.vocab_size)?);
             all.normed.extend(backend.read(&room.norm, rows * hidden)?);
         }
         Ok(all)

@@ -140,7 +140,10 @@ impl<B: Backend> Linear<B> {
 
     /// What is trained here.
     pub fn parameters(&mut self) -> impl Iterator<Item = &mut Parameter<B>> {
-        let lora = self.lora.iter_mut().flat_map(|lora| [&mut lora.a, &mut lora.b]);
+        let lora = self
+            .lora
+            .iter_mut()
+            .flat_map(|lora| [&mut lora.a, &mut lora.b]);
         let base = [self.weight.parameter(), self.bias.parameter()];
         base.into_iter().flatten().chain(lora)
     }
@@ -160,6 +163,8 @@ pub struct NoiseKey {
 impl NoiseKey {
     /// The key for one purpose in this micro-batch.
     pub fn key(&self, domain: Domain) -> Key {
-        Key::new(self.seed, domain).fold(self.step).fold(self.micro_batch)
+        Key::new(self.seed, domain)
+            .fold(self.step)
+            .fold(self.micro_batch)
     }
 }

@@ -79,7 +79,13 @@ impl<B: Backend> Loader<'_, B> {
             });
         };
         let state = (self.initial)(spec)?;
-        Ok(Parameter::new(self.backend, spec.clone(), index, counted, &state)?)
+        Ok(Parameter::new(
+            self.backend,
+            spec.clone(),
+            index,
+            counted,
+            &state,
+        )?)
     }
 
     /// A norm, by its module name.

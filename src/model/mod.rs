@@ -26,7 +26,9 @@ use crate::checkpoint::CheckpointError;
 #[derive(Debug, thiserror::Error)]
 pub enum ModelError {
     /// Tensors that the model needs are not in its folder.
-    #[error("{count} tensors of the model are missing, the first is `{name}`; is the download complete?")]
+    #[error(
+        "{count} tensors of the model are missing, the first is `{name}`; is the download complete?"
+    )]
     MissingTensor {
         /// The first of them.
         name: String,
@@ -64,7 +66,9 @@ pub enum ModelError {
         known: String,
     },
     /// A micro-batch that does not fit the room that was planned for it.
-    #[error("a micro-batch of {rows} tokens in {sequences} sequences exceeds the planned {max_rows} in {max_sequences}")]
+    #[error(
+        "a micro-batch of {rows} tokens in {sequences} sequences exceeds the planned {max_rows} in {max_sequences}"
+    )]
     TooLong {
         /// Tokens of the micro-batch.
         rows: usize,

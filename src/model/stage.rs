@@ -106,7 +106,13 @@ impl<B: Backend> Stage<B> {
             true => {
                 let weight = head_weight(loader, &shape, head_source)?;
                 let norm = loader.norm(FINAL_NORM)?;
-                Some(Head::new(backend, norm, weight, config.vocab_size, shape.max_rows)?)
+                Some(Head::new(
+                    backend,
+                    norm,
+                    weight,
+                    config.vocab_size,
+                    shape.max_rows,
+                )?)
             }
             false => None,
         };
@@ -181,7 +187,12 @@ impl<B: Backend> Stage<B> {
     ///
     /// # Errors
     /// It does not fit, or an id or a position is out of range.
-    pub fn fill(&mut self, backend: &B, slot: usize, host: BatchRows<'_>) -> Result<(), ModelError> {
+    pub fn fill(
+        &mut self,
+        backend: &B,
+        slot: usize,
+        host: BatchRows<'_>,
+    ) -> Result<(), ModelError> {
         self.slots[slot].batch.fill(backend, host)
     }
 
@@ -384,7 +395,9 @@ impl<B: Backend> Stage<B> {
             let wanted = index > 0 || input_wanted;
             let prefix = block_prefix(prefix, index, dropout);
             let dx_wanted = wanted.then_some(&mut *dx);
-            block.backward(&shared, dx_wanted, dout, x, attention, dense, prefix, scratch)?;
+            block.backward(
+                &shared, dx_wanted, dout, x, attention, dense, prefix, scratch,
+            )?;
             std::mem::swap(dout, dx);
         }
         if let Some(embedding) = &mut self.embedding {
@@ -442,7 +455,9 @@ impl<B: Backend> Stage<B> {
         let len = rows * self.activations.key_value_width;
         let block = |_| backend.zeros(len);
         Ok(KeyValueCache {
-            blocks: (0..self.blocks.len()).map(block).collect::<Result<_, _>>()?,
+            blocks: (0..self.blocks.len())
+                .map(block)
+                .collect::<Result<_, _>>()?,
         })
     }
 }
@@ -481,5 +496,9 @@ fn head_weight<B: Backend>(
         true => (WORD_EMBEDDINGS, false),
         false => (LM_HEAD, true),
     };
-    Ok(HeadWeight::Own(loader.weight(name, source.head, counted)?))
+    Ok(HeadWeight::Own(loader.weight(
+        name,
+        source.head,
+        counted,
+    )?))
 }

@@ -161,19 +161,36 @@ fn prefix_specs(layers: usize, prefix: PrefixShape, projection: bool) -> Vec<Par
     if !projection {
         let role = Role::PrefixEmbedding;
         return (0..layers)
-            .map(|layer| spec("embedding.weight", vec![prefix.len, all], Some((1, layer)), role))
+            .map(|layer| {
+                spec(
+                    "embedding.weight",
+                    vec![prefix.len, all],
+                    Some((1, layer)),
+                    role,
+                )
+            })
             .collect();
     }
     let role = Role::PrefixProjection {
         in_features: hidden,
     };
     let mut specs = vec![
-        spec("embedding.weight", vec![prefix.len, hidden], None, Role::PrefixEmbedding),
+        spec(
+            "embedding.weight",
+            vec![prefix.len, hidden],
+            None,
+            Role::PrefixEmbedding,
+        ),
         spec("trans.0.weight", vec![hidden, hidden], None, role),
         spec("trans.0.bias", vec![hidden], None, role),
     ];
     for layer in 0..layers {
-        specs.push(spec("trans.2.weight", vec![all, hidden], Some((0, layer)), role));
+        specs.push(spec(
+            "trans.2.weight",
+            vec![all, hidden],
+            Some((0, layer)),
+            role,
+        ));
         specs.push(spec("trans.2.bias", vec![all], Some((0, layer)), role));
     }
     specs
