@@ -1,1 +1,3 @@
 //! mp-train
+
+pub mod checkpoint;

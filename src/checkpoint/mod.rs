@@ -1,50 +1,36 @@
-//! Files with tensors in them: plain host tensors, sources to read them from, sinks to write them to.
+//! Files with tensors in them: plain host tensors, sources to read them from, folders to write them to.
 //!
 //! This room imports nothing of the rest of the crate. It knows files, not models: which tensors a
 //! model needs and how they are called stands in `model::weights`.
+//!
+//! Reading order: [`HostTensor`] is what everything here carries; [`safetensors`] and [`torch_bin`]
+//! read one file each; [`model_folder`] reads a Hugging Face folder of them; [`adapter_files`] and
+//! [`prefix_files`] read and write what a fine-tuning leaves behind; [`run_state`] saves a run so that
+//! a kill at any moment loses at most the work since the last save.
+//!
+//! Two rules hold throughout. What a file says about itself is checked against the file before
+//! memory is taken for it, and a file appears under its final name only when it is complete.
 
-use std::path::PathBuf;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 
 pub mod adapter_files;
+mod durable;
+mod error;
+mod input_file;
+mod manifest;
+pub mod model_folder;
+pub mod prefix_files;
 pub mod run_state;
 pub mod safetensors;
+mod tensor;
 pub mod torch_bin;
 
-/// The element type of a [`HostTensor`], by the names safetensors uses.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Dtype {
-    /// IEEE binary16.
-    F16,
-    /// bfloat16.
-    Bf16,
-    /// IEEE binary32.
-    F32,
-    /// IEEE binary64.
-    F64,
-    /// Signed 8-bit integer.
-    I8,
-    /// Unsigned 8-bit integer.
-    U8,
-    /// Signed 16-bit integer.
-    I16,
-    /// Signed 32-bit integer.
-    I32,
-    /// Signed 64-bit integer.
-    I64,
-    /// One byte, 0 or 1.
-    Bool,
-}
-
-/// A tensor in host memory: contiguous rows, little-endian bytes.
-#[derive(Clone, Debug, PartialEq)]
-pub struct HostTensor {
-    /// Element type of `bytes`.
-    pub dtype: Dtype,
-    /// Extent of each dimension, outermost first; empty for a scalar.
-    pub shape: Vec<usize>,
-    /// The elements, contiguous, little-endian.
-    pub bytes: Vec<u8>,
-}
+pub use adapter_files::{LoraFileConfig, LoraFiles};
+pub use error::CheckpointError;
+pub use model_folder::ModelFolder;
+pub use prefix_files::PrefixFiles;
+pub use tensor::{Dtype, HostTensor};
 
 /// What a source knows about a tensor without reading it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -64,18 +50,31 @@ pub trait TensorSource: Send + Sync {
     /// What is known about `name`, or `None` when there is no such tensor.
     fn info(&self, name: &str) -> Option<TensorInfo>;
     /// Reads one tensor.
+    ///
+    /// # Errors
+    /// There is no such tensor, or its file cannot be read or no longer holds what it said at first.
     fn read(&self, name: &str) -> Result<HostTensor, CheckpointError>;
 }
 
-/// Why a file could not be read or written.
-#[derive(Debug, thiserror::Error)]
-pub enum CheckpointError {
-    /// io
-    #[error("{path}: {source}")]
-    Io {
-        /// file
-        path: PathBuf,
-        /// cause
-        source: std::io::Error,
-    },
+/// Opens one file of tensors: safetensors when it is called so, a PyTorch file otherwise.
+///
+/// # Errors
+/// As [`safetensors::SafetensorsFile::open`] and [`torch_bin::TorchBinFile::open`].
+pub fn open_tensor_file(path: &Path) -> Result<Box<dyn TensorSource>, CheckpointError> {
+    if path.extension().is_some_and(|kind| kind == "safetensors") {
+        Ok(Box::new(safetensors::SafetensorsFile::open(path)?))
+    } else {
+        Ok(Box::new(torch_bin::TorchBinFile::open(path)?))
+    }
+}
+
+/// Reads every tensor of a source into memory; meant for adapters and run state, not for models.
+///
+/// # Errors
+/// The first tensor that cannot be read.
+pub fn read_all(
+    source: &dyn TensorSource,
+) -> Result<BTreeMap<String, HostTensor>, CheckpointError> {
+    let read = |name: String| source.read(&name).map(|tensor| (name, tensor));
+    source.names().into_iter().map(read).collect()
 }
