@@ -1,1 +1,4 @@
 //! mp-train
+
+pub mod config;
+pub mod data;
