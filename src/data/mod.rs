@@ -8,3 +8,5 @@ pub mod rows;
 pub mod sampler;
 
 pub use error::{DataError, RowProblem};
+pub mod sentencepiece;
+pub mod tokenizer;
