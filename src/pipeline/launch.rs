@@ -241,7 +241,11 @@ impl Engine {
             Reply::Infer(logits) => Some(logits),
             _ => None,
         })?;
-        logits.into_iter().flatten().next_back().ok_or_else(no_stage)
+        logits
+            .into_iter()
+            .flatten()
+            .next_back()
+            .ok_or_else(no_stage)
     }
 
     /// Values and moments of all trainable parameters, in their order.
@@ -285,7 +289,10 @@ impl Engine {
         }
         match failed {
             Some(failure) => Err(failure),
-            None => answers.into_iter().collect::<Option<_>>().ok_or_else(no_stage),
+            None => answers
+                .into_iter()
+                .collect::<Option<_>>()
+                .ok_or_else(no_stage),
         }
     }
 }

@@ -110,7 +110,15 @@ impl<B: Backend, T: Transport<B>> Worker<B, T> {
             step: plan.step,
             micro_batch: plan.run_micro_batch(micro_batch),
         };
-        fill(stage, backend, slot, batch, &spans(batch, None), &[], Some(noise))?;
+        fill(
+            stage,
+            backend,
+            slot,
+            batch,
+            &spans(batch, None),
+            &[],
+            Some(noise),
+        )?;
         let len = stage.activation_len(slot);
         if let Some(source) = source {
             let input = stage.input_mut(slot);
@@ -171,8 +179,7 @@ impl<B: Backend, T: Transport<B>> Worker<B, T> {
             if let Some(rows) = cache.renew {
                 self.cache = Some(stage.cache(backend, rows)?);
             }
-            for (span, (start, filled)) in
-                spans.iter().zip(cache.starts.iter().zip(&cache.filled))
+            for (span, (start, filled)) in spans.iter().zip(cache.starts.iter().zip(&cache.filled))
             {
                 let first = start + filled;
                 cache_rows.extend((first..first + span.q_len).map(|row| row as u32));
@@ -191,7 +198,8 @@ impl<B: Backend, T: Transport<B>> Worker<B, T> {
             stage.forward(backend, 0, cache)?;
         }
         if rank + 1 < stages {
-            self.transport.send(backend, rank + 1, stage.output(), len)?;
+            self.transport
+                .send(backend, rank + 1, stage.output(), len)?;
         }
         let logits = stage.logits(backend, 0, plan.rows)?;
         Ok(logits.map(|logits| logits.logits.into_iter().map(Element::to_f32).collect()))
