@@ -8,8 +8,10 @@ use crate::numbers::{Exact, Numbers, dot, values};
 
 const SIZES: [usize; 4] = [1, 3, 65, 97];
 
-/// Sizes on both sides of tiles of 128 rows and 512 columns, and a sum longer than a cache block.
-const LARGE: [[usize; 3]; 5] = [
+/// Sizes on both sides of tiles of 128 rows and 512 columns (and of larger ones), and a sum longer
+/// than a cache block.
+const LARGE: [[usize; 3]; 6] = [
+    [513, 33, 130],
     [129, 65, 513],
     [257, 97, 3],
     [3, 97, 1025],
