@@ -115,6 +115,7 @@ pub fn multiply(
 }
 
 /// `out [m, n] = scale * a b + bias + (out if accumulate)`, rounded once to `O`.
+#[allow(clippy::too_many_arguments)]
 pub fn product<T: Element, O: Element>(
     threads: &Threads,
     out: &mut [O],
