@@ -148,7 +148,7 @@ fn flags_override_the_file() {
     let config = resolve(&file, &[&flags[..], &more[..]].concat()).unwrap();
     assert_eq!(config.optimizer.learning_rate, 3e-5);
     assert_eq!(config.optimizer.lr_schedule, LrSchedule::Cosine);
-    assert_eq!(config.run.max_steps, 7);
+    assert_eq!(config.run.max_steps, Some(7));
     assert_eq!(config.model.path, PathBuf::from("other"));
     assert_eq!(config.pipeline.balance, Some(vec![3, 4]));
     assert!(!config.data.shuffle);
@@ -587,7 +587,7 @@ fn the_golden_configuration_resolves() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/lora-golden.toml");
     let config = RunConfig::from_file(&path).unwrap();
     assert_eq!(config.pipeline.devices, [Device::Cpu; 3]);
-    assert_eq!(config.run.max_steps, 30);
+    assert_eq!(config.run.max_steps, Some(30));
     assert_eq!(
         config.optimizer.loss_normalisation,
         LossNormalisation::PerMicroBatch
