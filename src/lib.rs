@@ -17,6 +17,8 @@ pub mod checkpoint;
 
 pub mod backend;
 
+pub mod quant;
+
 pub mod config;
 
 pub mod random;
