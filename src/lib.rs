@@ -5,11 +5,15 @@
 
 pub mod report;
 
+pub mod pipeline;
+
 pub mod optim;
 
 pub mod model;
 
 pub mod adapter;
+
+pub mod comm;
 
 pub mod data;
 

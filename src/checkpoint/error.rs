@@ -184,6 +184,14 @@ pub enum CheckpointError {
         /// What is wrong with it.
         reason: String,
     },
+    /// Something in a checkpoint folder that cannot be part of a checkpoint.
+    #[error("cannot save {path}: {reason}. Earlier checkpoints are untouched; please report this")]
+    Unsavable {
+        /// The folder or the thing in it.
+        path: PathBuf,
+        /// Why it cannot be saved.
+        reason: String,
+    },
     /// Another process is saving into the same folder.
     #[error("another run is saving into {path} right now. Give each run its own output folder")]
     Busy {
@@ -228,7 +236,7 @@ impl CheckpointError {
     pub(super) fn damaged(path: &Path, reason: impl Into<String>) -> Self {
         Self::Damaged {
             path: path.to_owned(),
-            reason: reason.into(),
+            reason: reason.into().trim_end_matches('.').to_owned(),
         }
     }
 

@@ -45,7 +45,7 @@ pub(super) fn seal(folder: &Path, step: u64) -> Result<(), CheckpointError> {
     names.sort_unstable();
     if names.is_empty() || names.iter().any(|name| name == MANIFEST_FILE) {
         let reason = format!("it must have files, none of them called {MANIFEST_FILE}");
-        return Err(broken(folder, reason));
+        return Err(unsavable(folder, reason));
     }
     let mut files = Vec::new();
     for name in names {
@@ -112,6 +112,13 @@ fn broken(folder: &Path, reason: String) -> CheckpointError {
     }
 }
 
+fn unsavable(path: &Path, reason: String) -> CheckpointError {
+    CheckpointError::Unsavable {
+        path: path.to_owned(),
+        reason,
+    }
+}
+
 /// Bytes and CRC-32 of a file, read once from front to back.
 fn checksum(mut file: File) -> io::Result<(u64, String)> {
     let mut hasher = crc32fast::Hasher::new();
@@ -155,7 +162,7 @@ fn list(
             }
             _ => {
                 let reason = "only plain files and folders with readable names can be saved";
-                return Err(broken(&entry.path(), reason.to_owned()));
+                return Err(unsavable(&entry.path(), reason.to_owned()));
             }
         }
     }

@@ -201,6 +201,7 @@ impl Drop for Lock {
     fn drop(&mut self) {
         // Closing is not enough: a process that another thread is just starting has the file open
         // too, for the moment until it is replaced by its program.
+        let _ = flock(&self.0, FlockOperation::Unlock);
     }
 }
 

@@ -1,4 +1,4 @@
-//! Training rows: readers, batches, and the order in which they are seen.
+//! Training rows: readers, tokenizer, batches, and the order in which rows are seen.
 
 pub mod batch;
 pub mod error;
@@ -6,5 +6,7 @@ pub mod positions;
 pub mod pretokenised;
 pub mod rows;
 pub mod sampler;
+pub mod sentencepiece;
+pub mod tokenizer;
 
 pub use error::{DataError, RowProblem};

@@ -1,4 +1,10 @@
-//! Stages that work together: who holds which blocks, and who does what when.
+//! The pipeline: blocks dealt out to stages, a schedule for each, one worker thread per stage.
 
+pub mod failure;
+pub mod gradients;
+pub mod launch;
 pub mod partition;
+pub mod permits;
+pub mod plan;
 pub mod schedule;
+pub mod worker;
