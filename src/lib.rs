@@ -3,6 +3,14 @@
 //! The modules stand in reading order; each may import only from those below it. The table of who
 //! may import whom is in docs/ARCHITECTURE.md, and tests/architecture.rs holds it.
 
+pub mod cli;
+
+pub mod train;
+
+pub mod generate;
+
+pub mod plan;
+
 pub mod report;
 
 pub mod pipeline;

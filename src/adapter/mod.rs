@@ -1,5 +1,6 @@
 //! What is trained: parameters with their optimiser state, LoRA, and the prefix encoder.
 
+pub mod files;
 pub mod initial;
 pub mod lora;
 pub mod parameter;
@@ -73,4 +74,15 @@ pub enum AdapterError {
     /// Device.
     #[error(transparent)]
     Backend(#[from] BackendError),
+}
+
+impl AdapterError {
+    /// Whether the machine or a bug is to blame, not the user's files or settings.
+    pub fn is_machine(&self) -> bool {
+        match self {
+            AdapterError::Backend(_) => true,
+            AdapterError::Checkpoint(error) => error.is_machine(),
+            _ => false,
+        }
+    }
 }

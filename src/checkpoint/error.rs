@@ -213,6 +213,25 @@ pub enum CheckpointError {
 }
 
 impl CheckpointError {
+    /// Whether the machine (a full disk, a broken one) or a bug is to blame, not the user's files or
+    /// paths.
+    pub fn is_machine(&self) -> bool {
+        use io::ErrorKind;
+        match self {
+            CheckpointError::Write { cause, .. } => !matches!(
+                cause.kind(),
+                ErrorKind::PermissionDenied
+                    | ErrorKind::NotFound
+                    | ErrorKind::NotADirectory
+                    | ErrorKind::IsADirectory
+                    | ErrorKind::AlreadyExists
+                    | ErrorKind::ReadOnlyFilesystem
+            ),
+            CheckpointError::Unsavable { .. } => true,
+            _ => false,
+        }
+    }
+
     /// Says which tensor of which file the error is about.
     #[must_use]
     pub fn in_tensor(self, path: &Path, tensor: &str) -> Self {

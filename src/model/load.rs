@@ -119,7 +119,7 @@ impl<B: Backend> Loader<'_, B> {
             lora: None,
             lora_dropout: 0.0,
         };
-        if let AdapterSection::Lora(lora) = &self.trainables.adapter {
+        if let Some(AdapterSection::Lora(lora)) = &self.trainables.adapter {
             let a = trainables::lora_name(site, layer, "lora_A");
             if self.trainables.find(&a, None).is_some() {
                 let a = self.parameter(&a, None, true)?;
@@ -164,7 +164,7 @@ impl<B: Backend> Loader<'_, B> {
         &self,
         blocks: std::ops::Range<usize>,
     ) -> Result<Option<PrefixEncoder<B>>, ModelError> {
-        let AdapterSection::Prefix(prefix) = &self.trainables.adapter else {
+        let Some(AdapterSection::Prefix(prefix)) = &self.trainables.adapter else {
             return Ok(None);
         };
         let shape = trainables::prefix_shape(self.config, prefix.pre_seq_len);

@@ -76,9 +76,9 @@ pub fn stage_bytes(
     let slot = batch + blocks * (4 * t * h + kept) + head_slot;
 
     let (rank, dropout, prefix_len) = match &trainables.adapter {
-        AdapterSection::Lora(lora) => (lora.r as u64, lora.lora_dropout > 0.0, 0),
-        AdapterSection::Prefix(prefix) => (0, false, prefix.pre_seq_len as u64),
-        AdapterSection::Full(_) => (0, false, 0),
+        Some(AdapterSection::Lora(lora)) => (lora.r as u64, lora.lora_dropout > 0.0, 0),
+        Some(AdapterSection::Prefix(prefix)) => (0, false, prefix.pre_seq_len as u64),
+        Some(AdapterSection::Full(_)) | None => (0, false, 0),
     };
     let prefix = sizes.max_sequences as u64 * prefix_len * 2 * h;
     let scratch = t * e * (3 * h + 3 * h + f) + prefix * (e + 4);
@@ -143,14 +143,14 @@ fn trainable_bytes(config: &ModelConfig, trainables: &Trainables, sizes: &StageS
     let layers = config.num_layers as u64;
     let all = trainables.specs().iter();
     let (shared, by_block): (Vec<_>, Vec<_>) = all.partition(|spec| {
-        matches!(trainables.adapter, AdapterSection::Prefix(_)) && spec.slice.is_none()
+        matches!(trainables.adapter, Some(AdapterSection::Prefix(_))) && spec.slice.is_none()
     });
     let count = |specs: Vec<&crate::adapter::ParameterSpec>| {
         specs.into_iter().map(|spec| spec.len() as u64).sum::<u64>()
     };
     let values = count(shared) + count(by_block) / layers * share;
     let rooms = match &trainables.adapter {
-        AdapterSection::Prefix(prefix) if prefix.prefix_projection => {
+        Some(AdapterSection::Prefix(prefix)) if prefix.prefix_projection => {
             let (p, h) = (prefix.pre_seq_len as u64, config.hidden_size as u64);
             4 * p * h + 8 * p * h + share * 2 * p * h * (sizes.element_size as u64 + 4)
         }

@@ -105,3 +105,15 @@ pub enum ModelError {
     #[error(transparent)]
     Backend(#[from] BackendError),
 }
+
+impl ModelError {
+    /// Whether the machine or a bug is to blame, not the user's files or settings.
+    pub fn is_machine(&self) -> bool {
+        match self {
+            ModelError::Backend(_) | ModelError::TooLong { .. } => true,
+            ModelError::Adapter(error) => error.is_machine(),
+            ModelError::Checkpoint(error) => error.is_machine(),
+            _ => false,
+        }
+    }
+}

@@ -74,9 +74,11 @@ impl<B: Backend> Stage<B> {
         let (backend, config) = (loader.backend, loader.config);
         let trainables = loader.trainables;
         let (lora_rank, lora_dropout, prefix_len, prefix_dropout) = match &trainables.adapter {
-            AdapterSection::Lora(lora) => (lora.r, lora.lora_dropout > 0.0, 0, 0.0),
-            AdapterSection::Prefix(prefix) => (0, false, prefix.pre_seq_len, prefix.prefix_dropout),
-            AdapterSection::Full(_) => (0, false, 0, 0.0),
+            Some(AdapterSection::Lora(lora)) => (lora.r, lora.lora_dropout > 0.0, 0, 0.0),
+            Some(AdapterSection::Prefix(prefix)) => {
+                (0, false, prefix.pre_seq_len, prefix.prefix_dropout)
+            }
+            Some(AdapterSection::Full(_)) | None => (0, false, 0, 0.0),
         };
         let activations = ActivationShape {
             limits: BatchLimits {

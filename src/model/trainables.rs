@@ -17,8 +17,8 @@ const PREFIX_LEAD: &str = "transformer.prefix_encoder";
 /// All trainable tensors of a run.
 #[derive(Clone, Debug)]
 pub struct Trainables {
-    /// What is trained.
-    pub adapter: AdapterSection,
+    /// What is trained; nothing in a model that only answers.
+    pub adapter: Option<AdapterSection>,
     /// Whether embedding and lm_head are one matrix.
     pub tied: bool,
     specs: Vec<ParameterSpec>,
@@ -62,10 +62,19 @@ impl Trainables {
             AdapterSection::Full(_) => base_specs(config, tied),
         };
         Ok(Trainables {
-            adapter: adapter.clone(),
+            adapter: Some(adapter.clone()),
             tied,
             specs,
         })
+    }
+
+    /// Nothing is trained: the base model alone.
+    pub fn none(tied: bool) -> Self {
+        Trainables {
+            adapter: None,
+            tied,
+            specs: Vec::new(),
+        }
     }
 
     /// All of them, in order.
@@ -84,7 +93,7 @@ impl Trainables {
 
     /// Whether the model's own tensors are trained.
     pub fn is_full(&self) -> bool {
-        matches!(self.adapter, AdapterSection::Full(_))
+        matches!(self.adapter, Some(AdapterSection::Full(_)))
     }
 
     /// Numbers trained.

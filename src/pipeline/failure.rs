@@ -62,6 +62,18 @@ pub struct Failure {
 }
 
 impl Failure {
+    /// Whether the machine or a bug is to blame, not the user's files or settings.
+    pub fn is_machine(&self) -> bool {
+        match &self.cause {
+            Cause::Model(error) => error.is_machine(),
+            Cause::ZeroGradient { .. } => false,
+            Cause::Comm(_)
+            | Cause::NeverWritten { .. }
+            | Cause::Panic { .. }
+            | Cause::Thread(_) => true,
+        }
+    }
+
     /// Whether it only follows from another stage's failure.
     pub fn is_consequence(&self) -> bool {
         matches!(self.cause, Cause::Comm(CommError::PeerGone { .. }))

@@ -1,5 +1,6 @@
 //! The pipeline: blocks dealt out to stages, a schedule for each, one worker thread per stage.
 
+pub mod base;
 pub mod failure;
 pub mod gradients;
 pub mod launch;

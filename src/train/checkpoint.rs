@@ -1,0 +1,384 @@
+//! What a run saves and how it goes on: `checkpoint-N/` and the result.
+//!
+//! A checkpoint holds the adapter in the form that others read, `state.safetensors` (whole f32 tensors
+//! `values/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`, whatever the number of stages),
+//! `trainer_state.json` and the resolved `config.toml`. Random numbers need no state of their own:
+//! they are counted from the seed, the step and the place.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+use super::{TrainError, result_folder};
+use crate::adapter::{ParameterState, files};
+use crate::checkpoint::adapter_files::{LoraFileConfig, LoraFiles};
+use crate::checkpoint::prefix_files::PrefixFiles;
+use crate::checkpoint::safetensors::write_safetensors;
+use crate::checkpoint::{CheckpointError, HostTensor, run_state};
+use crate::config::run::{AdapterSection, Precision, Resume, RunConfig};
+use crate::data::rows::Rows;
+use crate::data::sampler::SamplerState;
+use crate::model::trainables::Trainables;
+use crate::optim::loss_scale::LossScale;
+use crate::pipeline::base::Base;
+use crate::pipeline::plan::{StepOutcome, StepPlan};
+use crate::report::Event;
+use crate::report::atomic_file::AtomicFile;
+
+const TRAINER_STATE: &str = "trainer_state.json";
+const TENSORS: &str = "state.safetensors";
+const CONFIG: &str = "config.toml";
+const ADAPTER: &str = "adapter";
+
+/// What tells one set of training rows from another.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Fingerprint {
+    /// Number of rows.
+    rows: usize,
+    /// Number of tokens.
+    tokens: usize,
+    /// CRC-32 of all ids, labels and context lengths.
+    crc32: u32,
+}
+
+impl Fingerprint {
+    /// The fingerprint of `rows`.
+    pub fn of(rows: &Rows) -> Self {
+        let mut hasher = crc32fast::Hasher::new();
+        for row in (0..rows.len()).filter_map(|index| rows.get(index)) {
+            hasher.update(bytemuck::cast_slice(row.input_ids));
+            for (place, id) in row.targets() {
+                hasher.update(&(place as u64).to_le_bytes());
+                hasher.update(&id.to_le_bytes());
+            }
+            hasher.update(&(row.context_length as u64).to_le_bytes());
+        }
+        Fingerprint {
+            rows: rows.len(),
+            tokens: rows.tokens(),
+            crc32: hasher.finalize(),
+        }
+    }
+}
+
+/// How far a run has come, tensors apart.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct TrainerState {
+    /// Steps done, skipped ones included.
+    pub step: u64,
+    /// Updates applied.
+    pub updates: u64,
+    /// Loss scale.
+    pub loss_scale: LossScale,
+    /// Position in the data.
+    pub data: SamplerState,
+    /// Which data.
+    pub fingerprint: Fingerprint,
+}
+
+impl TrainerState {
+    /// A run that has not begun.
+    pub fn new(loss_scale: LossScale, fingerprint: Fingerprint) -> Self {
+        TrainerState {
+            step: 0,
+            updates: 0,
+            loss_scale,
+            data: SamplerState::default(),
+            fingerprint,
+        }
+    }
+
+    /// Records a step, after which the data goes on at `data`.
+    pub fn advance(&mut self, outcome: &StepOutcome, data: SamplerState) {
+        self.step += 1;
+        self.updates += u64::from(outcome.applied);
+        self.loss_scale.update(outcome.applied);
+        self.data = data;
+    }
+}
+
+/// A checkpoint that was read.
+pub(super) struct Resumed {
+    folder: PathBuf,
+    config: RunConfig,
+    /// How far it had come.
+    pub trainer: TrainerState,
+    /// Values and moments.
+    pub tensors: BTreeMap<String, HostTensor>,
+}
+
+/// Reads the checkpoint that the configuration asks for.
+pub(super) fn find(
+    config: &RunConfig,
+    reporter: &mut dyn FnMut(Event),
+) -> Result<Option<Resumed>, TrainError> {
+    let folder = match &config.run.resume {
+        Resume::No => return Ok(None),
+        Resume::From(folder) => folder.clone(),
+        Resume::Latest => {
+            let output = &config.run.output;
+            let latest = run_state::latest_checkpoint(output)?;
+            for (folder, reason) in &latest.skipped {
+                let folder = folder.display();
+                reporter(Event::Warning(format!("{folder} is passed over: {reason}")));
+            }
+            latest.path.ok_or_else(|| TrainError::NothingToResume {
+                output: output.clone(),
+            })?
+        }
+    };
+    run_state::verify_checkpoint(&folder)?;
+    Ok(Some(Resumed {
+        config: RunConfig::from_file(&folder.join(CONFIG))?,
+        trainer: run_state::read_json(&folder.join(TRAINER_STATE))?,
+        tensors: run_state::read_tensors(&folder.join(TENSORS))?,
+        folder,
+    }))
+}
+
+impl Resumed {
+    /// The file that [`Resumed::tensors`] come from.
+    pub fn tensors_file(&self) -> PathBuf {
+        self.folder.join(TENSORS)
+    }
+
+    /// Refuses to go on with other data, or as a run of another kind. What may differ: devices and
+    /// everything about them, the length of the run, the optimiser's settings, the output folder.
+    pub fn check(&self, config: &RunConfig, fingerprint: &Fingerprint) -> Result<(), TrainError> {
+        let (then, now) = (&self.config, config);
+        let text = |value: &dyn std::fmt::Debug| format!("{value:?}");
+        let facts = [
+            (
+                "adapter",
+                text(&without_origin(&then.adapter)),
+                text(&without_origin(&now.adapter)),
+            ),
+            (
+                "model.precision",
+                text(&then.model.precision),
+                text(&now.model.precision),
+            ),
+            (
+                "data.shuffle",
+                text(&then.data.shuffle),
+                text(&now.data.shuffle),
+            ),
+            (
+                "run.micro_batch_size",
+                text(&then.run.micro_batch_size),
+                text(&now.run.micro_batch_size),
+            ),
+            (
+                "run.gradient_accumulation",
+                text(&then.run.gradient_accumulation),
+                text(&now.run.gradient_accumulation),
+            ),
+            ("run.seed", text(&then.run.seed), text(&now.run.seed)),
+            (
+                "data.train (rows, tokens, crc32)",
+                text(&self.trainer.fingerprint),
+                text(fingerprint),
+            ),
+        ];
+        for (field, found, expected) in facts {
+            if found != expected {
+                return Err(TrainError::OtherRun {
+                    checkpoint: self.folder.clone(),
+                    field,
+                    found,
+                    expected,
+                });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// An adapter's settings without the folder it started from, which a resumed run no longer needs.
+fn without_origin(adapter: &AdapterSection) -> AdapterSection {
+    let mut adapter = adapter.clone();
+    match &mut adapter {
+        AdapterSection::Lora(lora) => lora.init_adapter = None,
+        AdapterSection::Prefix(prefix) => prefix.init_adapter = None,
+        AdapterSection::Full(_) => {}
+    }
+    adapter
+}
+
+/// Writes the resolved configuration into a folder and returns its path.
+pub(super) fn write_config(config: &RunConfig, folder: &Path) -> Result<PathBuf, TrainError> {
+    fs::create_dir_all(folder).map_err(write_error(folder))?;
+    let path = folder.join(CONFIG);
+    write_text(&path, &config.to_toml()?)?;
+    Ok(path)
+}
+
+fn write_error(path: &Path) -> impl FnOnce(std::io::Error) -> CheckpointError {
+    let path = path.to_owned();
+    move |cause| CheckpointError::Write { path, cause }
+}
+
+fn write_text(path: &Path, text: &str) -> Result<(), CheckpointError> {
+    let write = || {
+        use std::io::Write;
+        let mut file = AtomicFile::create(path)?;
+        file.write_all(text.as_bytes())?;
+        file.commit()
+    };
+    write().map_err(write_error(path))
+}
+
+/// Saves `checkpoint-{step}` and returns its path.
+pub(super) fn save(
+    config: &RunConfig,
+    trainables: &Trainables,
+    base: &Base,
+    state: &TrainerState,
+    parameters: &[ParameterState],
+    reporter: &mut dyn FnMut(Event),
+) -> Result<PathBuf, TrainError> {
+    let specs = trainables.specs();
+    let values = files::put_together(specs, parameters.iter().map(|p| &p.values[..]))?;
+    let mut tensors = named("values", values.clone());
+    let exp_avg = files::put_together(specs, parameters.iter().map(|p| &p.exp_avg[..]))?;
+    tensors.extend(named("exp_avg", exp_avg));
+    let exp_avg_sq = files::put_together(specs, parameters.iter().map(|p| &p.exp_avg_sq[..]))?;
+    tensors.extend(named("exp_avg_sq", exp_avg_sq));
+    let toml = config.to_toml()?;
+    let (output, limit) = (&config.run.output, config.run.save_total_limit);
+    let saved = run_state::save_checkpoint(output, state.step, limit, |folder| {
+        if !trainables.is_full() {
+            write_adapter(config, base, values, &folder.join(ADAPTER))?;
+        }
+        run_state::write_tensors(&folder.join(TENSORS), &tensors)?;
+        run_state::write_json(&folder.join(TRAINER_STATE), state)?;
+        write_text(&folder.join(CONFIG), &toml)
+    });
+    match saved {
+        Err(error @ CheckpointError::Prune { .. }) => {
+            reporter(Event::Warning(error.to_string()));
+            match error {
+                CheckpointError::Prune { saved, .. } => Ok(saved),
+                other => Err(other.into()),
+            }
+        }
+        saved => Ok(saved?),
+    }
+}
+
+fn named(part: &str, tensors: BTreeMap<String, HostTensor>) -> BTreeMap<String, HostTensor> {
+    let name = |(name, tensor)| (format!("{part}/{name}"), tensor);
+    tensors.into_iter().map(name).collect()
+}
+
+/// Writes the adapter in the form that others read: a PEFT folder, or a prefix as safetensors.
+fn write_adapter(
+    config: &RunConfig,
+    base: &Base,
+    tensors: BTreeMap<String, HostTensor>,
+    folder: &Path,
+) -> Result<(), CheckpointError> {
+    match &config.adapter {
+        AdapterSection::Lora(lora) => LoraFiles {
+            config: LoraFileConfig {
+                r: lora.r,
+                lora_alpha: lora.lora_alpha,
+                lora_dropout: lora.lora_dropout,
+                target_modules: lora.target_modules.clone(),
+                base_model_name_or_path: Some(config.model.path.display().to_string()),
+                task_type: Some("CAUSAL_LM".to_owned()),
+            },
+            tensors,
+        }
+        .write(folder),
+        AdapterSection::Prefix(prefix) => PrefixFiles {
+            pre_seq_len: prefix.pre_seq_len,
+            prefix_projection: prefix.prefix_projection,
+            tensors,
+            ignored: Vec::new(),
+        }
+        .write(folder, model_config_json(config)?),
+        AdapterSection::Full(_) => write_model(config, base, tensors, folder),
+    }
+}
+
+fn model_config_json(
+    config: &RunConfig,
+) -> Result<serde_json::Map<String, serde_json::Value>, CheckpointError> {
+    run_state::read_json(&config.model.path.join("config.json"))
+}
+
+/// Writes a trained model as a Hugging Face folder, in the storage type of the run.
+fn write_model(
+    config: &RunConfig,
+    base: &Base,
+    tensors: BTreeMap<String, HostTensor>,
+    folder: &Path,
+) -> Result<(), CheckpointError> {
+    fs::create_dir_all(folder).map_err(write_error(folder))?;
+    let mut stored = BTreeMap::new();
+    for (name, tensor) in tensors {
+        let tensor = match config.model.precision {
+            Precision::F32 => tensor,
+            Precision::F16 => HostTensor::from_f16(tensor.shape.clone(), &tensor.to_f16()?)?,
+        };
+        stored.insert(name, tensor);
+    }
+    write_safetensors(&folder.join("model.safetensors"), &stored)?;
+    let mut json = model_config_json(config)?;
+    let tied = base.head_source.tied;
+    json.insert("tie_word_embeddings".to_owned(), json!(tied));
+    let dtype = match config.model.precision {
+        Precision::F32 => "float32",
+        Precision::F16 => "float16",
+    };
+    json.insert("torch_dtype".to_owned(), json!(dtype));
+    run_state::write_json(&folder.join("config.json"), &json)
+}
+
+/// Writes what the run was for, and returns where.
+pub(super) fn write_result(
+    config: &RunConfig,
+    trainables: &Trainables,
+    base: &Base,
+    parameters: &[ParameterState],
+) -> Result<PathBuf, TrainError> {
+    let values = parameters.iter().map(|state| &state.values[..]);
+    let tensors = files::put_together(trainables.specs(), values)?;
+    let folder = result_folder(&config.adapter, &config.run.output);
+    write_adapter(config, base, tensors, &folder)?;
+    Ok(folder)
+}
+
+/// Writes the micro-batches of a step that diverged as JSONL, one sequence a line.
+pub(super) fn write_diverged_batch(output: &Path, plan: &StepPlan) -> Result<PathBuf, TrainError> {
+    let path = output.join("diverged_batch.jsonl");
+    let mut text = String::new();
+    for batch in &plan.micro_batches {
+        for sequence in &batch.sequences {
+            let range = sequence.start..sequence.start + sequence.len;
+            let mut labels = vec![-100_i64; sequence.len + 1];
+            for target in &batch.targets {
+                if range.contains(&(target.row as usize)) {
+                    labels[target.row as usize - sequence.start + 1] = i64::from(target.id);
+                }
+            }
+            labels.truncate(sequence.len);
+            let row = json!({
+                "input_ids": &batch.input_ids[range.clone()],
+                "labels": labels,
+                "context_length": sequence.context_length,
+                "position_ids": [&batch.position[range.clone()], &batch.block_position[range]],
+            });
+            text.push_str(&row.to_string());
+            text.push('\n');
+        }
+    }
+    write_text(&path, &text)?;
+    Ok(path)
+}

@@ -1,0 +1,298 @@
+//! `mp-train train`: fetch, forward and backward, agree, update, report, save.
+
+mod checkpoint;
+mod error;
+mod initial;
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use crate::config::run::{AdapterSection, LossNormalisation, Precision, Resume, RunConfig};
+use crate::data::batch::MicroBatch;
+use crate::data::pretokenised;
+use crate::data::rows::Rows;
+use crate::data::sampler::{Order, Sampler};
+use crate::model::trainables::Trainables;
+use crate::model::weights;
+use crate::optim::curve::learning_rate;
+use crate::optim::loss_scale::LossScale;
+use crate::pipeline::base::{Base, Layout};
+use crate::pipeline::launch::Engine;
+use crate::pipeline::partition;
+use crate::pipeline::plan::{StepOutcome, StepPlan};
+use crate::pipeline::schedule::Schedule;
+use crate::report::{Event, RunFinished, RunStarted, StageSummary, StepReport};
+
+use self::checkpoint::{Fingerprint, TrainerState};
+pub use self::error::TrainError;
+
+/// How a run ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// All steps are done and the result is saved.
+    Finished,
+    /// A signal came; a checkpoint of this step is saved.
+    Interrupted {
+        /// Steps done.
+        step: u64,
+    },
+}
+
+/// Model, data and layout of a run, before any worker is started.
+pub(crate) struct Prepared {
+    pub base: Base,
+    pub rows: Rows,
+    pub trainables: Trainables,
+    pub layout: Layout,
+    pub sampler: Sampler,
+}
+
+/// Opens model and data and decides who does what; `state` is where the data goes on.
+pub(crate) fn prepare(
+    config: &RunConfig,
+    state: crate::data::sampler::SamplerState,
+) -> Result<Prepared, TrainError> {
+    let base = Base::open(&config.model.path)?;
+    let rows = pretokenised::read_rows(&config.data.train, &base.config)?;
+    let trainables = Trainables::new(&base.config, &config.adapter, base.head_source.tied)?;
+    let order = match config.data.shuffle {
+        true => Order::Shuffled {
+            seed: config.run.seed,
+        },
+        false => Order::AsGiven,
+    };
+    let sampler = Sampler::new(rows.len(), config.run.micro_batch_size, order, state)?;
+    let pipeline = &config.pipeline;
+    let head_cost = partition::head_cost(
+        &base.config,
+        rows.target_share(),
+        pipeline.recompute,
+        trainables.is_full(),
+    );
+    let balance = pipeline.balance.as_deref();
+    let stages = base.stages(&pipeline.devices, balance, head_cost)?;
+    let micro_batches = config.run.gradient_accumulation;
+    let mut layout = Layout {
+        devices: pipeline.devices.clone(),
+        precision: config.model.precision,
+        schedule: Schedule::build(pipeline.schedule, stages.len(), micro_batches),
+        recompute: vec![pipeline.recompute; stages.len()],
+        stages,
+        max_rows: sampler.max_tokens(&rows),
+        max_sequences: config.run.micro_batch_size.min(rows.len()),
+        threads: pipeline.threads,
+    };
+    layout.choose_recompute(&base.config, &trainables, pipeline.memory_per_device)?;
+    Ok(Prepared {
+        base,
+        rows,
+        trainables,
+        layout,
+        sampler,
+    })
+}
+
+/// Trains, from the start or from a checkpoint, and says what happens through `reporter`.
+///
+/// # Errors
+/// Configuration, model or data that the user can mend; a stage that failed; training that diverged.
+/// Checkpoints written before stay valid.
+pub fn run(
+    config: &RunConfig,
+    reporter: &mut dyn FnMut(Event),
+    stop: &AtomicBool,
+) -> Result<Outcome, TrainError> {
+    let started = Instant::now();
+    let resumed = checkpoint::find(config, reporter)?;
+    let position = resumed.as_ref().map(|state| state.trainer.data);
+    let prepared = prepare(config, position.unwrap_or_default())?;
+    let fingerprint = Fingerprint::of(&prepared.rows);
+    let mut state = match &resumed {
+        Some(resumed) => {
+            resumed.check(config, &fingerprint)?;
+            resumed.trainer.clone()
+        }
+        None => TrainerState::new(loss_scale(config.model.precision), fingerprint),
+    };
+    let Prepared {
+        base,
+        rows,
+        trainables,
+        layout,
+        mut sampler,
+    } = prepared;
+    if let Some(warning) = &base.head_source.warning {
+        reporter(Event::Warning(warning.clone()));
+    }
+    let initial = initial::values(config, &base, &trainables, resumed)?;
+    let mut engine = base.start(&layout, trainables.clone(), initial)?;
+    let config_path = checkpoint::write_config(config, &config.run.output)?;
+    reporter(Event::RunStarted(RunStarted {
+        stages: summary(&layout),
+        trainable_parameters: trainables.count() as u64,
+        model_parameters: model_parameters(&base),
+        start_step: state.step,
+        max_steps: config.run.max_steps,
+        output: config.run.output.clone(),
+        config_path,
+    }));
+
+    let mut saved = resumed_step(config, state.step);
+    while state.step < config.run.max_steps {
+        let began = Instant::now();
+        let plan = fetch(config, &rows, &mut sampler, &state);
+        let outcome = engine.step(plan.clone())?;
+        state.advance(&outcome, sampler.state());
+        reporter(Event::Step(report(config, &plan, &outcome, began)));
+        if state.loss_scale.skipped_in_a_row() >= config.optimizer.max_skipped_steps {
+            let batch = checkpoint::write_diverged_batch(&config.run.output, &plan)?;
+            return Err(TrainError::Diverged {
+                step: state.step,
+                skipped: state.loss_scale.skipped_in_a_row(),
+                batch,
+            });
+        }
+        let interrupted = stop.load(Ordering::Relaxed);
+        let due = config.run.save_steps > 0 && state.step % config.run.save_steps == 0;
+        if due || interrupted {
+            save(config, &trainables, &base, &mut engine, &state, reporter)?;
+            saved = Some(state.step);
+        }
+        if interrupted {
+            return Ok(Outcome::Interrupted { step: state.step });
+        }
+    }
+
+    if saved != Some(state.step) {
+        save(config, &trainables, &base, &mut engine, &state, reporter)?;
+    }
+    let states = engine.snapshot()?;
+    let result = checkpoint::write_result(config, &trainables, &base, &states)?;
+    reporter(Event::Finished(RunFinished {
+        steps: state.step,
+        seconds: started.elapsed().as_secs_f64(),
+        result,
+    }));
+    Ok(Outcome::Finished)
+}
+
+/// The step that a resumed run finds saved already, in its own output folder.
+fn resumed_step(config: &RunConfig, step: u64) -> Option<u64> {
+    (config.run.resume == Resume::Latest).then_some(step)
+}
+
+fn loss_scale(precision: Precision) -> LossScale {
+    match precision {
+        Precision::F32 => LossScale::fixed(),
+        Precision::F16 => LossScale::dynamic(),
+    }
+}
+
+fn summary(layout: &Layout) -> Vec<StageSummary> {
+    let stages = layout.devices.iter().zip(&layout.stages);
+    let summary = stages.map(|(device, stage)| StageSummary {
+        device: device.to_string(),
+        blocks: stage.blocks.clone(),
+    });
+    summary.collect()
+}
+
+fn model_parameters(base: &Base) -> u64 {
+    let tied = base.head_source.tied;
+    let tensors = weights::model_tensors(&base.config).into_iter();
+    let own = tensors.filter(|(name, _)| !(tied && name == weights::LM_HEAD));
+    own.map(|(_, shape)| shape.iter().product::<usize>() as u64)
+        .sum()
+}
+
+/// The next step's micro-batches, and how much each of their targets weighs.
+fn fetch(config: &RunConfig, rows: &Rows, sampler: &mut Sampler, state: &TrainerState) -> StepPlan {
+    let micro_batches: Vec<MicroBatch> = (0..config.run.gradient_accumulation)
+        .map(|_| {
+            let indices = sampler.next_micro_batch();
+            MicroBatch::from_rows(indices.into_iter().filter_map(|index| rows.get(index)))
+        })
+        .collect();
+    StepPlan {
+        step: state.step,
+        updates: state.updates,
+        learning_rate: learning_rate(&config.optimizer, state.updates, config.run.max_steps),
+        loss_scale: state.loss_scale.scale(),
+        target_weights: target_weights(config.optimizer.loss_normalisation, &micro_batches),
+        micro_batches,
+        optimizer: config.optimizer.clone(),
+        seed: config.run.seed,
+    }
+}
+
+/// Weight of one target of each micro-batch in the loss of the step.
+pub fn target_weights(normalisation: LossNormalisation, micro_batches: &[MicroBatch]) -> Vec<f32> {
+    let targets = |batch: &MicroBatch| batch.targets.len() as f64;
+    let all: f64 = micro_batches.iter().map(targets).sum();
+    let count = micro_batches.len() as f64;
+    let weight = |batch: &MicroBatch| match normalisation {
+        LossNormalisation::PerToken => (1.0 / all) as f32,
+        LossNormalisation::PerMicroBatch => (1.0 / (targets(batch) * count)) as f32,
+    };
+    micro_batches.iter().map(weight).collect()
+}
+
+fn report(
+    config: &RunConfig,
+    plan: &StepPlan,
+    outcome: &StepOutcome,
+    began: Instant,
+) -> StepReport {
+    let sums = outcome.loss_sums.iter().zip(&plan.micro_batches);
+    let micro_losses: Vec<f32> = sums
+        .map(|(sum, batch)| sum / batch.targets.len() as f32)
+        .collect();
+    let weighted = outcome.loss_sums.iter().zip(&plan.target_weights);
+    let loss: f64 = weighted
+        .map(|(&sum, &weight)| f64::from(sum) * f64::from(weight))
+        .sum();
+    let batches = plan.micro_batches.iter();
+    StepReport {
+        step: plan.step + 1,
+        max_steps: config.run.max_steps,
+        loss: loss as f32,
+        micro_losses,
+        learning_rate: plan.learning_rate,
+        grad_norm: outcome.grad_norm,
+        clipped: outcome.applied && outcome.clip < 1.0,
+        skipped: !outcome.applied,
+        loss_scale: plan.loss_scale,
+        target_tokens: batches
+            .clone()
+            .map(|batch| batch.targets.len() as u64)
+            .sum(),
+        tokens: batches.map(|batch| batch.tokens() as u64).sum(),
+        seconds: began.elapsed().as_secs_f64(),
+    }
+}
+
+fn save(
+    config: &RunConfig,
+    trainables: &Trainables,
+    base: &Base,
+    engine: &mut Engine,
+    state: &TrainerState,
+    reporter: &mut dyn FnMut(Event),
+) -> Result<(), TrainError> {
+    let states = engine.snapshot()?;
+    let path = checkpoint::save(config, trainables, base, state, &states, reporter)?;
+    reporter(Event::CheckpointSaved {
+        path,
+        step: state.step,
+    });
+    Ok(())
+}
+
+/// Where the result of a run of this kind goes, inside its output folder.
+fn result_folder(adapter: &AdapterSection, output: &Path) -> PathBuf {
+    output.join(match adapter {
+        AdapterSection::Lora(_) | AdapterSection::Prefix(_) => "adapter",
+        AdapterSection::Full(_) => "model",
+    })
+}
