@@ -16,7 +16,8 @@ use super::Outcome;
 /// Trainable tensors and their first values.
 #[derive(Clone)]
 pub struct Adapter {
-    pub section: AdapterSection,
+    /// What is trained; nothing in plain runs.
+    pub section: Option<AdapterSection>,
     values: Values,
 }
 
@@ -29,21 +30,11 @@ enum Values {
     },
 }
 
-fn lora_section(r: usize, lora_alpha: f32, target_modules: Vec<String>) -> AdapterSection {
-    AdapterSection::Lora(LoraSection {
-        r,
-        lora_alpha,
-        lora_dropout: 0.0,
-        target_modules,
-        init_adapter: None,
-    })
-}
-
 impl Adapter {
     /// Nothing is trained.
     pub fn none() -> Adapter {
         Adapter {
-            section: lora_section(1, 1.0, Vec::new()),
+            section: None,
             values: Values::Files(Arc::default()),
         }
     }
@@ -52,7 +43,13 @@ impl Adapter {
     pub fn lora(folder: &Path) -> Outcome<Adapter> {
         let LoraFiles { config, tensors } = LoraFiles::read(folder)?;
         Ok(Adapter {
-            section: lora_section(config.r, config.lora_alpha, config.target_modules),
+            section: Some(AdapterSection::Lora(LoraSection {
+                r: config.r,
+                lora_alpha: config.lora_alpha,
+                lora_dropout: 0.0,
+                target_modules: config.target_modules,
+                init_adapter: None,
+            })),
             values: Values::Files(Arc::new(tensors)),
         })
     }
@@ -61,12 +58,12 @@ impl Adapter {
     pub fn prefix(folder: &Path) -> Outcome<Adapter> {
         let files = PrefixFiles::read(folder)?;
         Ok(Adapter {
-            section: AdapterSection::Prefix(PrefixSection {
+            section: Some(AdapterSection::Prefix(PrefixSection {
                 pre_seq_len: files.pre_seq_len,
                 prefix_projection: files.prefix_projection,
                 prefix_dropout: 0.0,
                 init_adapter: None,
-            }),
+            })),
             values: Values::Files(Arc::new(files.tensors)),
         })
     }
@@ -74,7 +71,7 @@ impl Adapter {
     /// Every tensor of the model.
     pub fn full(source: &Arc<dyn TensorSource>, head_source: &HeadSource) -> Adapter {
         Adapter {
-            section: AdapterSection::Full(FullSection {}),
+            section: Some(AdapterSection::Full(FullSection {})),
             values: Values::Model {
                 source: Arc::clone(source),
                 embedding: head_source.embedding,
@@ -84,18 +81,16 @@ impl Adapter {
 
     /// The trainable tensors on this model.
     pub fn trainables(&self, config: &ModelConfig, tied: bool) -> Outcome<Trainables> {
-        Ok(Trainables::new(config, &self.section, tied)?)
-    }
-
-    /// Whether the prefix passes through a projection.
-    pub fn is_projected(&self) -> bool {
-        matches!(&self.section, AdapterSection::Prefix(prefix) if prefix.prefix_projection)
+        Ok(match &self.section {
+            Some(section) => Trainables::new(config, section, tied)?,
+            None => Trainables::none(tied),
+        })
     }
 
     /// P; 0 without a prefix.
     pub fn prefix_len(&self) -> usize {
         match &self.section {
-            AdapterSection::Prefix(prefix) => prefix.pre_seq_len,
+            Some(AdapterSection::Prefix(prefix)) => prefix.pre_seq_len,
             _ => 0,
         }
     }

@@ -62,7 +62,10 @@ impl Stored {
         Ok(Stored {
             rows,
             seq,
-            ids: ids.iter().map(|&id| u32::try_from(id)).collect::<Result<_, _>>()?,
+            ids: ids
+                .iter()
+                .map(|&id| u32::try_from(id))
+                .collect::<Result<_, _>>()?,
             labels: labels.map(label).collect::<Result<_, _>>()?,
         })
     }
@@ -136,7 +139,9 @@ impl Stored {
                     if columns.contains(&k) && visible != (hidden == 0)
                         || k < columns.start && hidden == 0
                     {
-                        return Err(format!("row {row}: the mask at ({t}, {k}) fits no context").into());
+                        return Err(
+                            format!("row {row}: the mask at ({t}, {k}) fits no context").into()
+                        );
                     }
                 }
             }
@@ -177,7 +182,8 @@ impl Stored {
     pub fn until_last_label(&self) -> Vec<std::ops::Range<usize>> {
         let rows = (0..self.rows).map(|row| self.row(row, 0..self.seq).1);
         let last = |labels: &[u32]| labels.iter().rposition(|&label| label != NO_LABEL);
-        rows.map(|labels| 0..last(labels).map_or(0, |last| last + 1)).collect()
+        rows.map(|labels| 0..last(labels).map_or(0, |last| last + 1))
+            .collect()
     }
 
     fn batch(&self, rows: Vec<Row<'_>>, places: Vec<(usize, usize)>) -> Batch {

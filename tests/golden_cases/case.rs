@@ -9,7 +9,7 @@ use std::sync::Arc;
 use mp_train::checkpoint::safetensors::SafetensorsFile;
 use mp_train::checkpoint::{HostTensor, ModelFolder, TensorSource};
 use mp_train::config::model::ModelConfig;
-use mp_train::model::weights::{self, HeadSource};
+use mp_train::model::weights::{self, HeadSource, WORD_EMBEDDINGS};
 use serde_json::{Map, Value};
 
 use super::Outcome;
@@ -47,10 +47,45 @@ impl Family {
         })
     }
 
+    /// `model/`.
+    pub fn model_folder(&self) -> PathBuf {
+        self.folder.join("model")
+    }
+
+    /// The first tensor in which `model_bin/` is not what `model/` is; `None` also without the folder.
+    pub fn model_bin_difference(&self) -> Outcome<Option<String>> {
+        let folder = self.folder.join("model_bin");
+        if !folder.exists() {
+            return Ok(None);
+        }
+        let other = ModelFolder::open(&folder)?;
+        if ModelConfig::from_json_file(&folder.join("config.json"))? != self.config {
+            return Ok(Some("config.json".to_owned()));
+        }
+        weights::check(&other, &self.config)?;
+        for name in self.model.names() {
+            let (a, b) = (self.model.read(&name)?, other.read(&name)?);
+            if a.shape != b.shape || a.to_f32()? != b.to_f32()? {
+                return Ok(Some(name));
+            }
+        }
+        Ok(None)
+    }
+
     /// The factor on the residual, from the manifest.
     pub fn residual_alpha(&self) -> Outcome<f64> {
         let alpha = self.manifest["residual_alpha"].as_f64();
         Ok(alpha.ok_or("the manifest has no residual_alpha")?)
+    }
+
+    /// One matrix for embedding and head: the embedding's values, lm_head's are ignored.
+    pub fn tied_to_embedding(&self) -> HeadSource {
+        HeadSource {
+            embedding: WORD_EMBEDDINGS,
+            head: WORD_EMBEDDINGS,
+            tied: true,
+            warning: None,
+        }
     }
 
     /// Opens a case and checks that its file holds what the manifest says.
@@ -73,7 +108,11 @@ impl Family {
             };
             roles.insert(tensor.clone(), role);
         }
-        if let Some(stray) = source.names().iter().find(|name| !roles.contains_key(*name)) {
+        if let Some(stray) = source
+            .names()
+            .iter()
+            .find(|name| !roles.contains_key(*name))
+        {
             return Err(format!("`{stray}` is not in the manifest").into());
         }
         // "model/ + adapter_lora_qkv/", "model/ (+ ptuning_checkpoint/ for ptuning.*)"
@@ -183,9 +222,17 @@ impl Case {
         self.roles.contains_key(name)
     }
 
+    /// Whether the case expects a tensor of this name.
+    pub fn expects(&self, name: &str) -> bool {
+        self.roles.get(name) == Some(&Role::Expected)
+    }
+
     /// The names of all expected tensors.
     pub fn expected_names(&self) -> impl Iterator<Item = &str> {
-        let expected = self.roles.iter().filter(|(_, role)| **role == Role::Expected);
+        let expected = self
+            .roles
+            .iter()
+            .filter(|(_, role)| **role == Role::Expected);
         expected.map(|(name, _)| name.as_str())
     }
 

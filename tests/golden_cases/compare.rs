@@ -98,7 +98,8 @@ impl Report {
         };
         self.failed |= verdict == "FAIL";
         let case = &self.case;
-        self.lines.push(format!("{case}/{variant} {error} 0 {verdict}{why}"));
+        self.lines
+            .push(format!("{case}/{variant} {error} 0 {verdict}{why}"));
     }
 
     /// Compares all that was found with what the case expects under these names, and adds a line.
@@ -108,7 +109,7 @@ impl Report {
         let mut worst: Option<Worst> = None;
         let mut recomputed = Vec::new();
         for (name, found) in found {
-            if !case.has(name) {
+            if !case.expects(name) {
                 continue;
             }
             let limit = Limit::of(name).ok_or(format!("no limit is known for `{name}`"))?;
@@ -123,7 +124,10 @@ impl Report {
                 error,
                 limit: limit.value(),
             };
-            if worst.as_ref().is_none_or(|worst| this.share() > worst.share()) {
+            if worst
+                .as_ref()
+                .is_none_or(|worst| this.share() > worst.share())
+            {
                 worst = Some(this);
             }
         }
@@ -131,14 +135,24 @@ impl Report {
         let verdict = if worst.share() <= 1.0 { "ok" } else { "FAIL" };
         self.failed |= verdict == "FAIL";
         let mut line = format!(
-            "{}/{variant} {:.2e} {:.0e} {verdict} ({})",
-            self.case, worst.error, worst.limit, worst.tensor
+            "{}/{variant} {} {} {verdict} ({})",
+            self.case,
+            number(worst.error),
+            number(worst.limit),
+            worst.tensor
         );
         if !recomputed.is_empty() {
             line += &format!("; recomputed: {}", recomputed.join(", "));
         }
         self.lines.push(line);
         Ok(())
+    }
+}
+
+fn number(value: f64) -> String {
+    match value {
+        0.0 => "0".to_owned(),
+        value => format!("{value:.1e}"),
     }
 }
 
@@ -152,7 +166,10 @@ fn largest_error(limit: Limit, expected: &Tensor, found: &Found) -> Result<f64, 
             expected.shape, found.shape
         ));
     }
-    let largest = expected.values.iter().fold(0.0, |max: f64, v| max.max(v.abs()));
+    let largest = expected
+        .values
+        .iter()
+        .fold(0.0, |max: f64, v| max.max(v.abs()));
     let (mut worst, mut compared) = (0.0, 0);
     for (expected, found) in expected.values.iter().zip(&found.values) {
         let Some(found) = found else { continue };

@@ -25,7 +25,10 @@ impl Limit {
     pub fn of(name: &str) -> Option<Limit> {
         // The runs of quant_* and generate_greedy: `ptuning.loss`, `plain.step_logits`.
         let runs = ["plain.", "ptuning_projection.", "ptuning.", "unrounded."];
-        let name = runs.iter().find_map(|run| name.strip_prefix(run)).unwrap_or(name);
+        let name = runs
+            .iter()
+            .find_map(|run| name.strip_prefix(run))
+            .unwrap_or(name);
         let (head, rest) = name.split_once('.').unwrap_or((name, ""));
         let last = name.rsplit('.').next().unwrap_or(name);
         Some(match (head, rest) {

@@ -3,8 +3,8 @@
 mod adapter;
 mod batch;
 mod case;
-
 mod compare;
+mod engine;
 mod forward;
 mod generate;
 mod gradients;
@@ -15,7 +15,6 @@ mod rotary;
 mod single;
 mod training;
 
-use std::io::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
@@ -67,8 +66,8 @@ fn procedure<B: Golden>(case: &str) -> Option<Procedure> {
     })
 }
 
-/// Runs all cases of a folder and returns the names of those that failed.
-pub fn run<B: Golden>(folder: &Path) -> Outcome<Vec<String>> {
+/// Runs all cases of a folder, hands each line to `say`, and returns the names of those that failed.
+pub fn run<B: Golden>(folder: &Path, say: &mut dyn FnMut(&str)) -> Outcome<Vec<String>> {
     let family = Family::open(folder)?;
     say(&format!(
         "\n{}: {} cases on {} in {}",
@@ -87,12 +86,16 @@ pub fn run<B: Golden>(folder: &Path) -> Outcome<Vec<String>> {
         if let Err(error) = run_case::<B>(&family, name, &mut report) {
             report.fail(error.to_string());
         }
-        for line in report.lines() {
-            say(line);
-        }
+        report.lines().iter().for_each(|line| say(line));
         if report.failed() {
             failed.push(name.clone());
         }
+    }
+    let mut report = Report::new("model_bin");
+    report.same("as_model", family.model_bin_difference()?);
+    report.lines().iter().for_each(|line| say(line));
+    if report.failed() {
+        failed.push("model_bin".to_owned());
     }
     for file in family.stray_files()? {
         say(&format!("{file} - - FAIL (no case of the manifest)"));
@@ -114,10 +117,4 @@ fn run_case<B: Golden>(family: &Family, name: &str, report: &mut Report) -> Outc
         report.fail(format!("nothing reads the {role} `{tensor}`"));
     }
     Ok(())
-}
-
-/// Past the capture of the test harness: the lines are the point.
-fn say(line: &str) {
-    let mut out = std::io::stdout().lock();
-    writeln!(out, "{line}").unwrap();
 }

@@ -8,11 +8,14 @@ use mp_train::model::head::LogitsRows;
 use super::Outcome;
 use super::batch::Batch;
 use super::case::Family;
-use super::single::Single;
 use super::compare::{Found, FoundTensors};
+use super::single::Single;
 
 fn widened<E: Element>(values: Vec<E>) -> Vec<f64> {
-    values.into_iter().map(|value| value.to_f32().into()).collect()
+    values
+        .into_iter()
+        .map(|value| value.to_f32().into())
+        .collect()
 }
 
 /// Reads activations of type `T` as f64.
@@ -35,20 +38,20 @@ pub fn forward<B: Backend>(
     found.insert("attention_mask".into(), mask);
     let vocab = family.config.vocab_size;
     let (rows, hidden) = (batch.micro.tokens(), family.config.hidden_size);
-    let link = single.only();
-    let backend = &link.backend;
-    let all = link.stage.logits(backend, 0, LogitsRows::All)?;
+    let Single { backend, stage, .. } = single;
+    let backend = &*backend;
+    let all = stage.logits(backend, 0, LogitsRows::All)?;
     let all = all.ok_or("the stage has no head")?;
     found.insert("logits".into(), batch.spread(&widened(all.logits), vocab));
     let normed = batch.spread(&widened(all.normed), hidden);
     found.insert("hidden.final_norm".into(), normed);
 
-    let slot = link.stage.slot(0);
+    let slot = stage.slot(0);
     let mut outputs = Vec::new();
     for input in &slot.inputs {
         outputs.push(read!(backend, input, rows * hidden));
     }
-    outputs.push(read!(backend, link.stage.output(), rows * hidden));
+    outputs.push(read!(backend, stage.output(), rows * hidden));
     for (index, values) in outputs.iter().enumerate() {
         let name = match index {
             0 => "hidden.embedding".to_owned(),
@@ -84,7 +87,9 @@ fn block<B: Backend>(
     let context = read!(backend, &attention.context, rows * hidden);
     let branch = |sum: &[f64], residual: &[f64]| -> Vec<f64> {
         let pairs = sum.iter().zip(residual);
-        pairs.map(|(sum, residual)| sum - alpha * residual).collect()
+        pairs
+            .map(|(sum, residual)| sum - alpha * residual)
+            .collect()
     };
     let attention_output = branch(&sum, &norm1);
     let mlp_output = branch(output, &norm2);
@@ -146,14 +151,13 @@ pub fn loss<B: Backend>(
     batch: &Batch,
     found: &mut FoundTensors,
 ) -> Outcome<()> {
-    let link = single.only();
     let targets = batch.micro.targets.len();
-    let losses = link.stage.slot(0).token_loss.as_ref();
+    let losses = single.stage.slot(0).token_loss.as_ref();
     let losses = losses.ok_or("the stage has no head")?;
-    let mut sum = link.backend.zeros::<f32>(1)?;
-    link.backend.sum(&mut sum, 0, losses, targets)?;
-    let sum = link.backend.read(&sum, 1)?[0];
-    let losses = read!(link.backend, losses, targets);
+    let mut sum = single.backend.zeros::<f32>(1)?;
+    single.backend.sum(&mut sum, 0, losses, targets)?;
+    let sum = single.backend.read(&sum, 1)?[0];
+    let losses = read!(single.backend, losses, targets);
     found.insert("token_loss".into(), batch.token_loss(&losses));
     found.insert("loss".into(), Found::scalar(sum / targets as f32));
     Ok(())
@@ -161,17 +165,22 @@ pub fn loss<B: Backend>(
 
 /// Gradients by name, parts put together, after [`Single::complete`].
 pub fn gradients<B: Backend>(single: &mut Single<B>, found: &mut FoundTensors) -> Outcome<()> {
-    let link = single.only();
     let mut whole = std::collections::BTreeMap::new();
-    for parameter in link.stage.parameters() {
+    for parameter in single.stage.parameters() {
         if !parameter.written() {
             return Err(format!("`{}` was never written", parameter.spec().title()).into());
         }
         let spec = parameter.spec();
-        let (_, values) = whole
-            .entry(spec.name.clone())
-            .or_insert_with(|| (spec.shape.clone(), vec![f32::NAN; spec.shape.iter().product()]));
-        spec.paste(values, &link.backend.read(parameter.gradient(), spec.len())?);
+        let (_, values) = whole.entry(spec.name.clone()).or_insert_with(|| {
+            (
+                spec.shape.clone(),
+                vec![f32::NAN; spec.shape.iter().product()],
+            )
+        });
+        spec.paste(
+            values,
+            &single.backend.read(parameter.gradient(), spec.len())?,
+        );
     }
     for (name, (shape, values)) in whole {
         found.insert(format!("grad.{name}"), Found::whole(shape, &values));
@@ -186,12 +195,11 @@ pub fn prefix_key_value<B: Backend>(
     len: usize,
 ) -> Outcome<Found> {
     let (heads, dim) = (family.config.num_attention_heads, family.config.head_dim());
-    let link = single.only();
-    let prefix = link.stage.prefix_mut().ok_or("the stage has no prefix")?;
-    let mut values = Vec::new();
+    let prefix = single.stage.prefix_mut().ok_or("the stage has no prefix")?;
+    let mut values: Vec<f64> = Vec::new();
     for layer in 0..family.config.num_layers {
         let block: &PrefixBlock<B> = prefix.block(layer);
-        let rows = read!(link.backend, block.key_value(), len * 2 * heads * dim);
+        let rows = read!(single.backend, block.key_value(), len * 2 * heads * dim);
         for kind_and_head in 0..2 * heads {
             for position in 0..len {
                 let start = (position * 2 * heads + kind_and_head) * dim;

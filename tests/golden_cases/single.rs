@@ -19,15 +19,10 @@ use super::case::Family;
 use super::{Golden, Outcome};
 use mp_train::backend::Backend;
 
-/// A stage and its device.
-pub struct Link<B: Backend> {
-    pub backend: B,
-    pub stage: Stage<B>,
-}
-
 /// The whole model on one stage.
 pub struct Single<B: Backend> {
-    link: Link<B>,
+    pub backend: B,
+    pub stage: Stage<B>,
     layers: usize,
 }
 
@@ -78,14 +73,15 @@ impl<B: Golden> Single<B> {
         };
         let stage = Stage::load(&loader, shape, &parts.head_source)?;
         Ok(Single {
-            link: Link { backend, stage },
+            backend,
+            stage,
             layers: config.num_layers,
         })
     }
 
     /// Forward of a micro-batch, with gradients cleared and the prefix computed.
     pub fn forward(&mut self, micro: &MicroBatch) -> Outcome<()> {
-        let Link { backend, stage } = &mut self.link;
+        let Single { backend, stage, .. } = self;
         let target_rows: Vec<u32> = micro.targets.iter().map(|target| target.row).collect();
         let target_ids: Vec<u32> = micro.targets.iter().map(|target| target.id).collect();
         let rows = BatchRows {
@@ -105,22 +101,15 @@ impl<B: Golden> Single<B> {
 
     /// The mean loss of the micro-batch and its gradient at the last block.
     pub fn loss(&mut self, micro: &MicroBatch) -> Outcome<()> {
-        let Link { backend, stage } = &mut self.link;
+        let Single { backend, stage, .. } = self;
         Ok(stage.loss(backend, 0, 1.0 / micro.targets.len() as f32)?)
     }
 
     /// Backward, up to gradients that need nothing more.
     pub fn backward(&mut self) -> Outcome<()> {
-        let Link { backend, stage } = &mut self.link;
+        let Single { backend, stage, .. } = self;
         stage.backward(backend, 0)?;
         let alone = &mut in_process::connect(1)[0];
         Ok(gradients::complete(stage, backend, alone, self.layers)?)
-    }
-}
-
-impl<B: Backend> Single<B> {
-    /// The stage.
-    pub fn only(&mut self) -> &mut Link<B> {
-        &mut self.link
     }
 }
