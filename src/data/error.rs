@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use super::text_error::{FileProblem, TextProblem, skipped_examples};
+
 /// Why training data cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum DataError {
@@ -28,6 +30,36 @@ pub enum DataError {
         line: usize,
         /// What is wrong with it.
         problem: RowProblem,
+    },
+    /// A file or folder that cannot be used as a whole.
+    #[error("{path}: {problem}")]
+    File {
+        /// The file, the folder or the pattern.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: FileProblem,
+    },
+    /// A file that cannot be read on from some place.
+    #[error("{path}:{line}: {problem}")]
+    Broken {
+        /// The file.
+        path: PathBuf,
+        /// Line, counted from 1.
+        line: usize,
+        /// What is wrong there.
+        problem: FileProblem,
+    },
+    /// Rows, but none that can be used.
+    #[error(
+        "none of the first {rows} rows can be used; is this the right template, and are its column \
+         names those of the data?{}",
+        skipped_examples(.examples)
+    )]
+    NoUsableRow {
+        /// Rows that were looked at.
+        rows: usize,
+        /// The first of them, each with file, line and reason.
+        examples: Vec<String>,
     },
     /// A saved position that this data does not have.
     #[error(
@@ -147,6 +179,9 @@ pub enum RowProblem {
         /// Id of `[MASK]`.
         mask_token_id: u32,
     },
+    /// A row of text that the template cannot use.
+    #[error(transparent)]
+    Text(#[from] TextProblem),
     /// Nothing to learn.
     #[error(
         "no target: every label after the first is -100, so nothing can be learnt from the row"
