@@ -29,6 +29,8 @@ pub mod checkpoint;
 
 pub mod backend;
 
+pub mod quant;
+
 pub mod config;
 
 pub mod random;

@@ -1,0 +1,189 @@
+//! Comparing, and the lines that say how it went.
+
+use std::collections::BTreeMap;
+
+use super::Outcome;
+use super::case::{Case, Tensor};
+use super::limits::Limit;
+
+/// A tensor as the engine has it, laid out as the reference stores it.
+pub struct Found {
+    /// Shape; the reference may store only the first entries of the first dimension.
+    pub shape: Vec<usize>,
+    /// Values; `None` where the engine has none, as for a padded row that was cut off.
+    pub values: Vec<Option<f64>>,
+    /// Whether the engine never holds it and the test worked it out from what the engine uses.
+    pub recomputed: bool,
+}
+
+impl Found {
+    /// A tensor known everywhere.
+    pub fn whole<T: Copy + Into<f64>>(shape: impl Into<Vec<usize>>, values: &[T]) -> Found {
+        Found {
+            shape: shape.into(),
+            values: values.iter().map(|&value| Some(value.into())).collect(),
+            recomputed: false,
+        }
+    }
+
+    /// A single value.
+    pub fn scalar(value: f32) -> Found {
+        Found::whole([], &[value])
+    }
+
+    /// The same, worked out by the test.
+    pub fn recomputed(self) -> Found {
+        Found {
+            recomputed: true,
+            ..self
+        }
+    }
+}
+
+/// Tensors by the names of the reference.
+pub type FoundTensors = BTreeMap<String, Found>;
+
+/// The lines of one case.
+pub struct Report {
+    case: String,
+    lines: Vec<String>,
+    failed: bool,
+}
+
+struct Worst {
+    tensor: String,
+    error: f64,
+    limit: f64,
+}
+
+impl Worst {
+    /// How much of the limit is used up; an error where none is allowed is beyond any share.
+    fn share(&self) -> f64 {
+        match self.error {
+            0.0 => 0.0,
+            error if error.is_nan() => f64::INFINITY,
+            error => error / self.limit,
+        }
+    }
+}
+
+impl Report {
+    pub fn new(case: &str) -> Report {
+        Report {
+            case: case.to_owned(),
+            lines: Vec::new(),
+            failed: false,
+        }
+    }
+
+    pub fn lines(&self) -> &[String] {
+        &self.lines
+    }
+
+    pub fn failed(&self) -> bool {
+        self.failed
+    }
+
+    /// Fails the case as a whole.
+    pub fn fail(&mut self, why: String) {
+        self.failed = true;
+        self.lines.push(format!("{} - - FAIL ({why})", self.case));
+    }
+
+    /// A comparison of numbers that must be the same bits: another way to the same result.
+    pub fn same(&mut self, variant: &str, difference: Option<String>) {
+        let (error, verdict, why) = match difference {
+            None => ("0", "ok", String::new()),
+            Some(what) => ("differs", "FAIL", format!(" ({what})")),
+        };
+        self.failed |= verdict == "FAIL";
+        let case = &self.case;
+        self.lines
+            .push(format!("{case}/{variant} {error} 0 {verdict}{why}"));
+    }
+
+    /// Compares all that was found with what the case expects under these names, and adds a line.
+    /// What the case does not store is passed over; all that it stores must be found by one variant
+    /// or another.
+    pub fn compare(&mut self, case: &Case, variant: &str, found: &FoundTensors) -> Outcome<()> {
+        let mut worst: Option<Worst> = None;
+        let mut recomputed = Vec::new();
+        for (name, found) in found {
+            if !case.expects(name) {
+                continue;
+            }
+            let limit = Limit::of(name).ok_or(format!("no limit is known for `{name}`"))?;
+            let expected = case.expected(name)?;
+            let error = largest_error(limit, &expected, found)
+                .map_err(|why| format!("{variant}: `{name}`: {why}"))?;
+            if found.recomputed {
+                recomputed.push(name.as_str());
+            }
+            let this = Worst {
+                tensor: name.clone(),
+                error,
+                limit: limit.value(),
+            };
+            if worst
+                .as_ref()
+                .is_none_or(|worst| this.share() > worst.share())
+            {
+                worst = Some(this);
+            }
+        }
+        let worst = worst.ok_or(format!("{variant}: nothing to compare"))?;
+        let verdict = if worst.share() <= 1.0 { "ok" } else { "FAIL" };
+        self.failed |= verdict == "FAIL";
+        let mut line = format!(
+            "{}/{variant} {} {} {verdict} ({})",
+            self.case,
+            number(worst.error),
+            number(worst.limit),
+            worst.tensor
+        );
+        if !recomputed.is_empty() {
+            line += &format!("; recomputed: {}", recomputed.join(", "));
+        }
+        self.lines.push(line);
+        Ok(())
+    }
+}
+
+fn number(value: f64) -> String {
+    match value {
+        0.0 => "0".to_owned(),
+        value => format!("{value:.1e}"),
+    }
+}
+
+/// The largest error over the values that both have; NaN where one of them is no number.
+fn largest_error(limit: Limit, expected: &Tensor, found: &Found) -> Result<f64, String> {
+    let (first, rest) = (expected.shape.first(), expected.shape.get(1..));
+    let fits = found.shape.get(1..) == rest && first <= found.shape.first();
+    if !fits || found.values.len() != found.shape.iter().product::<usize>() {
+        return Err(format!(
+            "stored is {:?}, the engine has {:?}",
+            expected.shape, found.shape
+        ));
+    }
+    let largest = expected
+        .values
+        .iter()
+        .fold(0.0, |max: f64, v| max.max(v.abs()));
+    let (mut worst, mut compared) = (0.0, 0);
+    for (expected, found) in expected.values.iter().zip(&found.values) {
+        let Some(found) = found else { continue };
+        let error = limit.error(*found, *expected, largest);
+        compared += 1;
+        if error.is_nan() || worst < error {
+            worst = error;
+        }
+        if worst.is_nan() {
+            break;
+        }
+    }
+    match compared {
+        0 => Err("not one value to compare".to_owned()),
+        _ => Ok(worst),
+    }
+}

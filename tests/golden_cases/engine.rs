@@ -1,0 +1,83 @@
+//! The pipeline, on as many stages as asked for.
+
+use std::sync::Arc;
+
+use mp_train::adapter::{AdapterError, ParameterSpec, ParameterState};
+use mp_train::comm::in_process;
+use mp_train::config::run::{Recompute, ScheduleKind};
+use mp_train::model::rotary::RotaryPrecision;
+use mp_train::pipeline::launch::{Blueprint, Engine, launch};
+use mp_train::pipeline::partition;
+use mp_train::pipeline::schedule::Schedule;
+
+use super::single::Parts;
+use super::{Golden, Outcome};
+
+/// Everything about a run that must not change its numbers.
+#[derive(Clone, Copy, Debug)]
+pub struct Configuration {
+    pub stages: usize,
+    pub schedule: ScheduleKind,
+    pub recompute: Recompute,
+    pub threads: usize,
+}
+
+impl Configuration {
+    /// One stage, one thread, nothing recomputed.
+    pub const PLAIN: Configuration = Configuration {
+        stages: 1,
+        schedule: ScheduleKind::OneForwardOneBackward,
+        recompute: Recompute::None,
+        threads: 1,
+    };
+}
+
+/// What the stages must have room for.
+#[derive(Clone, Copy, Debug)]
+pub struct Room {
+    pub rows: usize,
+    pub sequences: usize,
+    pub micro_batches: usize,
+}
+
+/// Where trainable tensors get their values from.
+pub type Values = Arc<dyn Fn(&ParameterSpec) -> Result<ParameterState, AdapterError> + Send + Sync>;
+
+/// Up to four stages, where the model has so many blocks.
+pub fn stage_counts(blocks: usize) -> std::ops::RangeInclusive<usize> {
+    1..=blocks.min(4)
+}
+
+/// Starts the stages.
+pub fn start<B: Golden>(
+    parts: &Parts<'_>,
+    configuration: Configuration,
+    room: Room,
+    values: Values,
+) -> Outcome<Engine> {
+    let config = &parts.family.config;
+    let Configuration {
+        stages,
+        schedule,
+        recompute,
+        threads,
+    } = configuration;
+    let blueprint = Blueprint {
+        config: config.clone(),
+        source: Arc::clone(&parts.source),
+        head_source: parts.head_source.clone(),
+        trainables: parts.adapter.trainables(config, parts.head_source.tied)?,
+        initial: Box::new(move |spec| values(spec)),
+        stages: partition::by_cost(config.num_layers, stages, 1.0)?,
+        schedule: Schedule::build(schedule, stages, room.micro_batches),
+        recompute: vec![recompute; stages],
+        max_rows: room.rows,
+        max_sequences: room.sequences,
+        rotary: RotaryPrecision::F32,
+        threads,
+    };
+    let transports = in_process::connect(stages);
+    Ok(launch(blueprint, transports, |_, threads| {
+        B::open(threads)
+    })?)
+}
