@@ -5,18 +5,22 @@ use std::fmt::Write;
 use crate::config::run::RunConfig;
 use crate::data::sampler::SamplerState;
 use crate::model::memory;
+use crate::pipeline::base::StartError;
+use crate::pipeline::prepare::Prepared;
 use crate::report::FailureClass;
-use crate::train::{TrainError, prepare};
 
 /// Why no plan could be made: as for a training run.
 #[derive(Debug, thiserror::Error)]
 #[error(transparent)]
-pub struct PlanError(#[from] TrainError);
+pub struct PlanError(#[from] StartError);
 
 impl PlanError {
     /// Whose turn it is.
     pub fn class(&self) -> FailureClass {
-        self.0.class()
+        match self.0.is_machine() {
+            true => FailureClass::Machine,
+            false => FailureClass::User,
+        }
     }
 }
 
@@ -25,7 +29,7 @@ impl PlanError {
 /// # Errors
 /// As a training run before its first step.
 pub fn describe(config: &RunConfig) -> Result<String, PlanError> {
-    let prepared = prepare(config, SamplerState::default())?;
+    let prepared = Prepared::open(config, SamplerState::default())?;
     let (layout, model) = (&prepared.layout, &prepared.base.config);
     let mut text = String::new();
     let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);

@@ -26,7 +26,16 @@ const ROOMS: &[(&[&str], May)] = &[
     (&["report"], Only(&[])),
     (
         &["pipeline"],
-        Only(&["comm", "model", "optim", "data", "config"]),
+        Only(&[
+            "optim",
+            "model",
+            "adapter",
+            "comm",
+            "data",
+            "checkpoint",
+            "backend",
+            "config",
+        ]),
     ),
     // config: the learning-rate curve reads the resolved `[optimizer]` section as it is.
     (&["optim"], Only(&["adapter", "backend", "config"])),

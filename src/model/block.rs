@@ -12,7 +12,7 @@ use crate::backend::{Backend, BackendError, RowGradient};
 
 /// Factor on the residual, sqrt(2 * 28). In the original the block has a layer count of its own that
 /// defaults to 28 and is never set from the configuration, so it does not follow the model's depth.
-pub const RESIDUAL_ALPHA: f32 = 7.483_314_8;
+pub const RESIDUAL_ALPHA: f32 = 7.483_315;
 
 /// A place in the block, in the order of the forward pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

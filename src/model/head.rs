@@ -1,7 +1,6 @@
 //! The last norm, lm_head and the loss, on the rows that need them, a chunk of rows at a time.
 
 use super::batch::Batch;
-use super::linear::Weight;
 use super::norm::LayerNorm;
 use crate::backend::{Backend, BackendError, LinearShape, RowGradient};
 
@@ -20,20 +19,10 @@ pub enum LogitsRows {
     Last,
 }
 
-/// The matrix of lm_head.
-pub enum HeadWeight<B: Backend> {
-    /// Its own, `[V, H]`.
-    Own(Weight<B>),
-    /// The embedding of the same stage.
-    Embedding,
-}
-
-/// Final norm, lm_head, loss; on the last stage.
+/// Final norm and loss around lm_head, whose matrix the stage holds; on the last stage.
 pub struct Head<B: Backend> {
     /// `final_layernorm`.
     pub norm: LayerNorm<B>,
-    /// lm_head.
-    pub weight: HeadWeight<B>,
     /// V.
     pub vocab_size: usize,
     room: Room<B>,
@@ -81,7 +70,6 @@ impl<B: Backend> Head<B> {
     pub fn new(
         backend: &B,
         norm: LayerNorm<B>,
-        weight: HeadWeight<B>,
         vocab_size: usize,
         rows: usize,
     ) -> Result<Self, BackendError> {
@@ -89,7 +77,6 @@ impl<B: Backend> Head<B> {
         let hidden = norm.hidden_size;
         Ok(Head {
             norm,
-            weight,
             vocab_size,
             room: Room {
                 rows: chunk,

@@ -8,7 +8,7 @@ use super::attention::BlockPrefix;
 use super::batch::{BatchLimits, BatchRows};
 use super::block::{Block, Shared};
 use super::embedding::Embedding;
-use super::head::{Head, HeadMatrix, HeadWeight, Logits, LogitsRows};
+use super::head::{Head, HeadMatrix, Logits, LogitsRows};
 use super::linear::Weight;
 use super::load::Loader;
 use super::rotary::{Rotary, RotaryPrecision};
@@ -48,6 +48,8 @@ pub struct Stage<B: Backend> {
     embedding: Option<Embedding<B>>,
     blocks: Vec<Block<B>>,
     head: Option<Head<B>>,
+    /// lm_head's matrix; nothing where it is the embedding of this stage, or on another stage.
+    lm_head: Option<Weight<B>>,
     prefix: Option<PrefixEncoder<B>>,
     rotary: Rotary<B>,
     slots: Vec<Slot<B>>,
@@ -104,19 +106,13 @@ impl<B: Backend> Stage<B> {
             }),
             false => None,
         };
-        let head = match shape.head {
+        let (head, lm_head) = match shape.head {
             true => {
-                let weight = head_weight(loader, &shape, head_source)?;
                 let norm = loader.norm(FINAL_NORM)?;
-                Some(Head::new(
-                    backend,
-                    norm,
-                    weight,
-                    config.vocab_size,
-                    shape.max_rows,
-                )?)
+                let head = Head::new(backend, norm, config.vocab_size, shape.max_rows)?;
+                (Some(head), lm_head(loader, &shape, head_source)?)
             }
-            false => None,
+            false => (None, None),
         };
         let tied_gradient = match tied && (shape.embedding || shape.head) {
             true => Some(backend.zeros(config.vocab_size * config.hidden_size)?),
@@ -134,6 +130,7 @@ impl<B: Backend> Stage<B> {
                 .map(|layer| loader.block(layer))
                 .collect::<Result<_, _>>()?,
             head,
+            lm_head,
             prefix: loader.prefix(shape.blocks.clone())?,
             rotary: Rotary::new(
                 backend,
@@ -286,36 +283,26 @@ impl<B: Backend> Stage<B> {
         let (Some(head), Some(dx), Some(loss)) = (&mut self.head, loss_gradient, token_loss) else {
             return Ok(());
         };
-        let tied = self.tied_gradient.as_mut();
-        let mut own = std::mem::replace(&mut head.weight, HeadWeight::Embedding);
-        let x = &self.workspace.output;
-        let result = match (&mut own, &self.embedding) {
-            (HeadWeight::Own(Weight::Trained(parameter)), _) => {
+        let matrix = match (&mut self.lm_head, &self.embedding) {
+            (Some(Weight::Trained(parameter)), _) => {
                 let (values, gradient) = parameter.working_and_gradient();
-                let matrix = HeadMatrix {
+                HeadMatrix {
                     values,
                     gradient: Some(gradient),
-                };
-                head.loss(backend, matrix, loss, dx, x, batch, scale)
+                }
             }
-            (HeadWeight::Own(Weight::Frozen(values)), _) => {
-                let matrix = HeadMatrix {
-                    values,
-                    gradient: None,
-                };
-                head.loss(backend, matrix, loss, dx, x, batch, scale)
-            }
-            (HeadWeight::Embedding, Some(embedding)) => {
-                let matrix = HeadMatrix {
-                    values: embedding.weight.values(),
-                    gradient: tied,
-                };
-                head.loss(backend, matrix, loss, dx, x, batch, scale)
-            }
-            (HeadWeight::Embedding, None) => Ok(()),
+            (Some(Weight::Frozen(values)), _) => HeadMatrix {
+                values,
+                gradient: None,
+            },
+            (None, Some(embedding)) => HeadMatrix {
+                values: embedding.weight.values(),
+                gradient: self.tied_gradient.as_mut(),
+            },
+            (None, None) => return Ok(()),
         };
-        head.weight = own;
-        Ok(result?)
+        let x = &self.workspace.output;
+        Ok(head.loss(backend, matrix, loss, dx, x, batch, scale)?)
     }
 
     /// Logits on the chosen rows of the micro-batch in a slot, from [`Stage::output`]; nothing on a
@@ -330,21 +317,15 @@ impl<B: Backend> Stage<B> {
         rows: LogitsRows,
     ) -> Result<Option<Logits<B>>, ModelError> {
         let (batch, x) = (&self.slots[slot].batch, &self.workspace.output);
-        let Some(head) = &mut self.head else {
-            return Ok(None);
+        let matrix = match (&self.lm_head, &self.embedding) {
+            (Some(weight), _) => weight.values(),
+            (None, Some(embedding)) => embedding.weight.values(),
+            (None, None) => return Ok(None),
         };
-        let own = std::mem::replace(&mut head.weight, HeadWeight::Embedding);
-        let matrix = match (&own, &self.embedding) {
-            (HeadWeight::Own(weight), _) => Some(weight.values()),
-            (HeadWeight::Embedding, Some(embedding)) => Some(embedding.weight.values()),
-            (HeadWeight::Embedding, None) => None,
-        };
-        let logits = match matrix {
-            Some(matrix) => Some(head.logits(backend, matrix, x, batch, rows)),
-            None => None,
-        };
-        head.weight = own;
-        Ok(logits.transpose()?)
+        match &mut self.head {
+            Some(head) => Ok(Some(head.logits(backend, matrix, x, batch, rows)?)),
+            None => Ok(None),
+        }
     }
 
     /// Backward of the micro-batch in a slot: from the loss's gradient on the last stage, else from
@@ -417,12 +398,9 @@ impl<B: Backend> Stage<B> {
     /// where none is trained.
     pub fn tied_mut(&mut self) -> Option<(&mut Parameter<B>, &mut B::Buffer<f32>)> {
         let room = self.tied_gradient.as_mut()?;
-        let weight = match (&mut self.embedding, &mut self.head) {
+        let weight = match (&mut self.embedding, &mut self.lm_head) {
             (Some(embedding), _) => &mut embedding.weight,
-            (None, Some(head)) => match &mut head.weight {
-                HeadWeight::Own(weight) => weight,
-                HeadWeight::Embedding => return None,
-            },
+            (None, Some(lm_head)) => lm_head,
             (None, None) => return None,
         };
         Some((weight.parameter()?, room))
@@ -439,9 +417,9 @@ impl<B: Backend> Stage<B> {
         }
         if let Some(head) = &mut self.head {
             all.extend(head.norm.parameters());
-            if let HeadWeight::Own(weight) = &mut head.weight {
-                all.extend(weight.parameter());
-            }
+        }
+        if let Some(lm_head) = &mut self.lm_head {
+            all.extend(lm_head.parameter());
         }
         if let Some(prefix) = &mut self.prefix {
             all.extend(prefix.parameters());
@@ -477,20 +455,20 @@ fn block_prefix<B: Backend>(
     })
 }
 
-/// lm_head of a last stage: the stage's embedding where that is the same matrix.
-fn head_weight<B: Backend>(
+/// lm_head of a last stage; nothing where it is the embedding of the same stage.
+fn lm_head<B: Backend>(
     loader: &Loader<'_, B>,
     shape: &StageShape,
     source: &HeadSource,
-) -> Result<HeadWeight<B>, ModelError> {
-    let full = loader.trainables.is_full();
+) -> Result<Option<Weight<B>>, ModelError> {
     if shape.embedding {
         let same_bytes = || -> Result<bool, ModelError> {
             let embedding = loader.source.read(source.embedding)?;
             Ok(embedding == loader.source.read(source.head)?)
         };
+        let full = loader.trainables.is_full();
         if source.tied || (!full && same_bytes()?) {
-            return Ok(HeadWeight::Embedding);
+            return Ok(None);
         }
     }
     // The copy on another stage than the embedding's is the same parameter, counted there.
@@ -498,9 +476,5 @@ fn head_weight<B: Backend>(
         true => (WORD_EMBEDDINGS, false),
         false => (LM_HEAD, true),
     };
-    Ok(HeadWeight::Own(loader.weight(
-        name,
-        source.head,
-        counted,
-    )?))
+    Ok(Some(loader.weight(name, source.head, counted)?))
 }

@@ -168,7 +168,7 @@ pub fn check(source: &dyn TensorSource, config: &ModelConfig) -> Result<HeadSour
     }
     let has = |name| source.info(name).is_some();
     let (embedding, head) = (has(WORD_EMBEDDINGS), has(LM_HEAD));
-    if !embedding && !(head && config.tie_word_embeddings) {
+    if !(embedding || head && config.tie_word_embeddings) {
         missing.insert(0, WORD_EMBEDDINGS.to_owned());
     }
     if let Some(name) = missing.first() {

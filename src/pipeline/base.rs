@@ -15,6 +15,7 @@ use crate::comm::in_process;
 use crate::config::error::ConfigError;
 use crate::config::model::ModelConfig;
 use crate::config::run::{Device, Precision, Recompute};
+use crate::data::DataError;
 use crate::model::ModelError;
 use crate::model::memory::{self, StageSizes};
 use crate::model::rotary::RotaryPrecision;
@@ -43,6 +44,9 @@ pub enum StartError {
     /// The model.
     #[error(transparent)]
     Model(#[from] ModelError),
+    /// The training rows.
+    #[error(transparent)]
+    Data(#[from] DataError),
     /// The partition.
     #[error(transparent)]
     Partition(#[from] PartitionError),
@@ -80,6 +84,7 @@ impl StartError {
             StartError::Checkpoint(error) => error.is_machine(),
             StartError::Model(error) => error.is_machine(),
             StartError::Config(_)
+            | StartError::Data(_)
             | StartError::Partition(_)
             | StartError::NoCuda { .. }
             | StartError::Memory { .. } => false,

@@ -7,5 +7,6 @@ pub mod launch;
 pub mod partition;
 pub mod permits;
 pub mod plan;
+pub mod prepare;
 pub mod schedule;
 pub mod worker;

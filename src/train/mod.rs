@@ -10,18 +10,16 @@ use std::time::Instant;
 
 use crate::config::run::{AdapterSection, LossNormalisation, Precision, Resume, RunConfig};
 use crate::data::batch::MicroBatch;
-use crate::data::pretokenised;
 use crate::data::rows::Rows;
-use crate::data::sampler::{Order, Sampler};
+use crate::data::sampler::Sampler;
 use crate::model::trainables::Trainables;
 use crate::model::weights;
 use crate::optim::curve::learning_rate;
 use crate::optim::loss_scale::LossScale;
 use crate::pipeline::base::{Base, Layout};
 use crate::pipeline::launch::Engine;
-use crate::pipeline::partition;
 use crate::pipeline::plan::{StepOutcome, StepPlan};
-use crate::pipeline::schedule::Schedule;
+use crate::pipeline::prepare::Prepared;
 use crate::report::{Event, RunFinished, RunStarted, StageSummary, StepReport};
 
 use self::checkpoint::{Fingerprint, TrainerState};
@@ -39,60 +37,6 @@ pub enum Outcome {
     },
 }
 
-/// Model, data and layout of a run, before any worker is started.
-pub(crate) struct Prepared {
-    pub base: Base,
-    pub rows: Rows,
-    pub trainables: Trainables,
-    pub layout: Layout,
-    pub sampler: Sampler,
-}
-
-/// Opens model and data and decides who does what; `state` is where the data goes on.
-pub(crate) fn prepare(
-    config: &RunConfig,
-    state: crate::data::sampler::SamplerState,
-) -> Result<Prepared, TrainError> {
-    let base = Base::open(&config.model.path)?;
-    let rows = pretokenised::read_rows(&config.data.train, &base.config)?;
-    let trainables = Trainables::new(&base.config, &config.adapter, base.head_source.tied)?;
-    let order = match config.data.shuffle {
-        true => Order::Shuffled {
-            seed: config.run.seed,
-        },
-        false => Order::AsGiven,
-    };
-    let sampler = Sampler::new(rows.len(), config.run.micro_batch_size, order, state)?;
-    let pipeline = &config.pipeline;
-    let head_cost = partition::head_cost(
-        &base.config,
-        rows.target_share(),
-        pipeline.recompute,
-        trainables.is_full(),
-    );
-    let balance = pipeline.balance.as_deref();
-    let stages = base.stages(&pipeline.devices, balance, head_cost)?;
-    let micro_batches = config.run.gradient_accumulation;
-    let mut layout = Layout {
-        devices: pipeline.devices.clone(),
-        precision: config.model.precision,
-        schedule: Schedule::build(pipeline.schedule, stages.len(), micro_batches),
-        recompute: vec![pipeline.recompute; stages.len()],
-        stages,
-        max_rows: sampler.max_tokens(&rows),
-        max_sequences: config.run.micro_batch_size.min(rows.len()),
-        threads: pipeline.threads,
-    };
-    layout.choose_recompute(&base.config, &trainables, pipeline.memory_per_device)?;
-    Ok(Prepared {
-        base,
-        rows,
-        trainables,
-        layout,
-        sampler,
-    })
-}
-
 /// Trains, from the start or from a checkpoint, and says what happens through `reporter`.
 ///
 /// # Errors
@@ -106,7 +50,7 @@ pub fn run(
     let started = Instant::now();
     let resumed = checkpoint::find(config, reporter)?;
     let position = resumed.as_ref().map(|state| state.trainer.data);
-    let prepared = prepare(config, position.unwrap_or_default())?;
+    let prepared = Prepared::open(config, position.unwrap_or_default())?;
     let fingerprint = Fingerprint::of(&prepared.rows);
     let mut state = match &resumed {
         Some(resumed) => {

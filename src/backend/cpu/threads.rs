@@ -36,7 +36,7 @@ impl Threads {
     pub fn tasks(&self, tasks: usize, work: impl Fn(usize) + Sync) {
         match &self.pool {
             Some(pool) if tasks > 1 => {
-                pool.install(|| (0..tasks).into_par_iter().for_each(|task| work(task)));
+                pool.install(|| (0..tasks).into_par_iter().for_each(&work));
             }
             _ => (0..tasks).for_each(work),
         }

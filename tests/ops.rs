@@ -1,0 +1,120 @@
+//! Every op of [`Backend`] on every backend, against naive f64 loops.
+//!
+//! One list of cases serves all backends; a backend joins by one test function below. What a case
+//! shows: the result (within what f32 sums and one rounding to the storage type allow), that nothing
+//! else was written, that inputs stayed as they were, that gradients are those of the forward op
+//! (central differences), and that the result does not depend on the number of threads. An op of the
+//! trait without a case fails the run.
+
+#![allow(clippy::unwrap_used)]
+
+#[path = "ops/activation.rs"]
+mod activation;
+#[path = "ops/attention.rs"]
+mod attention;
+#[path = "ops/attention_exact.rs"]
+mod attention_exact;
+#[path = "ops/buffer.rs"]
+mod buffer;
+#[path = "ops/check.rs"]
+mod check;
+#[path = "ops/dropout.rs"]
+mod dropout;
+#[path = "ops/layouts.rs"]
+mod layouts;
+#[path = "ops/linear.rs"]
+mod linear;
+#[path = "ops/loss.rs"]
+mod loss;
+#[path = "ops/memory.rs"]
+mod memory;
+#[path = "ops/norm.rs"]
+mod norm;
+#[path = "ops/numbers.rs"]
+mod numbers;
+#[path = "ops/optimiser.rs"]
+mod optimiser;
+#[path = "ops/rotary.rs"]
+mod rotary;
+#[path = "ops/rows.rs"]
+mod rows;
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use half::f16;
+use mp_train::backend::Backend;
+use mp_train::backend::cpu::Cpu;
+
+use check::{Check, Tolerance};
+
+#[test]
+fn cpu_f32() {
+    let threads = [1, 2, 3].map(|threads| move || Cpu::<f32>::new(threads).unwrap());
+    drive("cpu-f32", Tolerance::F32, threads);
+}
+
+#[test]
+fn cpu_f16() {
+    let threads = [1, 2, 3].map(|threads| move || Cpu::<f16>::new(threads).unwrap());
+    drive("cpu-f16", Tolerance::F16, threads);
+}
+
+/// All cases on a backend. The first of `builds` is held against the exact results, the others
+/// (more threads, say) must repeat its results bit for bit.
+fn drive<B: Backend, F: Fn() -> B>(
+    name: &str,
+    tolerance: Tolerance,
+    builds: impl IntoIterator<Item = F>,
+) {
+    let mut check = Check::new(name, tolerance);
+    for build in builds {
+        let backend = build();
+        for (family, cases) in families::<B>() {
+            // A family that panics leaves the others their say.
+            if catch_unwind(AssertUnwindSafe(|| cases(&backend, &mut check))).is_err() {
+                check.fail(&format!("panicked in the cases of {family}"));
+            }
+        }
+        check.next_build();
+    }
+    check.finish(&ops_of_the_trait());
+}
+
+type Cases<B> = fn(&B, &mut Check);
+
+fn families<B: Backend>() -> [(&'static str, Cases<B>); 10] {
+    [
+        ("memory", memory::cases::<B>),
+        ("rows", rows::cases::<B>),
+        ("norm", norm::cases::<B>),
+        ("linear", linear::cases::<B>),
+        ("rotary", rotary::cases::<B>),
+        ("attention", attention::cases::<B>),
+        ("dropout", dropout::cases::<B>),
+        ("activation", activation::cases::<B>),
+        ("loss", loss::cases::<B>),
+        ("optimiser", optimiser::cases::<B>),
+    ]
+}
+
+/// Names of the functions of the trait, read from its source.
+fn ops_of_the_trait() -> Vec<String> {
+    let source = include_str!("../src/backend/mod.rs");
+    let start = source.find("pub trait Backend").unwrap();
+    let body = &source[start..start + source[start..].find("\n}").unwrap()];
+    let ops: Vec<String> = body
+        .lines()
+        .filter_map(|line| line.trim_start().strip_prefix("fn "))
+        .map(|rest| {
+            rest.chars()
+                .take_while(|c| c.is_alphanumeric() || *c == '_')
+                .collect()
+        })
+        .collect();
+    assert!(
+        ops.len() >= 34,
+        "only {} ops found in the trait's source",
+        ops.len()
+    );
+    ops
+}
