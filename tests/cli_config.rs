@@ -16,7 +16,7 @@ use mp_train::config::run::{
     ScheduleKind,
 };
 use mp_train::report::StepReport;
-use mp_train::report::metrics::Metrics;
+use mp_train::report::metrics::{Metrics, STEPS};
 
 #[derive(Parser)]
 #[command(allow_negative_numbers = true)]
@@ -800,7 +800,7 @@ fn metrics_lose_no_bits() {
         f32::MIN_POSITIVE / 2.0,
         f32::MAX,
     ];
-    let mut metrics = Metrics::open(folder.path(), 0).unwrap();
+    let mut metrics = Metrics::open(folder.path(), STEPS, 0).unwrap();
     for (step, loss) in (1..).zip(losses) {
         metrics.append(&report(step, loss)).unwrap();
     }
@@ -840,20 +840,20 @@ fn metrics_lose_no_bits() {
 fn resuming_drops_later_and_torn_rows_and_keeps_the_rest_bytewise() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("metrics.jsonl");
-    let mut metrics = Metrics::open(folder.path(), 0).unwrap();
+    let mut metrics = Metrics::open(folder.path(), STEPS, 0).unwrap();
     for step in 1..=5 {
         metrics.append(&report(step, step as f32)).unwrap();
     }
     let before = fs::read_to_string(&path).unwrap();
     let first_three: String = before.split_inclusive('\n').take(3).collect();
     fs::write(&path, format!("{before}garbage\n{{\"step\":2")).unwrap();
-    let mut metrics = Metrics::open(folder.path(), 3).unwrap();
+    let mut metrics = Metrics::open(folder.path(), STEPS, 3).unwrap();
     assert_eq!(fs::read_to_string(&path).unwrap(), first_three);
     metrics.append(&report(4, 0.5)).unwrap();
     let after = fs::read_to_string(&path).unwrap();
     assert!(after.starts_with(&first_three));
     assert_eq!(after.lines().count(), 4);
-    Metrics::open(folder.path(), 0).unwrap();
+    Metrics::open(folder.path(), STEPS, 0).unwrap();
     assert_eq!(
         fs::read_to_string(&path).unwrap(),
         "",
@@ -864,7 +864,7 @@ fn resuming_drops_later_and_torn_rows_and_keeps_the_rest_bytewise() {
         1,
         "no temporary file is left"
     );
-    let error = Metrics::open(&folder.path().join("absent"), 0).unwrap_err();
+    let error = Metrics::open(&folder.path().join("absent"), STEPS, 0).unwrap_err();
     assert!(error.to_string().contains("absent/metrics.jsonl"));
 }
 

@@ -15,6 +15,8 @@ pub struct Prepared {
     pub base: Base,
     /// The training rows.
     pub rows: Rows,
+    /// Rows that are not trained on, to measure the loss on.
+    pub validation: Option<Rows>,
     /// What is trained.
     pub trainables: Trainables,
     /// The stages and what they do.
@@ -66,6 +68,7 @@ impl Prepared {
         Ok(Prepared {
             base,
             rows,
+            validation: None,
             trainables,
             layout,
             max_steps: max_steps(config, rows_len),

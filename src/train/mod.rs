@@ -3,6 +3,7 @@
 mod checkpoint;
 mod error;
 mod initial;
+mod validation;
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -62,6 +63,7 @@ pub fn run(
     let Prepared {
         base,
         rows,
+        validation,
         trainables,
         layout,
         mut sampler,
@@ -98,8 +100,16 @@ pub fn run(
                 batch,
             });
         }
+        let eval_steps = config.run.eval_steps;
+        let measured =
+            state.step == max_steps || eval_steps > 0 && state.step.is_multiple_of(eval_steps);
+        if let Some(rows) = validation.as_ref().filter(|_| measured) {
+            let (tokens, sequences) = (layout.max_rows, layout.max_sequences);
+            let report = validation::measure(&mut engine, rows, tokens, sequences, state.step)?;
+            reporter(Event::Validation(report));
+        }
         let interrupted = stop.load(Ordering::Relaxed);
-        let due = config.run.save_steps > 0 && state.step % config.run.save_steps == 0;
+        let due = config.run.save_steps > 0 && state.step.is_multiple_of(config.run.save_steps);
         if due || interrupted {
             save(config, &trainables, &base, &mut engine, &state, reporter)?;
             saved = Some(state.step);
