@@ -116,6 +116,33 @@ fn assert_close(case: &Case, tensor: &str, found: &[f32], limit: f32) {
 }
 
 #[test]
+fn dropout_and_order_do_not_depend_on_the_layout() {
+    for (name, dropout) in [
+        ("lora_train", "--lora-dropout"),
+        ("ptuning_train", "--prefix-dropout"),
+        ("ptuning_projection_train", "--prefix-dropout"),
+    ] {
+        let mut setup = Setup::golden(name);
+        setup.shuffle();
+        setup.set_steps(6);
+        let run = |setup: &Setup, layout: Layout, output: &str| {
+            let output = setup.output(output);
+            succeed(&mut setup.command(layout, &output));
+            Outcome::read(&output)
+        };
+        let layouts = covering(family().most_stages());
+        let dry = run(&setup, layouts[0], "dry");
+        setup.set(dropout, "0.3");
+        let first = run(&setup, layouts[0], "first");
+        assert_ne!(dry.metrics, first.metrics, "{name}: dropout does nothing");
+        for (index, &layout) in layouts.iter().enumerate().skip(1) {
+            let outcome = run(&setup, layout, &index.to_string());
+            outcome.assert_equals(&first, &format!("{name} on {layout:?}"));
+        }
+    }
+}
+
+#[test]
 fn pytorch_shards_train_to_the_same_bits() {
     let mut setup = Setup::golden("lora_train");
     let layout = Layout::new(family().most_stages().min(2), "1f1b", "none", 2);

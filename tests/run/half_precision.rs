@@ -6,9 +6,11 @@ use super::outcome::Outcome;
 use super::program::succeed;
 use super::setup::Setup;
 
-/// How far the loss of a step may lie from that in f32: README of the golden data, forward in f16,
-/// has 0.0005; 30 steps of training let paths drift apart.
-const LOSS: f64 = 0.05;
+/// How far the loss may lie from that in f32 while the weights are the same, which they are in the
+/// first two steps (the first has learning rate 0). In the README of the golden data it is 0.0005.
+const LOSS: f64 = 0.02;
+/// The same, as a share of the loss, after that: roundings lead to other updates, and those to others.
+const DRIFT: f64 = 0.03;
 
 #[test]
 fn half_lora_stays_close_to_single_and_is_the_same_on_every_layout() {
@@ -56,9 +58,11 @@ fn check(outcome: &Outcome, expected: &[f32]) {
     let skipped = outcome.metrics.iter().any(|row| row["skipped"] == true);
     // After a skipped step the updates come a step later than the reference's.
     let comparable = if skipped { 1 } else { losses.len() };
-    for (found, expected) in losses.iter().zip(expected).take(comparable) {
-        let error = (found - f64::from(*expected)).abs();
-        assert!(error > 0.0 && error < LOSS, "{found} {expected}");
+    for step in 0..comparable {
+        let (found, expected) = (losses[step], f64::from(expected[step]));
+        let error = (found - expected).abs();
+        let limit = if step < 2 { LOSS } else { DRIFT * expected };
+        assert!(error > 0.0 && error < limit, "{step}: {found} {expected}");
     }
     assert_eq!(losses.len(), expected.len());
 }

@@ -15,7 +15,7 @@ use super::setup::Setup;
 /// So many steps that a signal after the first dozens comes well before the end.
 const STEPS: usize = 400;
 /// The same where a step is a large one.
-const LARGE_STEPS: usize = 120;
+const LARGE_STEPS: usize = 80;
 
 /// Interrupts a run (of which some steps may be done already) when its metrics have `rows` rows, and
 /// says after how many steps it stopped.
@@ -53,7 +53,7 @@ fn finish(setup: &Setup, layout: Layout, output: &Path) -> Outcome {
 /// Left alone on the first layout; stopped by each signal in turn on the following ones; finished on
 /// the last.
 fn interrupted_as_if_not(setup: &mut Setup, steps: usize, layouts: &[Layout], signals: &[Signal]) {
-    setup.set("--max-steps", &steps.to_string());
+    setup.set_steps(steps);
     setup.set("--log-steps", "50");
     let alone = setup.output("alone");
     succeed(&mut setup.command(layouts[0], &alone));
@@ -70,16 +70,6 @@ fn interrupted_as_if_not(setup: &mut Setup, steps: usize, layouts: &[Layout], si
 
 fn at_most(stages: usize) -> usize {
     stages.min(family().most_stages())
-}
-
-/// More micro-batches than stages, in random order, with a short one at the end of each epoch: so
-/// that the schedules differ and positions in the data matter.
-fn shuffled(setup: &mut Setup) {
-    setup.set("--shuffle", "true");
-    setup.set("--micro-batch-size", "7");
-    setup.set("--gradient-accumulation", "5");
-    setup.set("--loss-normalisation", "per_token");
-    setup.set("--seed", "7");
 }
 
 #[test]
@@ -103,7 +93,7 @@ fn lora_with_dropout_on_every_layer_stopped_by_ctrl_c_and_again_by_sigterm() {
     );
     setup.set("--r", "3");
     setup.set("--lora-dropout", "0.2");
-    shuffled(&mut setup);
+    setup.shuffle();
     let layouts = [
         Layout::new(at_most(2), "1f1b", "none", 2),
         Layout::new(1, "gpipe", "attention_free", 1),
@@ -123,7 +113,7 @@ fn prefix_with_dropout_stopped_by_sigterm() {
     let mut setup = Setup::golden("ptuning_train");
     setup.unset("--init-adapter");
     setup.set("--prefix-dropout", "0.3");
-    shuffled(&mut setup);
+    setup.shuffle();
     let layouts = [
         Layout::new(1, "1f1b", "none", 2),
         Layout::new(at_most(2), "1f1b", "attention_free", 1),
@@ -136,7 +126,7 @@ fn prefix_with_dropout_stopped_by_sigterm() {
 fn projected_prefix_with_dropout_stopped_by_sigterm() {
     let mut setup = Setup::golden("ptuning_projection_train");
     setup.set("--prefix-dropout", "0.1");
-    shuffled(&mut setup);
+    setup.shuffle();
     let layouts = [
         Layout::new(at_most(4), "gpipe", "none", 1),
         Layout::new(at_most(3), "1f1b", "block", 2),
@@ -172,7 +162,7 @@ fn half_precision_stopped_by_sigterm() {
 #[test]
 fn killed_between_checkpoints_and_resumed() {
     let mut setup = Setup::golden("lora_train");
-    setup.set("--max-steps", &STEPS.to_string());
+    setup.set_steps(STEPS);
     setup.set("--save-steps", "30");
     let alone = setup.output("alone");
     succeed(&mut setup.command(Layout::new(1, "1f1b", "none", 1), &alone));
@@ -202,6 +192,7 @@ fn killed_between_checkpoints_and_resumed() {
 #[test]
 fn resumed_from_a_named_checkpoint_into_another_folder() {
     let mut setup = Setup::golden("ptuning_projection_train");
+    setup.set_steps(24);
     setup.set("--save-steps", "7");
     let alone = setup.output("alone");
     succeed(&mut setup.command(Layout::new(1, "gpipe", "none", 1), &alone));
@@ -252,6 +243,7 @@ fn resuming_a_finished_run_changes_nothing_and_a_longer_one_goes_on() {
 #[test]
 fn a_damaged_newest_checkpoint_is_passed_over_with_a_warning() {
     let mut setup = Setup::golden("lora_train");
+    setup.set_steps(24);
     setup.set("--save-steps", "10");
     let output = setup.output("run");
     let layout = Layout::new(1, "1f1b", "none", 2);

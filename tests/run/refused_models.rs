@@ -26,7 +26,7 @@ fn layout() -> Layout {
 /// A short LoRA run on a changed copy of the family's model.
 fn on_changed_model(change: impl FnOnce(&mut Value, &mut Tensors)) -> Setup {
     let mut setup = Setup::golden("lora_train");
-    setup.set("--max-steps", "6");
+    setup.set_steps(6);
     let model = setup.folder.path().join("model");
     copy_model(&model, change);
     setup.model = model;

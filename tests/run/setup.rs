@@ -66,10 +66,26 @@ impl Setup {
         }
     }
 
+    /// Another length, with a warm-up that fits into it.
+    pub fn set_steps(&mut self, steps: usize) {
+        self.set("--max-steps", &steps.to_string());
+        self.set("--warmup-steps", "1");
+    }
+
     /// Leaves a flag out.
     pub fn unset(&mut self, flag: &str) {
         let place = self.flags.iter().position(|known| known == flag).unwrap();
         self.flags.drain(place..place + 2);
+    }
+
+    /// More micro-batches than stages, in random order, with a short one at the end of each epoch: so
+    /// that the schedules differ and positions in the data matter.
+    pub fn shuffle(&mut self) {
+        self.set("--shuffle", "true");
+        self.set("--micro-batch-size", "7");
+        self.set("--gradient-accumulation", "5");
+        self.set("--loss-normalisation", "per_token");
+        self.set("--seed", "7");
     }
 
     /// The command of the run.
