@@ -97,7 +97,7 @@ fn defaults_are_the_documented_ones() {
             config.run.micro_batch_size,
             config.run.gradient_accumulation
         ),
-        (1, 1)
+        (1, 8)
     );
     assert_eq!((config.run.save_steps, config.run.save_total_limit), (0, 3));
     assert_eq!((config.run.seed, config.run.log_steps), (42, 1));
@@ -118,7 +118,7 @@ fn defaults_follow_kind_and_devices() {
     assert_eq!(prefix.optimizer.learning_rate, 2e-2);
     let full = resolve(REQUIRED, &["--kind", "full", "--devices", "cpu,cpu,cpu"]).unwrap();
     assert_eq!(full.optimizer.learning_rate, 1e-5);
-    assert_eq!(full.run.gradient_accumulation, 12);
+    assert_eq!(full.run.gradient_accumulation, 8);
     let cuda = resolve(&with("pipeline", "devices = [0, \"1\"]"), &[]).unwrap();
     assert_eq!(cuda.pipeline.devices, [Device::Cuda(0), Device::Cuda(1)]);
     assert_eq!(cuda.model.precision, Precision::F16);

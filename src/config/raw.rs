@@ -245,7 +245,7 @@ pub struct RawRun {
     /// Most tokens per micro-batch [no bound]
     #[arg(long, value_name = "N", value_parser = whole::<usize>)]
     pub micro_batch_tokens: Option<usize>,
-    /// Micro-batches per step [4 per stage, 1 for one]
+    /// Micro-batches per step [8]
     #[arg(long, value_name = "N", value_parser = whole::<usize>)]
     pub gradient_accumulation: Option<usize>,
     /// Checkpoint every N steps, 0: at the end [0]

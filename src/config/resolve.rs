@@ -19,6 +19,9 @@ const MAX_STEPS: u64 = 1_000_000_000_000;
 const MAX_COUNT: usize = 1_000_000;
 const MAX_RANK: usize = 65_536;
 const MAX_STAGES: usize = 1_024;
+/// The same at any number of stages, so that a run means the same on all of them and can go on there;
+/// with m micro-batches over p stages the bubble is (p - 1) / (m + p - 1), 11 % for two.
+const GRADIENT_ACCUMULATION: usize = 8;
 /// TOML has no greater integers, and the resolved configuration is saved as TOML.
 const MAX_INTEGER: u64 = i64::MAX as u64;
 
@@ -28,7 +31,7 @@ pub(super) fn resolve(typed: &Layers) -> Result<RunConfig, ConfigError> {
     let model = model(typed, &pipeline.devices)?;
     let adapter = adapter(typed)?;
     let data = data(typed)?;
-    let run = run(typed, pipeline.devices.len())?;
+    let run = run(typed)?;
     let optimizer = optimizer(typed, &adapter, run.max_steps)?;
     Ok(RunConfig {
         model,
@@ -250,9 +253,7 @@ pub(super) fn default_threads() -> usize {
     std::thread::available_parallelism().map_or(1, |n| n.get().min(4_096))
 }
 
-fn run(typed: &Layers, stages: usize) -> Result<RunSection, ConfigError> {
-    // With m micro-batches over p stages the bubble is (p - 1) / (m + p - 1): 4 p keeps it below 20 %.
-    let gradient_accumulation = if stages > 1 { 4 * stages } else { 1 };
+fn run(typed: &Layers) -> Result<RunSection, ConfigError> {
     let epochs = setting!(typed, run.epochs).typed;
     let max_steps = setting!(typed, run.max_steps);
     let (max_steps, epochs) = match epochs {
@@ -279,7 +280,7 @@ fn run(typed: &Layers, stages: usize) -> Result<RunSection, ConfigError> {
             .map(|tokens| tokens.between(1, MAX_COUNT))
             .transpose()?,
         gradient_accumulation: setting!(typed, run.gradient_accumulation)
-            .or(gradient_accumulation)
+            .or(GRADIENT_ACCUMULATION)
             .between(1, MAX_COUNT)?,
         save_steps: setting!(typed, run.save_steps)
             .or(0)
