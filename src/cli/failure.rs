@@ -7,7 +7,6 @@ use std::process::ExitCode;
 
 use crate::config::error::ConfigError;
 pub use crate::report::FailureClass;
-use crate::report::metrics::MetricsError;
 
 /// A command that failed: whose turn it is, why, and what to do.
 #[derive(Debug)]
@@ -90,14 +89,6 @@ impl From<ConfigError> for Failure {
             }
             _ => failure,
         }
-    }
-}
-
-impl From<MetricsError> for Failure {
-    fn from(error: MetricsError) -> Self {
-        Failure::new(FailureClass::Machine, &error).hint(
-            "check the output folder's permissions and free space, then continue with --resume",
-        )
     }
 }
 

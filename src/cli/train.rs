@@ -1,13 +1,15 @@
 //! `mp-train [train]`.
 
+use std::error::Error;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::args::TrainArgs;
 use super::failure::{Failure, FailureClass};
 use super::{WHERE_TO_GET_A_MODEL, print, signals};
-use crate::report::Event;
-use crate::report::metrics::{Metrics, MetricsError};
+use crate::report::metrics::{self, Metrics};
 use crate::report::progress::{Progress, Style};
+use crate::report::tensorboard::EventFile;
+use crate::report::{Event, RunStarted, StepReport, ValidationReport};
 use crate::train::{Outcome, TrainError};
 
 pub(super) fn run(args: &TrainArgs) -> Result<(), Failure> {
@@ -23,7 +25,7 @@ pub(super) fn run(args: &TrainArgs) -> Result<(), Failure> {
     let style = Style::for_stderr(args.quiet);
     let mut progress = Progress::new(std::io::stderr(), style, config.run.log_steps);
     let mut recorder = Recorder {
-        metrics: None,
+        files: None,
         failed: None,
         stop: &stop,
     };
@@ -34,7 +36,9 @@ pub(super) fn run(args: &TrainArgs) -> Result<(), Failure> {
     let outcome = crate::train::run(&config, &mut reporter, &stop);
     match (outcome, recorder.failed) {
         (Err(error), _) => Err(error.into()),
-        (Ok(_), Some(error)) => Err(error.into()),
+        (Ok(_), Some(error)) => Err(Failure::new(FailureClass::Machine, error.as_ref()).hint(
+            "check the output folder's permissions and free space, then continue with --resume",
+        )),
         (Ok(Outcome::Finished), None) => Ok(()),
         (Ok(Outcome::Interrupted { step }), None) => Err(Failure::interrupted(format!(
             "stopped after step {step}; a checkpoint is saved"
@@ -49,24 +53,57 @@ impl From<TrainError> for Failure {
     }
 }
 
-/// Keeps `metrics.jsonl`. A run whose metrics cannot be written is stopped in good order, with a
+/// Keeps `metrics.jsonl`, `validation.jsonl` and the TensorBoard events. A run whose metrics cannot be written is stopped in good order, with a
 /// checkpoint, before more work goes unrecorded.
 struct Recorder<'a> {
-    metrics: Option<Metrics>,
-    failed: Option<MetricsError>,
+    files: Option<Files>,
+    failed: Option<Box<dyn Error>>,
     stop: &'a AtomicBool,
+}
+
+/// The files that a run's numbers go to.
+struct Files {
+    steps: Metrics,
+    validation: Metrics,
+    tensorboard: EventFile,
+}
+
+impl Files {
+    fn open(run: &RunStarted) -> Result<Self, Box<dyn Error>> {
+        Ok(Files {
+            steps: Metrics::open(&run.output, metrics::STEPS, run.start_step)?,
+            validation: Metrics::open(&run.output, metrics::VALIDATION, run.start_step)?,
+            tensorboard: EventFile::create(&run.output)?,
+        })
+    }
+
+    fn step(&mut self, report: &StepReport) -> Result<(), Box<dyn Error>> {
+        self.steps.append(report)?;
+        let scalars = [
+            ("train/loss", report.loss),
+            ("train/learning_rate", report.learning_rate as f32),
+            ("train/grad_norm", report.grad_norm),
+        ];
+        Ok(self.tensorboard.scalars(report.step, &scalars)?)
+    }
+
+    fn validation(&mut self, report: &ValidationReport) -> Result<(), Box<dyn Error>> {
+        self.validation.append(report)?;
+        let scalars = [("validation/loss", report.loss)];
+        Ok(self.tensorboard.scalars(report.step, &scalars)?)
+    }
 }
 
 impl Recorder<'_> {
     fn record(&mut self, event: &Event) {
-        let result = match (event, &mut self.metrics) {
-            (Event::RunStarted(run), _) => Metrics::open(&run.output, run.start_step)
-                .map(|metrics| self.metrics = Some(metrics)),
-            (Event::Step(report), Some(metrics)) => metrics.append(report),
+        let result = match (event, &mut self.files) {
+            (Event::RunStarted(run), _) => Files::open(run).map(|files| self.files = Some(files)),
+            (Event::Step(report), Some(files)) => files.step(report),
+            (Event::Validation(report), Some(files)) => files.validation(report),
             _ => Ok(()),
         };
         if let Err(error) = result {
-            self.metrics = None;
+            self.files = None;
             self.failed.get_or_insert(error);
             self.stop.store(true, Ordering::Relaxed);
         }

@@ -15,6 +15,7 @@ pub mod generate;
 mod keys;
 pub mod layers;
 pub mod model;
+pub mod paths;
 pub mod raw;
 mod resolve;
 pub mod run;

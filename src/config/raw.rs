@@ -14,8 +14,10 @@ use clap::{Args, ValueEnum};
 use serde::{Deserialize, Serialize};
 
 use super::byte_size::ByteSize;
+use super::paths::Paths;
 use super::run::{
-    Device, LossNormalisation, LrSchedule, Precision, Recompute, Resume, ScheduleKind,
+    BadRowPolicy, Device, LossNormalisation, LrSchedule, Precision, Recompute, Resume,
+    ScheduleKind, TemplateKind,
 };
 
 /// A run configuration as typed, in a file or as flags.
@@ -104,12 +106,57 @@ pub struct RawAdapter {
 #[serde(deny_unknown_fields, default)]
 #[command(next_help_heading = "Data")]
 pub struct RawData {
-    /// Pre-tokenised training rows (JSONL)
-    #[arg(long, value_name = "FILE")]
-    pub train: Option<PathBuf>,
+    /// Training rows: files, folders, globs
+    #[arg(long, value_name = "PATH,..")]
+    pub train: Option<Paths>,
     /// New order in every epoch [true]
     #[arg(long, value_name = "true|false", hide_possible_values = true)]
     pub shuffle: Option<bool>,
+    /// Rows for the validation loss [none]
+    #[arg(long, value_name = "PATH,..")]
+    pub validation: Option<Paths>,
+    /// Share of the rows set aside for it [0]
+    #[arg(long, value_name = "X", value_parser = number::<f64>)]
+    pub validation_split: Option<f64>,
+    /// alpaca, prompt_response or plain_text [alpaca]
+    #[arg(long, value_name = "KIND", hide_possible_values = true)]
+    pub template: Option<TemplateKind>,
+    /// Question or instruction [by template]
+    #[arg(long, value_name = "NAME")]
+    pub prompt_column: Option<String>,
+    /// Alpaca's input [input]
+    #[arg(long, value_name = "NAME")]
+    pub input_column: Option<String>,
+    /// Answer [by template]
+    #[arg(long, value_name = "NAME")]
+    pub response_column: Option<String>,
+    /// Earlier turns [history]
+    #[arg(long, value_name = "NAME")]
+    pub history_column: Option<String>,
+    /// [Round 0] before a first question [false]
+    #[arg(long, value_name = "true|false", hide_possible_values = true)]
+    pub round_for_empty_history: Option<bool>,
+    /// Text before every question [none]
+    #[arg(long, value_name = "TEXT")]
+    pub source_prefix: Option<String>,
+    /// Most tokens of a question [512]
+    #[arg(long, value_name = "N", value_parser = whole::<usize>)]
+    pub max_source_length: Option<usize>,
+    /// Most tokens of an answer [512]
+    #[arg(long, value_name = "N", value_parser = whole::<usize>)]
+    pub max_target_length: Option<usize>,
+    /// Text like <sop> becomes special [false]
+    #[arg(long, value_name = "true|false", hide_possible_values = true)]
+    pub parse_special: Option<bool>,
+    /// An unusable row: fatal or skip [fatal]
+    #[arg(long, value_name = "fatal|skip", hide_possible_values = true)]
+    pub bad_rows: Option<BadRowPolicy>,
+    /// Like lengths in one micro-batch [false]
+    #[arg(long, value_name = "true|false", hide_possible_values = true)]
+    pub bucket_by_length: Option<bool>,
+    /// Tokenised rows [cache in the output]
+    #[arg(long, value_name = "DIR")]
+    pub cache: Option<PathBuf>,
 }
 
 /// `[optimizer]`: AdamW, learning rate, loss.
@@ -186,13 +233,19 @@ pub struct RawRun {
     /// Checkpoints, metrics, adapter [output]
     #[arg(long, value_name = "DIR")]
     pub output: Option<PathBuf>,
-    /// Optimiser steps
+    /// Optimiser steps; or give --epochs
     #[arg(long, value_name = "N", value_parser = whole::<u64>)]
     pub max_steps: Option<u64>,
+    /// Times through the rows
+    #[arg(long, value_name = "N", value_parser = whole::<u64>)]
+    pub epochs: Option<u64>,
     /// Sequences per micro-batch [1]
     #[arg(long, value_name = "N", value_parser = whole::<usize>)]
     pub micro_batch_size: Option<usize>,
-    /// Micro-batches per step [4 per stage, 1 for one]
+    /// Most tokens per micro-batch [no bound]
+    #[arg(long, value_name = "N", value_parser = whole::<usize>)]
+    pub micro_batch_tokens: Option<usize>,
+    /// Micro-batches per step [8]
     #[arg(long, value_name = "N", value_parser = whole::<usize>)]
     pub gradient_accumulation: Option<usize>,
     /// Checkpoint every N steps, 0: at the end [0]
@@ -207,6 +260,9 @@ pub struct RawRun {
     /// Continue: newest checkpoint, or this one
     #[arg(long, value_name = "DIR", num_args = 0..=1, default_missing_value = "latest")]
     pub resume: Option<Resume>,
+    /// Validation loss every N steps, 0: at the end [0]
+    #[arg(long, value_name = "N", value_parser = whole::<u64>)]
+    pub eval_steps: Option<u64>,
     /// Progress line every N steps [1]
     #[arg(long, value_name = "N", value_parser = whole::<u64>)]
     pub log_steps: Option<u64>,

@@ -5,19 +5,23 @@ use std::path::PathBuf;
 use super::byte_size::ByteSize;
 use super::error::ConfigError;
 use super::layers::{Layers, setting};
+use super::paths::Paths;
 use super::raw::AdapterKind;
 use super::run::{
-    AdapterSection, DataSection, Device, FullSection, LoraSection, LossNormalisation, LrSchedule,
-    ModelSection, OptimizerSection, PipelineSection, Precision, PrefixSection, Recompute, Resume,
-    RunConfig, RunSection, ScheduleKind,
+    AdapterSection, BadRowPolicy, DataSection, Device, FullSection, LoraSection, LossNormalisation,
+    LrSchedule, ModelSection, OptimizerSection, PipelineSection, Precision, PrefixSection,
+    Recompute, Resume, RunConfig, RunSection, ScheduleKind, TemplateKind,
 };
-use super::setting::Value;
+use super::setting::{Setting, Value};
 
 /// Upper bounds far beyond any use, so that no product of two settings overflows.
 const MAX_STEPS: u64 = 1_000_000_000_000;
 const MAX_COUNT: usize = 1_000_000;
 const MAX_RANK: usize = 65_536;
 const MAX_STAGES: usize = 1_024;
+/// The same at any number of stages, so that a run means the same on all of them and can go on there;
+/// with m micro-batches over p stages the bubble is (p - 1) / (m + p - 1), 11 % for two.
+const GRADIENT_ACCUMULATION: usize = 8;
 /// TOML has no greater integers, and the resolved configuration is saved as TOML.
 const MAX_INTEGER: u64 = i64::MAX as u64;
 
@@ -27,7 +31,7 @@ pub(super) fn resolve(typed: &Layers) -> Result<RunConfig, ConfigError> {
     let model = model(typed, &pipeline.devices)?;
     let adapter = adapter(typed)?;
     let data = data(typed)?;
-    let run = run(typed, pipeline.devices.len())?;
+    let run = run(typed)?;
     let optimizer = optimizer(typed, &adapter, run.max_steps)?;
     Ok(RunConfig {
         model,
@@ -122,16 +126,49 @@ fn are_module_names(names: &[String]) -> bool {
 }
 
 fn data(typed: &Layers) -> Result<DataSection, ConfigError> {
+    let column = |setting: Setting<String>| setting.typed.map(Value::any);
+    let some_paths = |paths: &Paths| {
+        !paths.0.is_empty() && paths.0.iter().all(|path| !path.as_os_str().is_empty())
+    };
     Ok(DataSection {
-        train: path(setting!(typed, data.train).required("\"data/train.jsonl\"")?)?,
+        train: setting!(typed, data.train)
+            .required("\"data/train.jsonl\"")?
+            .check("a path or a list of paths", some_paths)?,
         shuffle: setting!(typed, data.shuffle).or(true).any(),
+        validation: setting!(typed, data.validation)
+            .or(Paths::default())
+            .check("a path or a list of paths", |paths| {
+                paths.0.is_empty() || some_paths(paths)
+            })?,
+        validation_split: setting!(typed, data.validation_split).or(0.0).below_one()?,
+        template: setting!(typed, data.template)
+            .or(TemplateKind::Alpaca)
+            .any(),
+        prompt_column: column(setting!(typed, data.prompt_column)),
+        input_column: column(setting!(typed, data.input_column)),
+        response_column: column(setting!(typed, data.response_column)),
+        history_column: column(setting!(typed, data.history_column)),
+        round_for_empty_history: setting!(typed, data.round_for_empty_history)
+            .or(false)
+            .any(),
+        source_prefix: setting!(typed, data.source_prefix).or(String::new()).any(),
+        max_source_length: setting!(typed, data.max_source_length)
+            .or(512)
+            .between(2, MAX_COUNT)?,
+        max_target_length: setting!(typed, data.max_target_length)
+            .or(512)
+            .between(3, MAX_COUNT)?,
+        parse_special: setting!(typed, data.parse_special).or(false).any(),
+        bad_rows: setting!(typed, data.bad_rows).or(BadRowPolicy::Fatal).any(),
+        bucket_by_length: setting!(typed, data.bucket_by_length).or(false).any(),
+        cache: setting!(typed, data.cache).typed.map(path).transpose()?,
     })
 }
 
 fn optimizer(
     typed: &Layers,
     adapter: &AdapterSection,
-    max_steps: u64,
+    max_steps: Option<u64>,
 ) -> Result<OptimizerSection, ConfigError> {
     let learning_rate = match adapter {
         AdapterSection::Lora(_) => 1e-4,
@@ -145,10 +182,7 @@ fn optimizer(
         lr_schedule: setting!(typed, optimizer.lr_schedule)
             .or(LrSchedule::Linear)
             .any(),
-        warmup_steps: setting!(typed, optimizer.warmup_steps).or(0).check(
-            format!("at most run.max_steps, which is {max_steps}"),
-            |steps| *steps <= max_steps,
-        )?,
+        warmup_steps: warmup_steps(setting!(typed, optimizer.warmup_steps).or(0), max_steps)?,
         weight_decay: setting!(typed, optimizer.weight_decay)
             .or(0.0)
             .not_negative()?,
@@ -165,6 +199,16 @@ fn optimizer(
             .or(20)
             .between(1, 1_000_000)?,
     })
+}
+
+fn warmup_steps(value: Value<u64>, max_steps: Option<u64>) -> Result<u64, ConfigError> {
+    match max_steps {
+        Some(max_steps) => value.check(
+            format!("at most run.max_steps, which is {max_steps}"),
+            |steps| *steps <= max_steps,
+        ),
+        None => value.between(0, MAX_STEPS),
+    }
 }
 
 fn pipeline(typed: &Layers) -> Result<PipelineSection, ConfigError> {
@@ -209,19 +253,34 @@ pub(super) fn default_threads() -> usize {
     std::thread::available_parallelism().map_or(1, |n| n.get().min(4_096))
 }
 
-fn run(typed: &Layers, stages: usize) -> Result<RunSection, ConfigError> {
-    // With m micro-batches over p stages the bubble is (p - 1) / (m + p - 1): 4 p keeps it below 20 %.
-    let gradient_accumulation = if stages > 1 { 4 * stages } else { 1 };
+fn run(typed: &Layers) -> Result<RunSection, ConfigError> {
+    let epochs = setting!(typed, run.epochs).typed;
+    let max_steps = setting!(typed, run.max_steps);
+    let (max_steps, epochs) = match epochs {
+        Some(epochs) => {
+            let alone = max_steps.typed.is_none();
+            let allowed = "1 or more, and run.max_steps left out";
+            let epochs = epochs.check(allowed, |n| alone && (1..=MAX_STEPS).contains(n))?;
+            (None, Some(epochs))
+        }
+        None => (
+            Some(max_steps.required("1000")?.between(1, MAX_STEPS)?),
+            None,
+        ),
+    };
     Ok(RunSection {
         output: path(setting!(typed, run.output).or("output".into()))?,
-        max_steps: setting!(typed, run.max_steps)
-            .required("1000")?
-            .between(1, MAX_STEPS)?,
+        max_steps,
+        epochs,
         micro_batch_size: setting!(typed, run.micro_batch_size)
             .or(1)
             .between(1, MAX_COUNT)?,
+        micro_batch_tokens: setting!(typed, run.micro_batch_tokens)
+            .typed
+            .map(|tokens| tokens.between(1, MAX_COUNT))
+            .transpose()?,
         gradient_accumulation: setting!(typed, run.gradient_accumulation)
-            .or(gradient_accumulation)
+            .or(GRADIENT_ACCUMULATION)
             .between(1, MAX_COUNT)?,
         save_steps: setting!(typed, run.save_steps)
             .or(0)
@@ -237,6 +296,9 @@ fn run(typed: &Layers, stages: usize) -> Result<RunSection, ConfigError> {
                 Resume::No | Resume::Latest => true,
             },
         )?,
+        eval_steps: setting!(typed, run.eval_steps)
+            .or(0)
+            .between(0, MAX_STEPS)?,
         log_steps: setting!(typed, run.log_steps).or(1).between(1, MAX_STEPS)?,
     })
 }

@@ -11,6 +11,7 @@ pub use super::device::Device;
 use super::error::ConfigError;
 use super::file::ConfigFile;
 use super::layers::Layers;
+use super::paths::Paths;
 use super::raw::RawConfig;
 
 /// Everything a training run needs to know.
@@ -122,10 +123,64 @@ pub struct FullSection {}
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DataSection {
-    /// Pre-tokenised JSONL: `input_ids`, `labels`, optional `context_length`, `position_ids`.
-    pub train: PathBuf,
+    /// Files, folders or globs: text rows (JSON, JSONL, CSV, plain text, `.gz` of each), or
+    /// pre-tokenised JSONL (`input_ids`, `labels`, optional `context_length`, `position_ids`).
+    pub train: Paths,
     /// Whether rows are shuffled anew in every epoch.
     pub shuffle: bool,
+    /// Rows to measure the loss on every `run.eval_steps`; none where empty.
+    pub validation: Paths,
+    /// Share of the training rows set aside for that, 0 to below 1.
+    pub validation_split: f64,
+    /// What a text row becomes.
+    pub template: TemplateKind,
+    /// Column of the question (alpaca: the instruction); the template's own name when absent.
+    pub prompt_column: Option<String>,
+    /// Alpaca: column of the input; the template's own name when absent.
+    pub input_column: Option<String>,
+    /// Column of the answer; the template's own name when absent.
+    pub response_column: Option<String>,
+    /// Column of earlier turns; the template's own name when absent, none where empty.
+    pub history_column: Option<String>,
+    /// Whether an empty history is written as `[Round 0]` too, as THUDM's training code does.
+    pub round_for_empty_history: bool,
+    /// Text in front of every question.
+    pub source_prefix: String,
+    /// Most tokens of a question, `[gMASK]` included.
+    pub max_source_length: usize,
+    /// Most tokens of an answer, sop and eop included.
+    pub max_target_length: usize,
+    /// Whether text that looks like a special token becomes one.
+    pub parse_special: bool,
+    /// What happens to a row that cannot be used.
+    pub bad_rows: BadRowPolicy,
+    /// Whether rows of similar length meet in a micro-batch.
+    pub bucket_by_length: bool,
+    /// Folder of the tokenised cache; `cache` in the output folder when absent.
+    pub cache: Option<PathBuf>,
+}
+
+/// What a text row becomes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "snake_case")]
+#[value(rename_all = "snake_case")]
+pub enum TemplateKind {
+    /// Instruction, input and output.
+    Alpaca,
+    /// Prompt and response, perhaps after earlier turns (THUDM's form).
+    PromptResponse,
+    /// Text to be continued.
+    PlainText,
+}
+
+/// What happens to a row that cannot be used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "snake_case")]
+pub enum BadRowPolicy {
+    /// It ends the run before training starts.
+    Fatal,
+    /// It is left out, counted and shown.
+    Skip,
 }
 
 /// `[optimizer]`
@@ -229,10 +284,14 @@ pub enum Recompute {
 pub struct RunSection {
     /// Folder for checkpoints, metrics and the adapter.
     pub output: PathBuf,
-    /// Optimiser steps to run.
-    pub max_steps: u64,
-    /// Sequences per micro-batch.
+    /// Optimiser steps to run; `epochs` when absent.
+    pub max_steps: Option<u64>,
+    /// Times to go through the training rows; `max_steps` when absent. One of the two is set.
+    pub epochs: Option<u64>,
+    /// Sequences per micro-batch; the most of them where `micro_batch_tokens` is set.
     pub micro_batch_size: usize,
+    /// Most tokens per micro-batch; no bound when absent.
+    pub micro_batch_tokens: Option<usize>,
     /// Micro-batches per step.
     pub gradient_accumulation: usize,
     /// A checkpoint every this many steps; 0: only at the end.
@@ -243,6 +302,8 @@ pub struct RunSection {
     pub seed: u64,
     /// Continue a run: the newest valid checkpoint of `output`, or a named folder.
     pub resume: Resume,
+    /// Loss of the validation rows every this many steps; 0: only at the end.
+    pub eval_steps: u64,
     /// A progress line every this many steps.
     pub log_steps: u64,
 }

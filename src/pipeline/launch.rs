@@ -19,6 +19,7 @@ use crate::checkpoint::TensorSource;
 use crate::comm::Transport;
 use crate::config::model::ModelConfig;
 use crate::config::run::Recompute;
+use crate::data::batch::MicroBatch;
 use crate::model::load::Loader;
 use crate::model::rotary::RotaryPrecision;
 use crate::model::stage::{Stage, StageShape};
@@ -228,6 +229,25 @@ impl Engine {
         })?;
         // Every stage came to the same outcome, by the same numbers.
         outcomes.into_iter().next_back().ok_or_else(no_stage)
+    }
+
+    /// Sum of the losses of all targets of a micro-batch, with nothing trained and no dropout; leaves
+    /// no trace in the run.
+    ///
+    /// # Errors
+    /// The first stage that failed; the engine is of no further use then.
+    pub fn evaluate(&mut self, batch: MicroBatch) -> Result<f32, Failure> {
+        let batch = Arc::new(batch);
+        self.command(|| Command::Evaluate(Arc::clone(&batch)));
+        let losses = self.collect(|reply| match reply {
+            Reply::Evaluate(loss) => Some(loss),
+            _ => None,
+        })?;
+        losses
+            .into_iter()
+            .flatten()
+            .next_back()
+            .ok_or_else(no_stage)
     }
 
     /// Runs a forward pass without gradients: logits of the chosen rows, `[rows, V]`.

@@ -72,6 +72,8 @@ pub struct CachePlan {
 pub(super) enum Command {
     /// One training step.
     Step(std::sync::Arc<StepPlan>),
+    /// Loss of a micro-batch, without a gradient.
+    Evaluate(std::sync::Arc<MicroBatch>),
     /// A forward pass.
     Infer(std::sync::Arc<InferPlan>),
     /// Values and moments of everything that is trained.
@@ -84,6 +86,8 @@ pub(super) enum Reply {
     Ready,
     /// The step is done.
     Step(StepOutcome),
+    /// Sum of the losses of all targets, on the last stage.
+    Evaluate(Option<f32>),
     /// Logits, on the last stage.
     Infer(Option<Vec<f32>>),
     /// Place in the order of all parameters, and state.

@@ -15,12 +15,16 @@ pub struct Prepared {
     pub base: Base,
     /// The training rows.
     pub rows: Rows,
+    /// Rows that are not trained on, to measure the loss on.
+    pub validation: Option<Rows>,
     /// What is trained.
     pub trainables: Trainables,
     /// The stages and what they do.
     pub layout: Layout,
     /// The order of the rows.
     pub sampler: Sampler,
+    /// Steps of the whole run.
+    pub max_steps: u64,
 }
 
 impl Prepared {
@@ -30,7 +34,8 @@ impl Prepared {
     /// Configuration, model or data do not fit together.
     pub fn open(config: &RunConfig, state: SamplerState) -> Result<Self, StartError> {
         let base = Base::open(&config.model.path)?;
-        let rows = pretokenised::read_rows(&config.data.train, &base.config)?;
+        let rows = pretokenised::read_rows(&config.data.train.0[0], &base.config)?;
+        let rows_len = rows.len();
         let trainables = Trainables::new(&base.config, &config.adapter, base.head_source.tied)?;
         let order = match config.data.shuffle {
             true => Order::Shuffled {
@@ -63,9 +68,21 @@ impl Prepared {
         Ok(Prepared {
             base,
             rows,
+            validation: None,
             trainables,
             layout,
+            max_steps: max_steps(config, rows_len),
             sampler,
         })
     }
+}
+
+/// Steps of the run: as set, or as many as it takes to go through the rows `epochs` times.
+fn max_steps(config: &RunConfig, rows: usize) -> u64 {
+    let run = &config.run;
+    let per_epoch = rows.div_ceil(run.micro_batch_size) as u64;
+    let epochs = run.epochs.unwrap_or(1);
+    let all = per_epoch.saturating_mul(epochs);
+    run.max_steps
+        .unwrap_or(all.div_ceil(run.gradient_accumulation as u64))
 }

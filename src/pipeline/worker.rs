@@ -41,6 +41,7 @@ impl<B: Backend, T: Transport<B>> Worker<B, T> {
     pub fn obey(&mut self, command: Command) -> Result<Reply, Failure> {
         let result = match command {
             Command::Step(plan) => self.step(&plan).map(Reply::Step),
+            Command::Evaluate(batch) => self.evaluate(&batch).map(Reply::Evaluate),
             Command::Infer(plan) => self.infer(&plan).map(Reply::Infer),
             Command::Snapshot => self.snapshot(),
         };
@@ -171,13 +172,11 @@ impl<B: Backend, T: Transport<B>> Worker<B, T> {
 
     fn infer(&mut self, plan: &InferPlan) -> Result<Option<Vec<f32>>, Cause> {
         self.at(None, "forward without gradients".to_owned());
-        let (stage, backend) = (&mut self.stage, &self.backend);
-        let (rank, stages) = (self.transport.rank(), self.transport.stages());
         let spans = spans(&plan.batch, plan.cache.as_ref());
         let mut cache_rows = Vec::new();
         if let Some(cache) = &plan.cache {
             if let Some(rows) = cache.renew {
-                self.cache = Some(stage.cache(backend, rows)?);
+                self.cache = Some(self.stage.cache(&self.backend, rows)?);
             }
             for (span, (start, filled)) in spans.iter().zip(cache.starts.iter().zip(&cache.filled))
             {
@@ -185,7 +184,39 @@ impl<B: Backend, T: Transport<B>> Worker<B, T> {
                 cache_rows.extend((first..first + span.q_len).map(|row| row as u32));
             }
         }
-        fill(stage, backend, 0, &plan.batch, &spans, &cache_rows, None)?;
+        self.pass(&plan.batch, &spans, &cache_rows, plan.cache.is_some())?;
+        let logits = self.stage.logits(&self.backend, 0, plan.rows)?;
+        Ok(logits.map(|logits| logits.logits.into_iter().map(Element::to_f32).collect()))
+    }
+
+    fn evaluate(&mut self, batch: &MicroBatch) -> Result<Option<f32>, Cause> {
+        self.at(None, "validation".to_owned());
+        self.pass(batch, &spans(batch, None), &[], false)?;
+        let (stage, backend) = (&mut self.stage, &self.backend);
+        // A scale of zero gives the losses and no gradient.
+        stage.loss(backend, 0, 0.0)?;
+        let slot = stage.slot(0);
+        Ok(match &slot.token_loss {
+            Some(losses) => {
+                let losses = backend.read(losses, slot.batch.targets)?;
+                let sum: f64 = losses.into_iter().map(f64::from).sum();
+                Some(sum as f32)
+            }
+            None => None,
+        })
+    }
+
+    /// One micro-batch through this stage without a backward to follow.
+    fn pass(
+        &mut self,
+        batch: &MicroBatch,
+        spans: &[Span],
+        cache_rows: &[u32],
+        cached: bool,
+    ) -> Result<(), Cause> {
+        let (stage, backend) = (&mut self.stage, &self.backend);
+        let (rank, stages) = (self.transport.rank(), self.transport.stages());
+        fill(stage, backend, 0, batch, spans, cache_rows, None)?;
         let len = stage.activation_len(0);
         if rank > 0 {
             let input = stage.input_mut(0);
@@ -194,15 +225,14 @@ impl<B: Backend, T: Transport<B>> Worker<B, T> {
         {
             let _permit = self.permits.acquire();
             stage.prepare_prefix(backend)?;
-            let cache = self.cache.as_mut().filter(|_| plan.cache.is_some());
+            let cache = self.cache.as_mut().filter(|_| cached);
             stage.forward(backend, 0, cache)?;
         }
         if rank + 1 < stages {
             self.transport
                 .send(backend, rank + 1, stage.output(), len)?;
         }
-        let logits = stage.logits(backend, 0, plan.rows)?;
-        Ok(logits.map(|logits| logits.logits.into_iter().map(Element::to_f32).collect()))
+        Ok(())
     }
 
     fn snapshot(&mut self) -> Result<Reply, Cause> {

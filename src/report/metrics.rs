@@ -1,19 +1,22 @@
-//! `metrics.jsonl`: one JSON object per optimiser step, for programs.
+//! `metrics.jsonl` and `validation.jsonl`: one JSON object per optimiser step or measurement, for
+//! programs.
 //!
-//! A row is a [`StepReport`] with its field names as keys. Floats are written with all digits needed
+//! A row is a [`StepReport`](super::StepReport) or a [`ValidationReport`](super::ValidationReport)
+//! with its field names as keys. Floats are written with all digits needed
 //! to read the same bits back; not-a-number and infinity are null.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, BufRead, BufReader, BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
-use super::StepReport;
 use super::atomic_file::AtomicFile;
 
-/// Name of the file in the output folder.
-pub const FILE_NAME: &str = "metrics.jsonl";
+/// Rows of steps, in the output folder.
+pub const STEPS: &str = "metrics.jsonl";
+/// Rows of validation losses, in the output folder.
+pub const VALIDATION: &str = "validation.jsonl";
 
 /// Longest row that is kept on resume: far more than one with a million micro-batches needs.
 const MAX_ROW_BYTES: u64 = 1 << 26;
@@ -26,7 +29,7 @@ pub struct MetricsError {
     source: io::Error,
 }
 
-/// The open `metrics.jsonl` of a run.
+/// An open file of rows of a run.
 #[derive(Debug)]
 pub struct Metrics {
     file: File,
@@ -34,10 +37,10 @@ pub struct Metrics {
 }
 
 impl Metrics {
-    /// Opens the file in the folder `output` for a run that has done `start_step` steps. Rows of later
+    /// Opens the file `name` in the folder `output` for a run that has done `start_step` steps. Rows of later
     /// steps (a resumed run does them again) and torn rows are dropped; the others stay byte for byte.
-    pub fn open(output: &Path, start_step: u64) -> Result<Self, MetricsError> {
-        let path = output.join(FILE_NAME);
+    pub fn open(output: &Path, name: &str, start_step: u64) -> Result<Self, MetricsError> {
+        let path = output.join(name);
         let open = || {
             keep_rows(&path, start_step)?;
             OpenOptions::new().append(true).open(&path)
@@ -49,7 +52,7 @@ impl Metrics {
     }
 
     /// Adds a row, in one write, so that a reader sees whole rows only.
-    pub fn append(&mut self, report: &StepReport) -> Result<(), MetricsError> {
+    pub fn append(&mut self, report: &impl Serialize) -> Result<(), MetricsError> {
         let write = || {
             let mut row = serde_json::to_vec(report)?;
             row.push(b'\n');

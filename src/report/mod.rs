@@ -11,6 +11,7 @@ use serde::{Serialize, Serializer};
 pub mod atomic_file;
 pub mod metrics;
 pub mod progress;
+pub mod tensorboard;
 
 /// Something that happened in a run.
 #[derive(Clone, Debug, PartialEq)]
@@ -19,6 +20,10 @@ pub enum Event {
     RunStarted(RunStarted),
     /// An optimiser step is over.
     Step(StepReport),
+    /// The loss of the validation rows was measured.
+    Validation(ValidationReport),
+    /// The data is being tokenised; nothing of it is seen where it comes from the cache.
+    Tokenising(TokenisingReport),
     /// A checkpoint is complete on disk.
     CheckpointSaved {
         /// The checkpoint's folder.
@@ -91,6 +96,35 @@ pub struct StepReport {
     pub tokens: u64,
     /// Wall time of the step.
     pub seconds: f64,
+}
+
+/// Loss of the validation rows.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct ValidationReport {
+    /// Steps done.
+    pub step: u64,
+    /// Mean loss over all their targets.
+    #[serde(serialize_with = "widened")]
+    pub loss: f32,
+    /// Targets.
+    pub target_tokens: u64,
+}
+
+/// How far the data is tokenised.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TokenisingReport {
+    /// Bytes of the files read.
+    pub bytes: u64,
+    /// Bytes of all files.
+    pub total_bytes: u64,
+    /// Rows so far.
+    pub rows: u64,
+    /// Tokens so far.
+    pub tokens: u64,
+    /// Wall time so far.
+    pub seconds: f64,
+    /// Whether that was all.
+    pub done: bool,
 }
 
 /// How a run ended that did all its steps.

@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 use std::io::{IsTerminal, Write};
 
-use super::{Event, RunFinished, RunStarted, StepReport};
+use super::{Event, RunFinished, RunStarted, StepReport, TokenisingReport};
 
 /// How progress is shown.
 #[derive(Clone, Copy, Debug, Default)]
@@ -81,7 +81,30 @@ impl<W: Write> Progress<W> {
                     path.display()
                 ));
             }
+            Event::Validation(report) => self.line(&format!(
+                "validation after step {}: loss {:.4} over {} targets",
+                report.step,
+                report.loss,
+                grouped(report.target_tokens)
+            )),
+            Event::Tokenising(report) => self.tokenising(report),
             Event::Finished(run) => self.line(&finished(run)),
+        }
+    }
+
+    fn tokenising(&mut self, report: &TokenisingReport) {
+        let share = report.bytes as f64 / report.total_bytes.max(1) as f64;
+        let text = format!(
+            "tokenising: {:.0} %  {} rows  {} tokens  {} tok/s",
+            100.0 * share.min(1.0),
+            grouped(report.rows),
+            grouped(report.tokens),
+            rate(report.tokens, report.seconds),
+        );
+        match report.done {
+            true => self.line(&text),
+            false if self.style.live => self.live_line(&text),
+            false => {}
         }
     }
 

@@ -41,7 +41,7 @@ pub(super) struct Fingerprint {
     rows: usize,
     /// Number of tokens.
     tokens: usize,
-    /// CRC-32 of all ids, labels and context lengths.
+    /// CRC-32 of all ids, labels, positions and context lengths.
     crc32: u32,
 }
 
@@ -56,6 +56,11 @@ impl Fingerprint {
                 hasher.update(&id.to_le_bytes());
             }
             hasher.update(&(row.context_length as u64).to_le_bytes());
+            for token in 0..row.input_ids.len() {
+                let (position, block_position) = row.positions.at(token);
+                hasher.update(&position.to_le_bytes());
+                hasher.update(&block_position.to_le_bytes());
+            }
         }
         Fingerprint {
             rows: rows.len(),

@@ -3,6 +3,7 @@
 mod checkpoint;
 mod error;
 mod initial;
+mod validation;
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -62,9 +63,11 @@ pub fn run(
     let Prepared {
         base,
         rows,
+        validation,
         trainables,
         layout,
         mut sampler,
+        max_steps,
     } = prepared;
     if let Some(warning) = &base.head_source.warning {
         reporter(Event::Warning(warning.clone()));
@@ -77,18 +80,18 @@ pub fn run(
         trainable_parameters: trainables.count() as u64,
         model_parameters: model_parameters(&base),
         start_step: state.step,
-        max_steps: config.run.max_steps,
+        max_steps,
         output: config.run.output.clone(),
         config_path,
     }));
 
     let mut saved = resumed_step(config, state.step);
-    while state.step < config.run.max_steps {
+    while state.step < max_steps {
         let began = Instant::now();
-        let plan = fetch(config, &rows, &mut sampler, &state);
+        let plan = fetch(config, max_steps, &rows, &mut sampler, &state);
         let outcome = engine.step(plan.clone())?;
         state.advance(&outcome, sampler.state());
-        reporter(Event::Step(report(config, &plan, &outcome, began)));
+        reporter(Event::Step(report(max_steps, &plan, &outcome, began)));
         if state.loss_scale.skipped_in_a_row() >= config.optimizer.max_skipped_steps {
             let batch = checkpoint::write_diverged_batch(&config.run.output, &plan)?;
             return Err(TrainError::Diverged {
@@ -97,8 +100,16 @@ pub fn run(
                 batch,
             });
         }
+        let eval_steps = config.run.eval_steps;
+        let measured =
+            state.step == max_steps || eval_steps > 0 && state.step.is_multiple_of(eval_steps);
+        if let Some(rows) = validation.as_ref().filter(|_| measured) {
+            let (tokens, sequences) = (layout.max_rows, layout.max_sequences);
+            let report = validation::measure(&mut engine, rows, tokens, sequences, state.step)?;
+            reporter(Event::Validation(report));
+        }
         let interrupted = stop.load(Ordering::Relaxed);
-        let due = config.run.save_steps > 0 && state.step % config.run.save_steps == 0;
+        let due = config.run.save_steps > 0 && state.step.is_multiple_of(config.run.save_steps);
         if due || interrupted {
             save(config, &trainables, &base, &mut engine, &state, reporter)?;
             saved = Some(state.step);
@@ -151,7 +162,13 @@ fn model_parameters(base: &Base) -> u64 {
 }
 
 /// The next step's micro-batches, and how much each of their targets weighs.
-fn fetch(config: &RunConfig, rows: &Rows, sampler: &mut Sampler, state: &TrainerState) -> StepPlan {
+fn fetch(
+    config: &RunConfig,
+    max_steps: u64,
+    rows: &Rows,
+    sampler: &mut Sampler,
+    state: &TrainerState,
+) -> StepPlan {
     let micro_batches: Vec<MicroBatch> = (0..config.run.gradient_accumulation)
         .map(|_| {
             let indices = sampler.next_micro_batch();
@@ -161,7 +178,7 @@ fn fetch(config: &RunConfig, rows: &Rows, sampler: &mut Sampler, state: &Trainer
     StepPlan {
         step: state.step,
         updates: state.updates,
-        learning_rate: learning_rate(&config.optimizer, state.updates, config.run.max_steps),
+        learning_rate: learning_rate(&config.optimizer, state.updates, max_steps),
         loss_scale: state.loss_scale.scale(),
         target_weights: target_weights(config.optimizer.loss_normalisation, &micro_batches),
         micro_batches,
@@ -182,12 +199,7 @@ pub fn target_weights(normalisation: LossNormalisation, micro_batches: &[MicroBa
     micro_batches.iter().map(weight).collect()
 }
 
-fn report(
-    config: &RunConfig,
-    plan: &StepPlan,
-    outcome: &StepOutcome,
-    began: Instant,
-) -> StepReport {
+fn report(max_steps: u64, plan: &StepPlan, outcome: &StepOutcome, began: Instant) -> StepReport {
     let sums = outcome.loss_sums.iter().zip(&plan.micro_batches);
     let micro_losses: Vec<f32> = sums
         .map(|(sum, batch)| sum / batch.targets.len() as f32)
@@ -199,7 +211,7 @@ fn report(
     let batches = plan.micro_batches.iter();
     StepReport {
         step: plan.step + 1,
-        max_steps: config.run.max_steps,
+        max_steps,
         loss: loss as f32,
         micro_losses,
         learning_rate: plan.learning_rate,

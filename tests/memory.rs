@@ -1,0 +1,237 @@
+//! The memory that is planned for a stage from configuration alone is the memory that the stage takes.
+#![allow(clippy::unwrap_used)]
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use half::f16;
+use mp_train::adapter::{ParameterSpec, ParameterState};
+use mp_train::backend::cpu::Cpu;
+use mp_train::backend::{Backend, Element};
+use mp_train::checkpoint::{CheckpointError, Dtype, HostTensor, TensorInfo, TensorSource};
+use mp_train::config::model::ModelConfig;
+use mp_train::config::run::{AdapterSection, FullSection, LoraSection, PrefixSection, Recompute};
+use mp_train::model::load::Loader;
+use mp_train::model::memory::{StageSizes, choose_recompute, stage_bytes};
+use mp_train::model::rotary::RotaryPrecision;
+use mp_train::model::stage::{Stage, StageShape};
+use mp_train::model::trainables::Trainables;
+use mp_train::model::weights;
+
+/// Bytes that are allocated now.
+static LIVE: AtomicUsize = AtomicUsize::new(0);
+
+struct Counting;
+
+// SAFETY: every call is handed on to the system's allocator as it came.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        LIVE.fetch_add(layout.size(), Ordering::Relaxed);
+        // SAFETY: the caller's promises are those that `System` asks for.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        LIVE.fetch_sub(layout.size(), Ordering::Relaxed);
+        // SAFETY: `pointer` came from `System` with this layout, by `alloc` above.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// Names, shapes and lists of buffers, which are not planned.
+const METADATA: u64 = 40_000;
+
+/// All the tensors of a model, as zeros.
+struct Zeros(Vec<(String, Vec<usize>)>);
+
+impl TensorSource for Zeros {
+    fn names(&self) -> Vec<String> {
+        self.0.iter().map(|(name, _)| name.clone()).collect()
+    }
+
+    fn info(&self, name: &str) -> Option<TensorInfo> {
+        let (_, shape) = self.0.iter().find(|(known, _)| known == name)?;
+        Some(TensorInfo {
+            dtype: Dtype::F16,
+            shape: shape.clone(),
+            file: PathBuf::from("zeros"),
+        })
+    }
+
+    fn read(&self, name: &str) -> Result<HostTensor, CheckpointError> {
+        let shape = self.info(name).unwrap().shape;
+        let values = vec![f16::ZERO; shape.iter().product()];
+        // Not all alike: equal matrices of embedding and head would become one.
+        let mut tensor = HostTensor::from_f16(shape, &values)?;
+        tensor.bytes[0] = name.len() as u8;
+        Ok(tensor)
+    }
+}
+
+fn model() -> ModelConfig {
+    ModelConfig {
+        num_layers: 3,
+        hidden_size: 160,
+        num_attention_heads: 5,
+        inner_hidden_size: 480,
+        vocab_size: 1_009,
+        max_sequence_length: 257,
+        ..golden_config()
+    }
+}
+
+fn golden_config() -> ModelConfig {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/chatglm-6b");
+    ModelConfig::from_json_file(&folder.join("model/config.json")).unwrap()
+}
+
+fn lora(lora_dropout: f32, target_modules: &[&str]) -> AdapterSection {
+    AdapterSection::Lora(LoraSection {
+        r: 5,
+        lora_alpha: 32.0,
+        lora_dropout,
+        target_modules: target_modules.iter().map(|&name| name.to_owned()).collect(),
+        init_adapter: None,
+    })
+}
+
+fn prefix(prefix_projection: bool) -> AdapterSection {
+    AdapterSection::Prefix(PrefixSection {
+        pre_seq_len: 9,
+        prefix_projection,
+        prefix_dropout: 0.1,
+        init_adapter: None,
+    })
+}
+
+fn sizes<E: Element>(rank: usize, stages: usize, rows: usize) -> StageSizes {
+    let blocks = match (stages, rank) {
+        (1, _) => 0..3,
+        (_, 0) => 0..2,
+        _ => 2..3,
+    };
+    StageSizes {
+        blocks,
+        embedding: rank == 0,
+        head: rank + 1 == stages,
+        max_rows: rows,
+        max_sequences: 4,
+        slots: 2,
+        element_size: E::SIZE,
+    }
+}
+
+/// Bytes that are allocated for a stage and stay.
+fn measured<E: Element>(
+    trainables: &Trainables,
+    sizes: &StageSizes,
+    recompute: Recompute,
+    tied: bool,
+) -> u64
+where
+    Cpu<E>: Backend<Element = E>,
+{
+    let config = model();
+    let source = Zeros(weights::model_tensors(&config));
+    let config = ModelConfig {
+        tie_word_embeddings: tied,
+        ..config
+    };
+    let head_source = weights::check(&source, &config).unwrap();
+    let backend = Cpu::<E>::new(1).unwrap();
+    let initial = |spec: &ParameterSpec| Ok(ParameterState::fresh(vec![0.0; spec.len()]));
+    let loader = Loader {
+        backend: &backend,
+        source: &source,
+        config: &config,
+        trainables,
+        initial: &initial,
+        first_stage: sizes.embedding,
+    };
+    let shape = StageShape {
+        blocks: sizes.blocks.clone(),
+        embedding: sizes.embedding,
+        head: sizes.head,
+        max_rows: sizes.max_rows,
+        max_sequences: sizes.max_sequences,
+        slots: sizes.slots,
+        recompute,
+        rotary: RotaryPrecision::F32,
+    };
+    let before = LIVE.load(Ordering::Relaxed);
+    let stage = Stage::load(&loader, shape, &head_source).unwrap();
+    let after = LIVE.load(Ordering::Relaxed);
+    drop(stage);
+    (after - before) as u64
+}
+
+fn planned_is_measured<E: Element>()
+where
+    Cpu<E>: Backend<Element = E>,
+{
+    let config = model();
+    let adapters = [
+        lora(0.0, &["query_key_value"]),
+        lora(
+            0.2,
+            &["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"],
+        ),
+        prefix(false),
+        prefix(true),
+        AdapterSection::Full(FullSection {}),
+    ];
+    for (adapter, tied) in adapters.iter().flat_map(|a| [(a, false), (a, true)]) {
+        let trainables = Trainables::new(&config, adapter, tied).unwrap();
+        for (rank, stages) in [(0, 1), (0, 2), (1, 2)] {
+            for recompute in [Recompute::None, Recompute::AttentionFree, Recompute::Block] {
+                let what = format!(
+                    "{} stage {rank} of {stages}, {recompute:?}, tied {tied}, {adapter:?}",
+                    E::NAME
+                );
+                let both = [61, 331].map(|rows| {
+                    let sizes = sizes::<E>(rank, stages, rows);
+                    let planned = stage_bytes(&config, &trainables, &sizes, recompute).total();
+                    let measured = measured::<E>(&trainables, &sizes, recompute, tied);
+                    assert!(
+                        (planned..planned + METADATA).contains(&measured),
+                        "{what}: planned {planned}, measured {measured}"
+                    );
+                    (planned, measured)
+                });
+                // Metadata does not depend on the number of rows, so here every byte must agree.
+                let [(planned, measured), (planned_more, measured_more)] = both;
+                let (planned, measured) = (planned_more - planned, measured_more - measured);
+                assert_eq!(planned, measured, "{what}: for 270 rows more");
+            }
+        }
+    }
+}
+
+/// One test alone, because the counter is that of the whole process.
+#[test]
+fn planned_bytes_are_those_that_a_stage_takes() {
+    planned_is_measured::<f32>();
+    planned_is_measured::<f16>();
+    the_choice_of_recomputation_takes_the_cheapest_that_fits();
+}
+
+fn the_choice_of_recomputation_takes_the_cheapest_that_fits() {
+    let config = model();
+    let trainables = Trainables::new(&config, &lora(0.0, &["dense"]), false).unwrap();
+    let sizes = sizes::<f32>(0, 1, 331);
+    let bytes = |recompute| stage_bytes(&config, &trainables, &sizes, recompute).total();
+    let choose = |budget| choose_recompute(&config, &trainables, &sizes, budget);
+    let cheapest_first = [Recompute::None, Recompute::AttentionFree, Recompute::Block];
+    for recompute in cheapest_first {
+        assert_eq!(choose(bytes(recompute)), (recompute, true));
+        assert_ne!(choose(bytes(recompute) - 1), (recompute, true));
+    }
+    assert_eq!(
+        choose(bytes(Recompute::Block) - 1),
+        (Recompute::Block, false)
+    );
+}
