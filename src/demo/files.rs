@@ -50,8 +50,10 @@ impl Folder {
                 _ => {}
             }
         }
-        fs::create_dir_all(folder.untrained()).map_err(failed)?;
+        // The mark comes first: a demo that is killed behind it can be started anew.
+        fs::create_dir_all(root).map_err(failed)?;
         write(&root.join(MARK), b"mp-train demo may clear this folder\n")?;
+        fs::create_dir_all(folder.untrained()).map_err(failed)?;
         Ok(folder)
     }
 

@@ -8,7 +8,7 @@ use super::table::table;
 const SHOWN_PLAIN: [usize; 4] = [3, 18, 43, 69];
 
 /// Wrong answers shown at most: after a failure the table should still be a page.
-const SHOWN_WRONG: usize = 12;
+const SHOWN_WRONG: usize = 8;
 
 /// What the three models said, and what that is worth.
 #[derive(Clone, Debug)]

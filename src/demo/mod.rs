@@ -18,7 +18,7 @@ mod texts;
 pub mod tokenizer;
 
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use serde_json::json;
@@ -58,7 +58,7 @@ pub enum Event {
 #[derive(Clone, Debug)]
 pub enum Outcome {
     /// All models were asked.
-    Finished(Findings),
+    Finished(Box<Findings>),
     /// A signal came first.
     Interrupted,
 }
@@ -130,7 +130,7 @@ pub fn run(
             "ptuning": findings.prefix.answers,
         }),
     )?;
-    Ok(Outcome::Finished(findings))
+    Ok(Outcome::Finished(Box::new(findings)))
 }
 
 /// Writes the untrained model with its tokenizer, and the rows of all runs.
@@ -156,6 +156,9 @@ fn train(
     show: &mut dyn FnMut(Event),
     stop: &AtomicBool,
 ) -> Result<Option<f64>, DemoError> {
+    if stop.load(Ordering::Relaxed) {
+        return Ok(None);
+    }
     let started = Instant::now();
     let mut reporter = |event| show(Event::Training(event));
     Ok(match train::run(config, &mut reporter, stop)? {

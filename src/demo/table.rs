@@ -4,6 +4,8 @@
 const QUESTION_WIDTH: usize = 22;
 /// Screen columns of a model's answers.
 const ANSWER_WIDTH: usize = 23;
+/// Lines of a cell: more than any right answer needs.
+const MOST_LINES: usize = 4;
 const GAP: &str = "  ";
 
 /// A table with a head and one row per question; cells that are too wide go over several lines.
@@ -86,6 +88,13 @@ fn wrap(text: &str, columns: usize) -> Vec<String> {
         }
     }
     lines.push(line.trim_end().to_owned());
+    if lines.len() > MOST_LINES {
+        lines.truncate(MOST_LINES);
+        if let Some(last) = lines.last_mut() {
+            while width(last) >= columns && last.pop().is_some() {}
+            last.push('…');
+        }
+    }
     lines
 }
 
@@ -136,6 +145,11 @@ mod tests {
         );
         assert_eq!(wrap("我是青鸟，你好。", 8), ["我是青", "鸟，你", "好。"]);
         assert_eq!(wrap("abcdefgh", 3), ["abc", "def", "gh"]);
+        assert_eq!(
+            wrap("abcdefghijklmnop", 3),
+            ["abc", "def", "ghi", "jk…"],
+            "a page has an end"
+        );
         assert_eq!(wrap("a\n\tb", 9), ["a  b"]);
         assert_eq!(wrap("", 9), [""]);
     }
