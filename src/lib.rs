@@ -5,6 +5,8 @@
 
 pub mod cli;
 
+pub mod demo;
+
 pub mod train;
 
 pub mod generate;

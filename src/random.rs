@@ -20,6 +20,8 @@ pub enum Domain {
     PrefixDropout,
     /// Choice of the next token.
     Sampling,
+    /// Initial values of a whole model.
+    ModelInit,
 }
 
 impl Domain {
@@ -32,6 +34,7 @@ impl Domain {
             Domain::LoraDropout => 4,
             Domain::PrefixDropout => 5,
             Domain::Sampling => 6,
+            Domain::ModelInit => 7,
         }
     }
 }
@@ -202,6 +205,7 @@ mod tests {
             Domain::LoraDropout,
             Domain::PrefixDropout,
             Domain::Sampling,
+            Domain::ModelInit,
         ];
         let mut seen = std::collections::HashSet::new();
         for seed in [0, 1, 1 << 32] {

@@ -19,10 +19,9 @@ use May::{Below, Only};
 const ROOMS: &[(&[&str], May)] = &[
     (&["main"], Below),
     (&["cli"], Below),
-    (
-        &["train", "generate", "eval", "plan", "bench", "demo"],
-        Below,
-    ),
+    // The demo trains and asks as a person would, with the commands below it.
+    (&["demo"], Below),
+    (&["train", "generate", "eval", "plan", "bench"], Below),
     (&["report"], Only(&[])),
     (
         &["pipeline"],

@@ -43,6 +43,8 @@ pub(super) enum Command {
     Plan(Box<ConfigArgs>),
     /// Continue token ids greedily
     Generate(GenerateArgs),
+    /// Teach a tiny model who it is, from nothing, in about a minute
+    Demo(DemoArgs),
 }
 
 #[derive(Debug, Args)]
@@ -119,6 +121,20 @@ pub(super) struct GenerateArgs {
     /// Storage of weights and activations [f32 on cpu]
     #[arg(long, value_name = "f32|f16", hide_possible_values = true)]
     pub precision: Option<Precision>,
+    /// CPU threads of all stages together [all cores]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4_096))]
+    pub threads: Option<u32>,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct DemoArgs {
+    /// Folder to work in; a new one, or that of an earlier demo
+    #[arg(long, value_name = "DIR", default_value = "mp-train-demo")]
+    pub output: PathBuf,
+    /// Key of all random numbers
+    #[arg(long, value_name = "N", default_value_t = 42,
+        value_parser = clap::value_parser!(u64).range(..=i64::MAX as u64))]
+    pub seed: u64,
     /// CPU threads of all stages together [all cores]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4_096))]
     pub threads: Option<u32>,

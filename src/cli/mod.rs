@@ -10,6 +10,7 @@ use args::{Cli, Command};
 use failure::{Failure, FailureClass};
 
 mod args;
+mod demo;
 pub mod failure;
 mod generate;
 mod plan;
@@ -39,6 +40,7 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Some(Command::Train(args)) => train::run(&args),
         Some(Command::Plan(args)) => plan::run(&args),
         Some(Command::Generate(args)) => generate::run(&args),
+        Some(Command::Demo(args)) => demo::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
