@@ -160,6 +160,32 @@ pub struct DataSection {
     pub cache: Option<PathBuf>,
 }
 
+impl DataSection {
+    /// Rows of token ids from one file, as a program makes them for itself; every other setting as it
+    /// is when nothing is typed.
+    pub fn token_ids(train: PathBuf, shuffle: bool) -> Self {
+        DataSection {
+            train: Paths(vec![train]),
+            shuffle,
+            validation: Paths::default(),
+            validation_split: 0.0,
+            template: TemplateKind::Alpaca,
+            prompt_column: None,
+            input_column: None,
+            response_column: None,
+            history_column: None,
+            round_for_empty_history: false,
+            source_prefix: String::new(),
+            max_source_length: 512,
+            max_target_length: 512,
+            parse_special: false,
+            bad_rows: BadRowPolicy::Fatal,
+            bucket_by_length: false,
+            cache: None,
+        }
+    }
+}
+
 /// What a text row becomes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "snake_case")]

@@ -97,10 +97,7 @@ impl Run {
                 precision: Precision::F32,
             },
             adapter: self.adapter,
-            data: DataSection {
-                train: self.rows,
-                shuffle: true,
-            },
+            data: DataSection::token_ids(self.rows, true),
             optimizer: OptimizerSection {
                 learning_rate: self.learning_rate,
                 lr_schedule: LrSchedule::Linear,
@@ -123,13 +120,16 @@ impl Run {
             },
             run: RunSection {
                 output: self.output,
-                max_steps: self.max_steps,
+                max_steps: Some(self.max_steps),
+                epochs: None,
                 micro_batch_size: self.micro_batch_size,
+                micro_batch_tokens: None,
                 gradient_accumulation: self.gradient_accumulation,
                 save_steps: 0,
                 save_total_limit: 1,
                 seed: options.seed,
                 resume: Resume::No,
+                eval_steps: 0,
                 log_steps: 50,
             },
         }

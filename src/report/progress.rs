@@ -133,12 +133,12 @@ impl<W: Write> Progress<W> {
     fn step_text(&self, report: &StepReport) -> String {
         let width = report.max_steps.to_string().len();
         let mut text = format!(
-            "step {:>width$}/{}  loss {}  lr {:.2e}  norm {:.3}{}",
+            "step {:>width$}/{}  loss {}  lr {:.2e}  norm {}{}",
             report.step,
             report.max_steps,
             self.painted("1", &format!("{:.4}", report.loss)),
             report.learning_rate,
-            report.grad_norm,
+            norm(report.grad_norm),
             if report.clipped { " clipped" } else { "" },
         );
         if report.skipped {
@@ -241,6 +241,14 @@ fn rate(count: u64, seconds: f64) -> String {
     match seconds > 0.0 {
         true => grouped((count as f64 / seconds).round() as u64),
         false => "-".to_owned(),
+    }
+}
+
+/// A gradient norm with three digits that say something; a prefix's is often far below 0.001.
+fn norm(value: f32) -> String {
+    match value != 0.0 && value.abs() < 0.1 {
+        true => format!("{value:.2e}"),
+        false => format!("{value:.3}"),
     }
 }
 
