@@ -7,6 +7,8 @@ pub mod cli;
 
 pub mod demo;
 
+pub mod chat;
+
 pub mod train;
 
 pub mod generate;

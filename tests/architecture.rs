@@ -21,6 +21,8 @@ const ROOMS: &[(&[&str], May)] = &[
     (&["cli"], Below),
     // The demo trains and asks as a person would, with the commands below it.
     (&["demo"], Below),
+    // A chat generates, turn after turn.
+    (&["chat"], Below),
     (&["train", "generate", "eval", "plan", "bench"], Below),
     (&["report"], Only(&[])),
     (

@@ -13,7 +13,7 @@ use crate::config::error::ConfigError;
 use crate::config::file::ConfigFile;
 use crate::config::layers::Layers;
 use crate::config::raw::RawConfig;
-use crate::config::run::{Device, Precision, RunConfig};
+use crate::config::run::{Device, Precision, RunConfig, TemplateKind};
 
 /// Model-parallel fine-tuning of ChatGLM-6B: LoRA, P-Tuning v2, whole model
 #[derive(Debug, Parser)]
@@ -41,8 +41,20 @@ pub(super) enum Command {
     /// Show the split of blocks and the schedule, without loading the model
     #[command(allow_negative_numbers = true)]
     Plan(Box<ConfigArgs>),
-    /// Continue token ids greedily
+    /// Answer prompts from a file, text or token ids
+    #[command(
+        allow_negative_numbers = true,
+        after_help = "Greedy, unless --temperature, --top-k or --top-p is given."
+    )]
     Generate(GenerateArgs),
+    /// Talk to a model
+    #[command(
+        allow_negative_numbers = true,
+        after_help = "/clear forgets what was said, /quit or Ctrl-D ends, Ctrl-C stops an answer. \
+                      Questions can come from a pipe, one per line. Samples as THUDM's chat does: \
+                      temperature 0.95, top-k 50, top-p 0.7."
+    )]
+    Chat(ChatArgs),
     /// Teach a tiny model who it is, from nothing, in about a minute
     Demo(DemoArgs),
 }
@@ -85,24 +97,18 @@ impl ConfigArgs {
     }
 }
 
+/// A model, what is laid over it, and where it computes.
 #[derive(Debug, Args)]
-pub(super) struct GenerateArgs {
-    /// Model folder: config.json and weights
+pub(super) struct ModelArgs {
+    /// Model folder: config.json, weights and, for text, the tokenizer
     #[arg(long, value_name = "DIR")]
     pub model: PathBuf,
     /// Adapter folder (PEFT LoRA or prefix)
     #[arg(long, value_name = "DIR")]
     pub adapter: Option<PathBuf>,
-    /// Prompts, JSONL rows {"input_ids": [..]} ending in gMASK, sop; - is standard input
-    #[arg(long, value_name = "FILE", default_value = "-")]
-    pub input: PathBuf,
-    /// Answers, JSONL rows {"input_ids": [..], "new_tokens": [..]}; - is standard output
-    #[arg(long, value_name = "FILE", default_value = "-")]
-    pub output: PathBuf,
-    /// Most ids per answer, 1 to 65536
-    #[arg(long, value_name = "N", default_value_t = 128,
-        value_parser = clap::value_parser!(u32).range(1..=65_536))]
-    pub max_new_tokens: u32,
+    /// Form of questions: alpaca, prompt_response or plain_text [that of the training]
+    #[arg(long, value_name = "FORM", hide_possible_values = true)]
+    pub template: Option<TemplateKind>,
     /// Go on after the end-of-answer id
     #[arg(long)]
     pub no_stop_at_eop: bool,
@@ -124,6 +130,61 @@ pub(super) struct GenerateArgs {
     /// CPU threads of all stages together [all cores]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4_096))]
     pub threads: Option<u32>,
+}
+
+/// How tokens are chosen.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Sampling")]
+pub(super) struct SamplingArgs {
+    /// Divides logits; 0: always the likeliest token
+    #[arg(long, value_name = "X")]
+    pub temperature: Option<f64>,
+    /// Draw from the N likeliest tokens; 0: from all
+    #[arg(long, value_name = "N")]
+    pub top_k: Option<u32>,
+    /// Draw from the likeliest tokens that reach this probability together
+    #[arg(long, value_name = "P")]
+    pub top_p: Option<f64>,
+    /// Makes tokens that were there before less likely, if above 1
+    #[arg(long, value_name = "X")]
+    pub repetition_penalty: Option<f64>,
+    /// Key of the random numbers [42]
+    #[arg(long, value_name = "N")]
+    pub seed: Option<u64>,
+}
+
+/// Longest answer that can be asked for.
+const MAX_ANSWER: i64 = 65_536;
+
+#[derive(Debug, Args)]
+pub(super) struct GenerateArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Prompts, JSONL: {"input_ids": [..]}, {"prompt": .., "history": [[q, a], ..]} or
+    /// {"instruction": .., "input": ..}; - is standard input
+    #[arg(long, value_name = "FILE", default_value = "-")]
+    pub input: PathBuf,
+    /// Answers, JSONL: each row with "answer" (of text) and "new_tokens" added; - is standard output
+    #[arg(long, value_name = "FILE", default_value = "-")]
+    pub output: PathBuf,
+    /// Most ids per answer, 1 to 65536
+    #[arg(long, value_name = "N", default_value_t = 128,
+        value_parser = clap::value_parser!(u32).range(1..=MAX_ANSWER))]
+    pub max_new_tokens: u32,
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct ChatArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Most ids per answer, 1 to 65536 [512, or half the model's longest sequence]
+    #[arg(long, value_name = "N",
+        value_parser = clap::value_parser!(u32).range(1..=MAX_ANSWER))]
+    pub max_new_tokens: Option<u32>,
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
 }
 
 #[derive(Debug, Args)]

@@ -10,6 +10,7 @@ use args::{Cli, Command};
 use failure::{Failure, FailureClass};
 
 mod args;
+mod chat;
 mod demo;
 pub mod failure;
 mod generate;
@@ -40,6 +41,7 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Some(Command::Train(args)) => train::run(&args),
         Some(Command::Plan(args)) => plan::run(&args),
         Some(Command::Generate(args)) => generate::run(&args),
+        Some(Command::Chat(args)) => chat::run(&args),
         Some(Command::Demo(args)) => demo::run(&args),
     };
     match result {

@@ -1,70 +1,124 @@
-//! Token ids in and out of `mp-train generate`, as JSONL.
+//! Questions and token ids in and out of `mp-train generate`, as JSONL.
 
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
+use serde_json::{Map, Value};
 
 use super::failure::Failure;
 use crate::config::generate::Prompt;
+use crate::data::template::TemplateSettings;
+use crate::generate::question::Question;
+use crate::generate::{Answer, Input};
 use crate::report::atomic_file::AtomicFile;
 
 /// Longest row that is read: a million ids and more.
 const MAX_ROW_BYTES: u64 = 1 << 24;
 
-/// A row of the input as typed.
+/// A row of ids as typed.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Row {
+struct IdRow {
     input_ids: Vec<u32>,
     context_length: Option<usize>,
     position_ids: Option<[Vec<u32>; 2]>,
 }
 
-/// Reads all prompts from a file, or from standard input when it is `-`. The error names the line.
-pub(super) fn read(path: &Path) -> Result<Vec<Prompt>, Failure> {
-    if path == Path::new("-") {
-        return parse("standard input", io::stdin().lock());
+/// Rows as they stand in the file, in order.
+pub(super) type Rows = Vec<Map<String, Value>>;
+
+/// The name of an input for messages.
+pub(super) fn name(path: &Path) -> String {
+    match path == Path::new("-") {
+        true => "standard input".to_owned(),
+        false => path.display().to_string(),
     }
-    let name = path.display().to_string();
-    let file = File::open(path).map_err(|error| Failure::user(format!("{name}: {error}")))?;
-    parse(&name, BufReader::new(file))
 }
 
-fn parse(name: &str, mut input: impl BufRead) -> Result<Vec<Prompt>, Failure> {
-    let mut prompts = Vec::new();
+/// Reads all prompts from a file, or from standard input when it is `-`. The error names the line.
+pub(super) fn read(
+    path: &Path,
+    template: &TemplateSettings,
+) -> Result<(Rows, Vec<Input>), Failure> {
+    let name = name(path);
+    if path == Path::new("-") {
+        return parse(&name, io::stdin().lock(), template);
+    }
+    let file = File::open(path).map_err(|error| Failure::user(format!("{name}: {error}")))?;
+    parse(&name, BufReader::new(file), template)
+}
+
+fn parse(
+    name: &str,
+    mut input: impl BufRead,
+    template: &TemplateSettings,
+) -> Result<(Rows, Vec<Input>), Failure> {
+    let (mut rows, mut inputs) = (Vec::new(), Vec::new());
     let mut text = Vec::new();
     for line in 1.. {
         let at_line = |what: String| Failure::user(format!("{name}:{line}: {what}"));
-        text.clear();
-        let read = input
-            .by_ref()
-            .take(MAX_ROW_BYTES)
-            .read_until(b'\n', &mut text);
-        match read.map_err(|error| at_line(error.to_string()))? {
+        match read_line(&mut input, &mut text).map_err(|error| at_line(error.to_string()))? {
             0 => break,
-            n if n as u64 == MAX_ROW_BYTES => {
-                return Err(at_line(format!("a row of {MAX_ROW_BYTES} bytes or more")));
-            }
             _ if text.trim_ascii().is_empty() => continue,
-            _ => prompts.push(prompt(line, &text).map_err(at_line)?),
+            _ => {
+                let (row, input) = row(line, &text, template).map_err(at_line)?;
+                rows.push(row);
+                inputs.push(input);
+            }
         }
     }
-    if prompts.is_empty() {
-        return Err(Failure::user(format!("{name}: no prompts"))
-            .hint("one row per prompt: {\"input_ids\": [5, 6, 7, 130001, 130004]}"));
+    if inputs.is_empty() {
+        return Err(Failure::user(format!("{name}: no prompts")).hint(
+            "one row per prompt: {\"prompt\": \"Hello\"} or {\"instruction\": \"Translate\", \
+             \"input\": \"Hello\"} or {\"input_ids\": [5, 6, 7, 130001, 130004]}",
+        ));
     }
-    Ok(prompts)
+    Ok((rows, inputs))
 }
 
-fn prompt(line: usize, text: &[u8]) -> Result<Prompt, String> {
-    let row: Row = serde_json::from_slice(text).map_err(|error| {
-        // The row is line 1 of itself; only the column means something.
-        error
-            .to_string()
-            .replace(" at line 1 column ", " at column ")
-    })?;
+/// Reads a line in place of `line`, its end included; its length.
+pub(super) fn read_line(input: &mut impl BufRead, line: &mut Vec<u8>) -> io::Result<usize> {
+    line.clear();
+    let read = input.take(MAX_ROW_BYTES).read_until(b'\n', line)?;
+    if read as u64 == MAX_ROW_BYTES {
+        let problem = format!("a row of {MAX_ROW_BYTES} bytes or more");
+        return Err(io::Error::new(io::ErrorKind::InvalidData, problem));
+    }
+    Ok(read)
+}
+
+fn row(
+    line: usize,
+    text: &[u8],
+    template: &TemplateSettings,
+) -> Result<(Map<String, Value>, Input), String> {
+    // The row is line 1 of itself; only the column means something.
+    let json_problem = |error: serde_json::Error| {
+        let told = error.to_string();
+        told.replace(" at line 1 column ", " at column ")
+    };
+    let text = text
+        .strip_prefix(b"\xEF\xBB\xBF")
+        .filter(|_| line == 1)
+        .unwrap_or(text);
+    let row: Map<String, Value> = serde_json::from_slice(text).map_err(json_problem)?;
+    let input = match row.contains_key("input_ids") {
+        true => Input::Ids(prompt(
+            line,
+            serde_json::from_slice(text).map_err(json_problem)?,
+        )?),
+        false => {
+            let question = Question::from_row(&row, template);
+            let question = question.map_err(|problem| problem.to_string())?;
+            Input::Text { line, question }
+        }
+    };
+    Ok((row, input))
+}
+
+fn prompt(line: usize, row: IdRow) -> Result<Prompt, String> {
     let ids = row.input_ids.len();
     if ids == 0 {
         return Err("input_ids is empty".to_owned());
@@ -85,7 +139,7 @@ fn prompt(line: usize, text: &[u8]) -> Result<Prompt, String> {
             "position_ids has a row of {found}, but there are {ids} input_ids"
         ));
     }
-    let Row {
+    let IdRow {
         input_ids,
         context_length,
         position_ids,
@@ -122,16 +176,14 @@ impl Answers {
         create().map_err(|error: io::Error| cannot_write(path, &error))
     }
 
-    pub(super) fn write(&mut self, prompt: &Prompt, new_tokens: &[u32]) -> io::Result<()> {
-        #[derive(Serialize)]
-        struct Answer<'a> {
-            input_ids: &'a [u32],
-            new_tokens: &'a [u32],
+    /// Writes a row with its answer added.
+    pub(super) fn write(&mut self, row: &Map<String, Value>, answer: &Answer) -> io::Result<()> {
+        let mut row = row.clone();
+        if let Some(text) = &answer.text {
+            row.insert("answer".to_owned(), text.as_str().into());
         }
-        let mut row = serde_json::to_vec(&Answer {
-            input_ids: &prompt.input_ids,
-            new_tokens,
-        })?;
+        row.insert("new_tokens".to_owned(), answer.new_tokens.as_slice().into());
+        let mut row = serde_json::to_vec(&row)?;
         row.push(b'\n');
         match self {
             Answers::Stream(out) => {
@@ -159,18 +211,67 @@ fn cannot_write(path: &Path, error: &io::Error) -> Failure {
 mod tests {
     use super::*;
 
+    fn read_rows(text: &[u8]) -> Result<(Rows, Vec<Input>), Failure> {
+        parse("p.jsonl", text, &TemplateSettings::default())
+    }
+
     #[test]
     fn rows_are_read_with_their_lines() {
-        let text = b"{\"input_ids\": [5, 191, 194]}\n\n\
+        let text = b"\xEF\xBB\xBF{\"input_ids\": [5, 191, 194]}\r\n\n\
             {\"input_ids\": [7], \"context_length\": 1, \"position_ids\": [[0], [0]]}";
-        let prompts = parse("p.jsonl", &text[..]).unwrap();
-        assert_eq!(prompts.len(), 2);
-        assert_eq!(
-            (prompts[0].line, &prompts[0].input_ids[..]),
-            (1, &[5, 191, 194][..])
-        );
-        assert_eq!((prompts[1].line, prompts[1].context_length), (3, Some(1)));
-        assert_eq!(prompts[1].position_ids, Some([vec![0], vec![0]]));
+        let (rows, inputs) = read_rows(text).unwrap();
+        assert_eq!(rows.len(), 2);
+        let [Input::Ids(first), Input::Ids(second)] = &inputs[..] else {
+            panic!("{inputs:?}");
+        };
+        assert_eq!((first.line, &first.input_ids[..]), (1, &[5, 191, 194][..]));
+        assert_eq!((second.line, second.context_length), (3, Some(1)));
+        assert_eq!(second.position_ids, Some([vec![0], vec![0]]));
+    }
+
+    #[test]
+    fn text_rows_are_told_by_their_columns() {
+        let question = |row: &str| match read_rows(row.as_bytes()).unwrap().1.remove(0) {
+            Input::Text { question, .. } => question,
+            Input::Ids(_) => panic!("{row}"),
+        };
+        let text = |query: &str, history: &[[&str; 2]]| Question::Text {
+            query: query.to_owned(),
+            history: history
+                .iter()
+                .map(|[query, answer]| crate::data::template::Turn {
+                    query: (*query).to_owned(),
+                    answer: (*answer).to_owned(),
+                })
+                .collect(),
+        };
+        let instruction = |instruction: &str, input: &str| Question::Instruction {
+            instruction: instruction.to_owned(),
+            input: input.to_owned(),
+        };
+        for (row, expected) in [
+            ("{\"prompt\": \"q\", \"response\": \"r\"}", text("q", &[])),
+            ("{\"prompt\": 12, \"history\": null}", text("12", &[])),
+            (
+                "{\"prompt\": \"q\", \"history\": [[\"a\", \"b\"], [1, null]]}",
+                text("q", &[["a", "b"], ["1", ""]]),
+            ),
+            ("{\"instruction\": \"i\"}", instruction("i", "")),
+            (
+                "{\"input\": \"n\", \"instruction\": null}",
+                instruction("", "n"),
+            ),
+        ] {
+            assert_eq!(question(row), expected, "{row}");
+        }
+        let columns: TemplateSettings = toml::from_str(
+            "[template]\nkind = \"prompt_response\"\nprompt = \"frage\"\nhistory = \"alt\"",
+        )
+        .unwrap();
+        let row = b"{\"frage\": \"q\", \"alt\": [[\"a\", \"b\"]], \"prompt\": \"other\"}";
+        let (_, inputs) = parse("p", &row[..], &columns).unwrap();
+        let question = text("q", &[["a", "b"]]);
+        assert_eq!(inputs, [Input::Text { line: 1, question }]);
     }
 
     #[test]
@@ -182,7 +283,16 @@ mod tests {
                 "\n{\"input_ids\": [1, -2]}",
                 "p.jsonl:2: invalid value: integer `-2`",
             ),
-            ("{\"ids\": [1]}", "p.jsonl:1: unknown field `ids`"),
+            (
+                "{\"input_ids\": [1], \"contxt_length\": 1}",
+                "p.jsonl:1: unknown field `contxt_length`",
+            ),
+            (
+                "{\"ids\": [1]}",
+                "p.jsonl:1: no column instruction, prompt (nor input_ids); the columns are ids",
+            ),
+            ("{}", "the columns are (none)"),
+            ("[1]", "p.jsonl:1: invalid type: sequence"),
             ("{\"input_ids\": [1", "p.jsonl:1: EOF"),
             (
                 "{\"input_ids\": [1], \"context_length\": 2}",
@@ -193,13 +303,35 @@ mod tests {
                 "a row of 0, but there are 1",
             ),
             ("\u{0}", "p.jsonl:1: expected value"),
+            ("{\"prompt\": \"\"}", "p.jsonl:1: column prompt is empty"),
+            (
+                "{\"prompt\": [1]}",
+                "column prompt holds a list, expected text",
+            ),
+            (
+                "{\"instruction\": \"i\", \"input\": {}}",
+                "column input holds an object",
+            ),
+            (
+                "{\"prompt\": \"q\", \"history\": [[\"a\"]]}",
+                "column history is no list of [question, answer] pairs",
+            ),
+            (
+                "{\"prompt\": \"q\", \"history\": \"a\"}",
+                "column history is no list",
+            ),
         ] {
-            let failure = parse("p.jsonl", row.as_bytes()).unwrap_err();
+            let failure = read_rows(row.as_bytes()).unwrap_err();
             assert!(
                 format!("{failure:?}").contains(message),
                 "{row}: {failure:?}"
             );
             assert_eq!(failure.exit_code(), 2);
         }
+        let failure = read_rows(b"{\"prompt\": \"\xff\"}").unwrap_err();
+        assert!(
+            format!("{failure:?}").contains("p.jsonl:1: invalid unicode"),
+            "{failure:?}"
+        );
     }
 }

@@ -1,0 +1,213 @@
+//! The stages at work: prompts in, one token after another out.
+
+use std::ops::ControlFlow;
+use std::path::Path;
+
+use super::GenerateError;
+use super::sampling::{self, Draw};
+use crate::adapter::{AdapterError, ParameterSpec, ParameterState, files};
+use crate::checkpoint::CheckpointError;
+use crate::checkpoint::adapter_files::LoraFiles;
+use crate::checkpoint::prefix_files::PrefixFiles;
+use crate::config::generate::{GenerateOptions, Sampling};
+use crate::config::run::{AdapterSection, LoraSection, PrefixSection, Recompute, ScheduleKind};
+use crate::data::batch::MicroBatch;
+use crate::data::rows::PromptRow;
+use crate::model::head::LogitsRows;
+use crate::model::trainables::Trainables;
+use crate::pipeline::base::{Base, Layout};
+use crate::pipeline::launch::Engine;
+use crate::pipeline::partition;
+use crate::pipeline::plan::{CachePlan, InferPlan};
+use crate::pipeline::schedule::Schedule;
+
+/// A model at work that continues prompts.
+pub struct Generator {
+    engine: Engine,
+    positions: usize,
+}
+
+/// One prompt, and how it is to be continued.
+#[derive(Clone, Copy, Debug)]
+pub struct Request<'a> {
+    /// The prompt.
+    pub prompt: &'a PromptRow,
+    /// Most ids to generate.
+    pub max_new_tokens: usize,
+    /// The id that ends the answer; it is not handed on.
+    pub stop_at: Option<u32>,
+    /// How each token is chosen.
+    pub sampling: &'a Sampling,
+    /// Number of the prompt, which its random numbers belong to.
+    pub number: u64,
+    /// Ids from here on are never chosen: rows of the head beyond the tokenizer's ids.
+    pub usable_ids: usize,
+}
+
+/// How an answer ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// With the id that ends answers.
+    Complete,
+    /// At `max_new_tokens`, or at the model's longest sequence.
+    Length,
+    /// Whoever took the tokens wanted no more.
+    Stopped,
+}
+
+impl Generator {
+    /// Starts the stages, with room for prompts of `longest` tokens.
+    ///
+    /// # Errors
+    /// The adapter does not fit the model, or a stage cannot be started.
+    pub fn start(
+        base: &Base,
+        options: &GenerateOptions,
+        longest: usize,
+    ) -> Result<Self, GenerateError> {
+        let tied = base.head_source.tied;
+        let section = match &options.adapter {
+            Some(folder) => Some(adapter_section(folder)?),
+            None => None,
+        };
+        let trainables = match &section {
+            Some(section) => Trainables::new(&base.config, section, tied)?,
+            None => Trainables::none(tied),
+        };
+        let values = match (&section, &options.adapter) {
+            (Some(AdapterSection::Lora(lora)), Some(folder)) => {
+                files::read_lora(folder, lora, trainables.specs())?
+            }
+            (Some(AdapterSection::Prefix(prefix)), Some(folder)) => {
+                files::read_prefix(folder, prefix, trainables.specs())?
+            }
+            _ => Default::default(),
+        };
+        let head_cost = partition::head_cost(&base.config, 1.0, Recompute::None, false);
+        let stages = base.stages(&options.devices, options.balance.as_deref(), head_cost)?;
+        let layout = Layout {
+            devices: options.devices.clone(),
+            precision: options.precision,
+            schedule: Schedule::build(ScheduleKind::OneForwardOneBackward, stages.len(), 1),
+            recompute: vec![Recompute::Block; stages.len()],
+            stages,
+            max_rows: longest,
+            max_sequences: 1,
+            threads: options.threads,
+        };
+        let initial = move |spec: &ParameterSpec| match values.get(&spec.name) {
+            Some(whole) => Ok(ParameterState::fresh(spec.cut(whole))),
+            None => Err(AdapterError::MissingTensor {
+                file: "adapter".into(),
+                name: spec.name.clone(),
+                found: values.keys().cloned().collect::<Vec<_>>().join(", "),
+            }),
+        };
+        Ok(Generator {
+            engine: base.start(&layout, trainables, Box::new(initial))?,
+            positions: base.config.max_sequence_length,
+        })
+    }
+
+    /// Continues a prompt token by token. `emit` gets each new id and the logits `[V]` it was chosen
+    /// from, and says whether to go on.
+    ///
+    /// # Errors
+    /// A stage failed, or logits that are not finite.
+    pub fn generate(
+        &mut self,
+        request: &Request<'_>,
+        emit: &mut dyn FnMut(u32, &[f32]) -> ControlFlow<()>,
+    ) -> Result<End, GenerateError> {
+        let mut batch = MicroBatch::from_prompts([request.prompt]);
+        let mut seen = request.prompt.input_ids.clone();
+        let mut filled = 0;
+        // No answer has more tokens than the model has positions.
+        let room = batch.tokens() + request.max_new_tokens.min(self.positions);
+        for token in 0..request.max_new_tokens {
+            let next = batch.tokens();
+            let logits = self.engine.infer(InferPlan {
+                batch: batch.clone(),
+                rows: LogitsRows::Last,
+                cache: Some(CachePlan {
+                    renew: (filled == 0).then_some(room),
+                    starts: vec![0],
+                    filled: vec![filled],
+                }),
+            })?;
+            filled += next;
+            let draw = Draw {
+                prompt: request.number,
+                token: token as u32,
+            };
+            let usable = &logits[..request.usable_ids.min(logits.len())];
+            let id = sampling::choose(usable, &seen, request.sampling, draw);
+            let id = id.map_err(|problem| GenerateError::Sample {
+                token: token + 1,
+                problem,
+            })?;
+            if Some(id) == request.stop_at {
+                return Ok(End::Complete);
+            }
+            if emit(id, &logits).is_break() {
+                return Ok(End::Stopped);
+            }
+            seen.push(id);
+            batch = batch.continued(&[id]);
+            let last = batch.position.iter().chain(&batch.block_position).max();
+            if last.is_some_and(|&position| position as usize >= self.positions) {
+                break;
+            }
+        }
+        Ok(End::Length)
+    }
+
+    /// Continues a prompt with the likeliest token, `max_new_tokens` times or until `stop_at` (which
+    /// is not handed on) or the model's longest sequence. `emit` gets each token and the logits `[V]`
+    /// it was chosen from; of equal logits the lower id wins.
+    ///
+    /// # Errors
+    /// As [`Generator::generate`].
+    pub fn greedy(
+        &mut self,
+        prompt: &PromptRow,
+        max_new_tokens: usize,
+        stop_at: Option<u32>,
+        emit: &mut dyn FnMut(u32, &[f32]),
+    ) -> Result<(), GenerateError> {
+        let request = Request {
+            prompt,
+            max_new_tokens,
+            stop_at,
+            sampling: &Sampling::greedy(),
+            number: 0,
+            usable_ids: usize::MAX,
+        };
+        self.generate(&request, &mut |id, logits| {
+            emit(id, logits);
+            ControlFlow::Continue(())
+        })?;
+        Ok(())
+    }
+}
+
+/// What kind of adapter a folder holds, by the file that says so.
+fn adapter_section(folder: &Path) -> Result<AdapterSection, CheckpointError> {
+    if folder.join("adapter_config.json").exists() {
+        let config = LoraFiles::read(folder)?.config;
+        return Ok(AdapterSection::Lora(LoraSection {
+            r: config.r,
+            lora_alpha: config.lora_alpha,
+            lora_dropout: 0.0,
+            target_modules: config.target_modules,
+            init_adapter: None,
+        }));
+    }
+    let prefix = PrefixFiles::read(folder)?;
+    Ok(AdapterSection::Prefix(PrefixSection {
+        pre_seq_len: prefix.pre_seq_len,
+        prefix_projection: prefix.prefix_projection,
+        prefix_dropout: 0.0,
+        init_adapter: None,
+    }))
+}
