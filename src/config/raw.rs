@@ -145,7 +145,7 @@ pub struct RawData {
     /// Most tokens of an answer [512]
     #[arg(long, value_name = "N", value_parser = whole::<usize>)]
     pub max_target_length: Option<usize>,
-    /// Text like <sop> becomes special [false]
+    /// Text like `<sop>` becomes special [false]
     #[arg(long, value_name = "true|false", hide_possible_values = true)]
     pub parse_special: Option<bool>,
     /// An unusable row: fatal or skip [fatal]
