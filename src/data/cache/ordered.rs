@@ -131,7 +131,7 @@ mod tests {
         for (n, threads) in [(0, 3), (1, 1), (511, 2), (5000, 1), (20_000, 4)] {
             let mut taken = Vec::new();
             let uneven = |batch: Vec<usize>| {
-                if batch[0] % 1024 == 0 {
+                if batch[0].is_multiple_of(1024) {
                     std::thread::sleep(Duration::from_millis(2));
                 }
                 batch
