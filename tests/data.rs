@@ -8,8 +8,9 @@ use mp_train::config::model::ModelConfig;
 use mp_train::data::batch::{MicroBatch, Sequence, Target};
 use mp_train::data::pretokenised::{read_prompts, read_rows};
 use mp_train::data::rows::{PromptRow, RawRow, Row, Rows};
-use mp_train::data::sampler::{Order, Sampler, SamplerState};
+use mp_train::data::sampler::{Batching, MicroBatchSize, Order, Sampler, SamplerState};
 use mp_train::data::{DataError, RowProblem};
+use mp_train::random;
 use tempfile::NamedTempFile;
 
 fn model() -> ModelConfig {
@@ -442,4 +443,209 @@ fn no_micro_batch_is_larger_than_the_bound() {
             }
         }
     }
+}
+
+// ---- budgets, buckets and epochs ---------------------------------------------------------------
+
+const ORDERS: [Order; 2] = [Order::AsGiven, Order::Shuffled { seed: 23 }];
+
+/// Lengths from 2 to 20 without an order.
+fn lengths(rows: usize) -> Vec<usize> {
+    let mut stream = random::Key::new(9, random::Domain::Sampling).stream();
+    (0..rows).map(|_| 2 + stream.below(19) as usize).collect()
+}
+
+/// Every way to make micro-batches, over a number of rows that none of them divides.
+fn samplers(rows: &Rows, state: SamplerState) -> Vec<(String, Sampler)> {
+    let mut samplers = Vec::new();
+    for order in ORDERS {
+        for size in [
+            MicroBatchSize::Rows(4),
+            MicroBatchSize::Tokens(1),
+            MicroBatchSize::Tokens(31),
+            MicroBatchSize::Tokens(usize::MAX),
+        ] {
+            for bucket_window in [None, Some(1), Some(100), Some(10_000)] {
+                let batching = Batching {
+                    size,
+                    bucket_window,
+                };
+                let sampler = Sampler::over(rows, batching, order, state).unwrap();
+                samplers.push((format!("{order:?} {batching:?}"), sampler));
+            }
+        }
+    }
+    samplers
+}
+
+/// The micro-batches of the epoch that the sampler is at the start of.
+fn epoch(sampler: &mut Sampler, rows: usize) -> Vec<Vec<usize>> {
+    let mut groups = Vec::new();
+    loop {
+        groups.push(sampler.next_micro_batch());
+        if sampler.state().row == rows {
+            return groups;
+        }
+    }
+}
+
+#[test]
+fn however_micro_batches_are_made_an_epoch_sees_every_row_once() {
+    let lengths = lengths(333);
+    let rows = rows_of(&lengths);
+    for (name, mut sampler) in samplers(&rows, SamplerState::default()) {
+        let (tokens, targets) = (sampler.max_tokens(&rows), sampler.max_targets(&rows));
+        let sequences = sampler.max_sequences(&rows);
+        let mut micro_batches = 0;
+        for number in 0..3 {
+            let groups = epoch(&mut sampler, 333);
+            let expected = sampler.micro_batches_in_epoch(number);
+            assert_eq!(groups.len() as u64, expected, "{name}");
+            micro_batches += expected;
+            assert_eq!(sampler.steps(number + 1, 1), micro_batches, "{name}");
+            assert_eq!(sampler.steps(number + 1, 8), micro_batches.div_ceil(8));
+            for group in &groups {
+                let sum: usize = group.iter().map(|&row| lengths[row]).sum();
+                assert!((1..=sequences).contains(&group.len()), "{name}: {group:?}");
+                assert!(
+                    sum <= tokens && sum - group.len() <= targets,
+                    "{name}: {group:?}"
+                );
+            }
+            let mut seen = groups.concat();
+            seen.sort_unstable();
+            assert!(seen.into_iter().eq(0..333), "{name}");
+        }
+    }
+}
+
+#[test]
+fn a_budget_is_filled_and_not_exceeded() {
+    let lengths = lengths(333);
+    let rows = rows_of(&lengths);
+    let longest = lengths.iter().max().copied().unwrap();
+    for order in ORDERS {
+        for budget in [1, 5, longest, 31, 64, usize::MAX] {
+            let batching = Batching {
+                size: MicroBatchSize::Tokens(budget),
+                bucket_window: None,
+            };
+            let mut sampler =
+                Sampler::over(&rows, batching, order, SamplerState::default()).unwrap();
+            assert_eq!(
+                sampler.max_tokens(&rows),
+                budget.min(rows.tokens()).max(longest)
+            );
+            let groups = epoch(&mut sampler, 333);
+            let sum = |group: &[usize]| group.iter().map(|&row| lengths[row]).sum::<usize>();
+            for pair in groups.windows(2) {
+                assert!(sum(&pair[0]) <= budget || pair[0].len() == 1);
+                assert!(
+                    sum(&pair[0]) + lengths[pair[1][0]] > budget,
+                    "the next row would fit"
+                );
+            }
+            if order == Order::AsGiven {
+                assert!(groups.concat().into_iter().eq(0..333));
+            }
+        }
+    }
+}
+
+#[test]
+fn resumed_from_anywhere_every_sampler_goes_on_equally() {
+    let rows = rows_of(&lengths(150));
+    for (index, (name, mut whole)) in samplers(&rows, SamplerState::default())
+        .into_iter()
+        .enumerate()
+    {
+        for step in 0..90 {
+            if step % 7 == index % 7 {
+                let saved = serde_json::to_string(&whole.state()).unwrap();
+                let state = serde_json::from_str(&saved).unwrap();
+                let (_, mut resumed) = samplers(&rows, state).swap_remove(index);
+                let mut original = whole.clone();
+                for _ in 0..60 {
+                    assert_eq!(
+                        resumed.next_micro_batch(),
+                        original.next_micro_batch(),
+                        "{name}"
+                    );
+                    assert_eq!(resumed.state(), original.state());
+                }
+            }
+            whole.next_micro_batch();
+        }
+    }
+}
+
+/// What a position has in its file has not changed since there were neither budgets nor buckets.
+#[test]
+fn positions_saved_before_are_read_and_mean_the_same() {
+    let state: SamplerState = serde_json::from_str(r#"{"epoch":2,"row":9}"#).unwrap();
+    assert_eq!(state, SamplerState { epoch: 2, row: 9 });
+    let rows = rows_of(&lengths(31));
+    let order = Order::Shuffled { seed: 5 };
+    let mut sampler = Sampler::over(&rows, Batching::rows(4), order, state).unwrap();
+    assert_eq!(sampler.next_micro_batch(), random::shuffle(5, 2, 31)[9..13]);
+}
+
+#[test]
+fn buckets_bring_rows_of_similar_length_together_within_their_window() {
+    let lengths = lengths(2000);
+    let rows = rows_of(&lengths);
+    // Mean difference of length of the longest and the shortest row of a micro-batch.
+    let spread = |groups: &[Vec<usize>]| {
+        let of = |group: &Vec<usize>| {
+            let lengths = || group.iter().map(|&row| lengths[row]);
+            (lengths().max().unwrap() - lengths().min().unwrap()) as f64
+        };
+        groups.iter().map(of).sum::<f64>() / groups.len() as f64
+    };
+    for order in ORDERS {
+        let groups = |bucket_window| {
+            let batching = Batching {
+                size: MicroBatchSize::Rows(8),
+                bucket_window,
+            };
+            let mut sampler =
+                Sampler::over(&rows, batching, order, SamplerState::default()).unwrap();
+            epoch(&mut sampler, 2000)
+        };
+        let (plain, bucketed) = (groups(None), groups(Some(512)));
+        assert!(spread(&plain) > 10.0 && spread(&bucketed) < 1.0);
+        // A window holds the rows that it held before.
+        let sorted = |groups: &[Vec<usize>]| {
+            let mut rows = groups.concat();
+            rows.sort_unstable();
+            rows
+        };
+        for (before, after) in plain.chunks(64).zip(bucketed.chunks(64)) {
+            assert_eq!(sorted(before), sorted(after));
+        }
+        // Shuffled rows do not go from short to long in every window.
+        let lengths = bucketed[..64].concat().into_iter().map(|row| lengths[row]);
+        assert_eq!(lengths.is_sorted(), order == Order::AsGiven);
+    }
+}
+
+#[test]
+fn rows_too_many_for_a_table_are_shuffled_too() {
+    // More than are shuffled in a table; of a sampler over a number nothing else is held.
+    let rows = (1 << 22) + 5;
+    let order = Order::Shuffled { seed: 1 };
+    let mut sampler = Sampler::new(rows, 1000, order, SamplerState::default()).unwrap();
+    let mut seen = vec![false; rows];
+    for _ in 0..200 {
+        for row in sampler.next_micro_batch() {
+            assert!(!std::mem::replace(&mut seen[row], true), "row {row} twice");
+        }
+    }
+    let first = seen.iter().take(rows / 2).filter(|&&seen| seen).count();
+    assert!(
+        first.abs_diff(100_000) < 1500,
+        "{first} of 200,000 in the first half"
+    );
+    let mut resumed = Sampler::new(rows, 1000, order, sampler.state()).unwrap();
+    assert_eq!(resumed.next_micro_batch(), sampler.next_micro_batch());
 }

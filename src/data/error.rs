@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use super::text_error::{FileProblem, TextProblem, skipped_examples};
+use super::text_rows::EncodeError;
 
 /// Why training data cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -61,6 +62,52 @@ pub enum DataError {
         /// The first of them, each with file, line and reason.
         examples: Vec<String>,
     },
+    /// Settings or a tokenizer that rows cannot be made with.
+    #[error(transparent)]
+    Encode(#[from] EncodeError),
+    /// Rows of text, but nothing that makes ids of it.
+    #[error(
+        "{path}: rows of text, but there is no tokenizer; put the model's ice_text.model into its \
+         folder, or give rows with `input_ids` and `labels`"
+    )]
+    NoTokenizer {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A token cache that cannot be written.
+    #[error(
+        "{path}: cannot write the token cache: {source}; it takes about 8 bytes per token: make \
+         room, or set a cache folder elsewhere"
+    )]
+    Cache {
+        /// The cache file or its folder.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// A file that someone writes to.
+    #[error("{path}: changed while it was read; start again when it is complete")]
+    Changed {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A share of rows for validation that leaves too little.
+    #[error(
+        "validation_split = {share} of {rows} rows: it must be above 0, below 1, and leave a row on \
+         either side"
+    )]
+    Split {
+        /// The share asked for.
+        share: f64,
+        /// Rows there are.
+        rows: usize,
+    },
+    /// Two ways to say what is kept for validation.
+    #[error("give either validation files or validation_split, not both")]
+    ValidationTwice,
+    /// The caller wanted no more.
+    #[error("interrupted while the training data was read; what was written is removed")]
+    Interrupted,
     /// A saved position that this data does not have.
     #[error(
         "the saved position is row {row} of an epoch, but the data has {rows} rows: it has changed \

@@ -1,6 +1,7 @@
 //! Training rows: readers, tokenizer, batches, and the order in which rows are seen.
 
 pub mod batch;
+pub mod cache;
 pub mod error;
 pub mod positions;
 pub mod pretokenised;
@@ -13,6 +14,7 @@ pub mod template;
 pub mod text_error;
 pub mod text_rows;
 pub mod tokenizer;
+pub mod training_data;
 
 pub use error::{DataError, RowProblem};
 pub use text_error::{FileProblem, TextProblem};

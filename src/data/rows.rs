@@ -1,8 +1,20 @@
-//! Rows in memory: checked, cut to what can matter, held flat.
+//! The rows of a data set: checked, cut to what can matter, held flat, in memory or in a mapped file.
+
+use std::sync::Arc;
 
 use super::RowProblem;
-use super::positions::{Positions, check_length, check_reach, settle};
+use super::positions::{Positions, check_reach, settle};
 use crate::config::model::ModelConfig;
+
+mod check;
+mod entry;
+mod selection;
+mod store;
+
+use check::token_ids;
+pub(super) use entry::{EntryWords, RowEntry};
+use selection::Selection;
+pub(super) use store::{RowBlock, Store};
 
 /// Stands in place of a label where nothing is to be predicted (-100 in files).
 pub const NO_LABEL: u32 = u32::MAX;
@@ -67,114 +79,117 @@ impl PromptRow {
     }
 }
 
-/// The checked rows of one data set, held flat: eight bytes per token and a little per row.
+/// The checked rows of one data set, held flat: eight bytes per token and 32 per row. Copies share
+/// what is held.
 #[derive(Clone, Debug, Default)]
 pub struct Rows {
-    input_ids: Vec<u32>,
-    labels: Vec<u32>,
-    /// Given positions only: those in the context, then those in the block, row after row.
-    positions: Vec<u32>,
-    held: Vec<Held>,
-    targets: usize,
-}
-
-#[derive(Clone, Copy, Debug)]
-struct Held {
-    start: usize,
+    store: Store,
+    selection: Selection,
     tokens: usize,
     targets: usize,
-    context_length: usize,
-    positions: HeldPositions,
-}
-
-#[derive(Clone, Copy, Debug)]
-enum HeldPositions {
-    Rule { mask: u32, sop: u32 },
-    Given { start: usize },
 }
 
 impl Rows {
+    /// The rows of a store, which have so many tokens and targets together.
+    pub(super) fn held(store: Store, tokens: usize, targets: usize) -> Self {
+        Self {
+            store,
+            selection: Selection::All,
+            tokens,
+            targets,
+        }
+    }
+
     /// Checks a row against the model and adds it, cut after its last target: what stands behind
-    /// that can influence nothing, unless it belongs to the context.
+    /// that can influence nothing, unless it belongs to the context. Rows that lie in a file, or are
+    /// a part of others, are copied into memory first.
     ///
     /// # Errors
     /// What is wrong with the row; nothing is added then.
     pub fn push(&mut self, row: &RawRow, model: &ModelConfig) -> Result<(), RowProblem> {
-        let input_ids = token_ids(&row.input_ids, model)?;
-        check_length("labels", row.labels.len(), input_ids.len())?;
-        let labels = label_ids(&row.labels, model)?;
-        let given = row.position_ids.as_ref();
-        let (context_length, positions) = settle(&input_ids, row.context_length, given, model)?;
-        let last = labels.iter().rposition(|&label| label != NO_LABEL);
-        let last = last.filter(|&last| last > 0).ok_or(RowProblem::NoTarget)?;
-        let tokens = context_length.max(last + 1);
-        check_reach(tokens, positions, model)?;
-
-        let positions = match positions {
-            Positions::Rule { mask, sop } => HeldPositions::Rule { mask, sop },
-            Positions::Given { context, block } => {
-                let start = self.positions.len();
-                self.positions.extend(&context[..tokens]);
-                self.positions.extend(&block[..tokens]);
-                HeldPositions::Given { start }
+        let mut block = match (std::mem::take(&mut self.store), &self.selection) {
+            (Store::Memory(block), Selection::All) => block,
+            (store, _) => {
+                self.store = store;
+                Arc::new(self.copied())
             }
         };
-        let held = Held {
-            start: self.input_ids.len(),
-            tokens,
-            targets: labels[1..].iter().filter(|&&id| id != NO_LABEL).count(),
-            context_length,
-            positions,
-        };
-        self.input_ids.extend(&input_ids[..tokens]);
-        self.labels.extend(&labels[..tokens]);
-        self.targets += held.targets;
-        self.held.push(held);
+        self.selection = Selection::All;
+        let pushed = Arc::make_mut(&mut block).push(row, model);
+        self.store = Store::Memory(block);
+        let entry = pushed?;
+        self.tokens += entry.tokens as usize;
+        self.targets += entry.targets as usize;
         Ok(())
+    }
+
+    fn copied(&self) -> RowBlock {
+        let mut block = RowBlock::default();
+        for entry in (0..self.len()).filter_map(|index| self.entry(index)) {
+            let words = self.store.words().get(entry.range());
+            block.append(entry, words.unwrap_or_default());
+        }
+        block
     }
 
     /// Number of rows.
     pub fn len(&self) -> usize {
-        self.held.len()
+        self.selection.len(self.store.len())
     }
 
     /// Whether there is no row.
     pub fn is_empty(&self) -> bool {
-        self.held.is_empty()
+        self.len() == 0
     }
 
     /// The row at `index`, or `None` past the end.
     pub fn get(&self, index: usize) -> Option<Row<'_>> {
-        let held = self.held.get(index)?;
-        let tokens = held.start..held.start + held.tokens;
-        let positions = match held.positions {
-            HeldPositions::Rule { mask, sop } => Positions::Rule { mask, sop },
-            HeldPositions::Given { start } => Positions::Given {
-                context: &self.positions[start..start + held.tokens],
-                block: &self.positions[start + held.tokens..start + 2 * held.tokens],
-            },
-        };
+        let entry = self.entry(index)?;
+        let words = self.store.words().get(entry.range())?;
+        let tokens = entry.tokens as usize;
+        let mut lists = words.chunks_exact(tokens.max(1));
         Some(Row {
-            input_ids: &self.input_ids[tokens.clone()],
-            labels: &self.labels[tokens],
-            context_length: held.context_length,
-            positions,
+            input_ids: lists.next()?,
+            labels: lists.next()?,
+            context_length: entry.context_length as usize,
+            positions: match entry.rule {
+                Some((mask, sop)) => Positions::Rule { mask, sop },
+                None => Positions::Given {
+                    context: lists.next()?,
+                    block: lists.next()?,
+                },
+            },
         })
+    }
+
+    fn entry(&self, index: usize) -> Option<RowEntry> {
+        self.store.entry(self.selection.held(index)?)
+    }
+
+    fn entries(&self) -> impl ExactSizeIterator<Item = RowEntry> {
+        // Every index below the length has an entry.
+        let none = RowEntry::from_words(EntryWords::default());
+        (0..self.len()).map(move |index| self.entry(index).unwrap_or(none))
+    }
+
+    /// Tokens of the row at `index`, 0 past the end; without touching the row itself.
+    pub fn length(&self, index: usize) -> usize {
+        self.entry(index).map_or(0, |entry| entry.tokens as usize)
     }
 
     /// Tokens of every row.
     pub fn lengths(&self) -> impl ExactSizeIterator<Item = usize> {
-        self.held.iter().map(|held| held.tokens)
+        self.entries().map(|entry| entry.tokens as usize)
     }
 
     /// Targets of every row.
     pub fn target_counts(&self) -> impl ExactSizeIterator<Item = usize> {
-        self.held.iter().map(|held| held.targets)
+        self.entries().map(|entry| entry.targets as usize)
     }
 
     /// Tokens of all rows.
     pub fn tokens(&self) -> usize {
-        self.input_ids.len()
+        self.tokens
     }
 
     /// Targets of all rows.
@@ -186,36 +201,53 @@ impl Rows {
     pub fn target_share(&self) -> f64 {
         self.targets as f64 / self.tokens().max(1) as f64
     }
-}
 
-fn token_ids(ids: &[i64], model: &ModelConfig) -> Result<Vec<u32>, RowProblem> {
-    if ids.is_empty() {
-        return Err(RowProblem::Empty);
+    /// A checksum of all rows in their order: ids, labels, positions and contexts. It is made of
+    /// those of the rows, which were taken when they were checked, so that the rows of a file are
+    /// not read for it.
+    pub fn checksum(&self) -> u32 {
+        let mut hasher = crc32fast::Hasher::new();
+        for entry in self.entries() {
+            hasher.update(&entry.crc32.to_le_bytes());
+        }
+        hasher.finalize()
     }
-    let one = |(index, &id)| checked("input_ids", index, id, model);
-    ids.iter().enumerate().map(one).collect()
-}
 
-fn label_ids(labels: &[i64], model: &ModelConfig) -> Result<Vec<u32>, RowProblem> {
-    let one = |(index, &id)| match id {
-        -100 => Ok(NO_LABEL),
-        id => checked("labels", index, id, model),
-    };
-    labels.iter().enumerate().map(one).collect()
-}
-
-fn checked(
-    name: &'static str,
-    index: usize,
-    found: i64,
-    model: &ModelConfig,
-) -> Result<u32, RowProblem> {
-    let id = u32::try_from(found).ok().filter(|&id| id != NO_LABEL);
-    id.filter(|&id| (id as usize) < model.vocab_size)
-        .ok_or(RowProblem::Id {
-            name,
-            index,
-            found,
-            vocab_size: model.vocab_size,
-        })
+    /// Two parts without a row in common: all rows but those at `taken`, and those, both in the
+    /// order of the rows. What is no row, or named twice, takes nothing.
+    pub fn split_off(&self, mut taken: Vec<usize>) -> (Rows, Rows) {
+        taken.sort_unstable();
+        taken.dedup();
+        taken.truncate(taken.partition_point(|&index| index < self.len()));
+        let held = |index: &usize| self.selection.held(*index);
+        let (rest, taken) = match &self.selection {
+            Selection::All => {
+                let taken: Arc<[usize]> = taken.into();
+                (Selection::Without(Arc::clone(&taken)), taken)
+            }
+            _ => {
+                let left = (0..self.len()).filter(|index| taken.binary_search(index).is_err());
+                let left = left.filter_map(|index| held(&index)).collect();
+                (
+                    Selection::Only(left),
+                    taken.iter().filter_map(held).collect(),
+                )
+            }
+        };
+        let entries = taken.iter().filter_map(|&held| self.store.entry(held));
+        let (tokens, targets) = entries.fold((0, 0), |(tokens, targets), entry| {
+            let (more_tokens, more_targets) = (entry.tokens as usize, entry.targets as usize);
+            (tokens + more_tokens, targets + more_targets)
+        });
+        let part = |selection, tokens, targets| Rows {
+            store: self.store.clone(),
+            selection,
+            tokens,
+            targets,
+        };
+        (
+            part(rest, self.tokens - tokens, self.targets - targets),
+            part(Selection::Only(taken), tokens, targets),
+        )
+    }
 }

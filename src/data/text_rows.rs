@@ -4,6 +4,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use serde::{Deserialize, Serialize, Serializer};
+
 use super::records::{Record, Records, Wanted};
 use super::source::find_files;
 use super::template::{RowText, TemplateSettings};
@@ -19,7 +21,7 @@ pub use encode::{EncodeError, Encoded, RowEncoder};
 pub const MAX_ROW_BYTES: usize = 16 << 20;
 
 /// How rows of text are read.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct TextSettings {
     /// What they become.
     pub template: TemplateSettings,
@@ -51,7 +53,7 @@ pub struct TextRow {
 }
 
 /// What was noticed while rows were read.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RowReport {
     /// Rows given out.
     pub rows: usize,
@@ -62,7 +64,18 @@ pub struct RowReport {
     /// The first of them: file, line, column.
     pub first_repeated: Option<String>,
     /// Files without any row, where others have some.
+    #[serde(serialize_with = "lossy_paths")]
     pub empty_files: Vec<PathBuf>,
+    /// Rows whose prompt was longer than `max_source_length` lets it be. It is known once the rows
+    /// are token ids.
+    pub prompts_cut: usize,
+    /// Rows whose answer was longer than `max_target_length` lets it be, known as late.
+    pub answers_cut: usize,
+}
+
+/// JSON is text, paths need not be: what is none is shown as well as it can be.
+fn lossy_paths<S: Serializer>(paths: &[PathBuf], serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_seq(paths.iter().map(|path| path.to_string_lossy()))
 }
 
 /// The rows of all files, in order; one file is open at a time, and one row of it in memory.

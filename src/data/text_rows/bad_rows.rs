@@ -16,7 +16,7 @@ pub enum BadRows {
 }
 
 /// The rows that were left out.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BadRowLog {
     policy: BadRows,
     count: usize,
@@ -73,7 +73,7 @@ impl BadRowLog {
         &self.examples
     }
 
-    pub(super) fn no_usable_row(&self) -> DataError {
+    pub(in crate::data) fn no_usable_row(&self) -> DataError {
         DataError::NoUsableRow {
             rows: self.count,
             examples: self.examples.clone(),
