@@ -29,7 +29,8 @@ impl PlanError {
 /// # Errors
 /// As a training run before its first step.
 pub fn describe(config: &RunConfig) -> Result<String, PlanError> {
-    let prepared = Prepared::open(config, SamplerState::default())?;
+    let mut silent = |_| std::ops::ControlFlow::Continue(());
+    let prepared = Prepared::open(config, SamplerState::default(), &mut silent)?;
     let (layout, model) = (&prepared.layout, &prepared.base.config);
     let mut text = String::new();
     let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);

@@ -242,7 +242,7 @@ pub struct RawRun {
     /// Sequences per micro-batch [1]
     #[arg(long, value_name = "N", value_parser = whole::<usize>)]
     pub micro_batch_size: Option<usize>,
-    /// Most tokens per micro-batch [no bound]
+    /// Tokens instead of sequences per micro-batch
     #[arg(long, value_name = "N", value_parser = whole::<usize>)]
     pub micro_batch_tokens: Option<usize>,
     /// Micro-batches per step [8]

@@ -314,9 +314,9 @@ pub struct RunSection {
     pub max_steps: Option<u64>,
     /// Times to go through the training rows; `max_steps` when absent. One of the two is set.
     pub epochs: Option<u64>,
-    /// Sequences per micro-batch; the most of them where `micro_batch_tokens` is set.
+    /// Sequences per micro-batch, where `micro_batch_tokens` is absent.
     pub micro_batch_size: usize,
-    /// Most tokens per micro-batch; no bound when absent.
+    /// Tokens per micro-batch: as many rows as fit; a longer row stands alone.
     pub micro_batch_tokens: Option<usize>,
     /// Micro-batches per step.
     pub gradient_accumulation: usize,

@@ -10,6 +10,10 @@ mod prompt;
 
 pub use prompt::{Turn, alpaca_prompt, round_prompt};
 
+/// Name of the file that [`TemplateSettings`] are saved as, in the folder of an adapter or of a model
+/// that was trained as a whole.
+pub const TEMPLATE_FILE: &str = "template.toml";
+
 /// Everything that decides which tokens a row becomes, beside the tokenizer. It is saved with an
 /// adapter, so that what was asked in training is asked the same way afterwards.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

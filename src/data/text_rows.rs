@@ -78,6 +78,27 @@ fn lossy_paths<S: Serializer>(paths: &[PathBuf], serializer: S) -> Result<S::Ok,
     serializer.collect_seq(paths.iter().map(|path| path.to_string_lossy()))
 }
 
+impl RowReport {
+    /// What the user should know, a sentence each.
+    pub fn notices(&self) -> Vec<String> {
+        let mut notices = Vec::new();
+        if self.bad.count() > 0 {
+            let examples = self.bad.examples().join("; ");
+            let count = self.bad.count();
+            notices.push(format!("{count} rows are left out, such as: {examples}"));
+        }
+        if let Some(first) = &self.first_repeated {
+            let rows = self.repeated_columns;
+            notices.push(format!(
+                "{rows} rows name a column twice, the first is {first}; the last value counts"
+            ));
+        }
+        let empty = self.empty_files.iter();
+        notices.extend(empty.map(|path| format!("{}: holds no row", path.display())));
+        notices
+    }
+}
+
 /// The rows of all files, in order; one file is open at a time, and one row of it in memory.
 ///
 /// Under [`BadRows::Skip`] bad rows are only counted. An error ends the rows: under

@@ -50,6 +50,24 @@ pub struct TrainingData {
     pub validation_report: Option<RowReport>,
     /// Where the training rows came from.
     pub cache: CacheUse,
+    /// Whether the training files hold token ids rather than text.
+    pub holds_token_ids: bool,
+}
+
+impl TrainingData {
+    /// What the user should know of the files: rows left out, columns named twice, files without rows,
+    /// a cache that was of no use.
+    pub fn notices(&self) -> Vec<String> {
+        let mut notices = self.report.notices();
+        notices.extend(self.validation_report.iter().flat_map(RowReport::notices));
+        if let CacheUse::MadeAnew { path, reason } = &self.cache {
+            let path = path.display();
+            notices.push(format!(
+                "{path}: made anew, because the cache there was of no use: {reason}"
+            ));
+        }
+        notices
+    }
 }
 
 /// Opens a run's data. Text needs the tokenizer, token ids do without.
@@ -67,10 +85,10 @@ pub fn open_training_data(
     }
     let mut open =
         |sources: &[PathBuf]| open_rows(sources, settings, tokenizer, model, &mut *on_progress);
-    let train = open(&settings.train)?;
+    let (train, holds_token_ids) = open(&settings.train)?;
     let validation = match settings.validation.as_slice() {
         [] => None,
-        files => Some(open(files)?),
+        files => Some(open(files)?.0),
     };
     let mut data = TrainingData {
         train: train.rows,
@@ -78,6 +96,7 @@ pub fn open_training_data(
         report: train.report,
         validation_report: None,
         cache: train.cache,
+        holds_token_ids,
     };
     if let Some(validation) = validation {
         data.validation = Some(validation.rows);
@@ -96,7 +115,7 @@ fn open_rows(
     tokenizer: Option<&GlmTokenizer>,
     model: &ModelConfig,
     on_progress: OnProgress<'_>,
-) -> Result<Tokenised, DataError> {
+) -> Result<(Tokenised, bool), DataError> {
     let cache = CacheSettings {
         folder: settings.cache_dir.as_deref(),
         threads: settings.threads,
@@ -106,7 +125,7 @@ fn open_rows(
     if holds_token_ids(first)? {
         let bad_rows = settings.bad_rows;
         let kind = RowKind::TokenIds { bad_rows };
-        return tokenised(sources, kind, model, cache, on_progress);
+        return Ok((tokenised(sources, kind, model, cache, on_progress)?, true));
     }
     let Some(tokenizer) = tokenizer else {
         let path = first.to_owned();
@@ -121,7 +140,7 @@ fn open_rows(
         settings: &text,
         tokenizer,
     };
-    tokenised(sources, kind, model, cache, on_progress)
+    Ok((tokenised(sources, kind, model, cache, on_progress)?, false))
 }
 
 /// An epoch that is never trained: its order says which rows are kept for validation.

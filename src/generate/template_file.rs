@@ -8,10 +8,8 @@ use super::Notice;
 use super::error::TemplateError;
 use crate::config::generate::GenerateOptions;
 use crate::config::run::TemplateKind;
-use crate::data::template::{Template, TemplateSettings};
+use crate::data::template::{TEMPLATE_FILE, Template, TemplateSettings};
 
-/// Name of the file in the folder of an adapter, or of a model that was trained as a whole.
-pub const TEMPLATE_FILE: &str = "template.toml";
 const MAX_BYTES: u64 = 1 << 20;
 
 /// How questions are put to a model, and who says so.

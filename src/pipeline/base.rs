@@ -16,6 +16,7 @@ use crate::config::error::ConfigError;
 use crate::config::model::ModelConfig;
 use crate::config::run::{Device, Precision, Recompute};
 use crate::data::DataError;
+use crate::data::tokenizer::TokenizerError;
 use crate::model::ModelError;
 use crate::model::memory::{self, StageSizes};
 use crate::model::rotary::RotaryPrecision;
@@ -47,6 +48,9 @@ pub enum StartError {
     /// The training rows.
     #[error(transparent)]
     Data(#[from] DataError),
+    /// The tokenizer.
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
     /// The partition.
     #[error(transparent)]
     Partition(#[from] PartitionError),
@@ -85,6 +89,7 @@ impl StartError {
             StartError::Model(error) => error.is_machine(),
             StartError::Config(_)
             | StartError::Data(_)
+            | StartError::Tokenizer(_)
             | StartError::Partition(_)
             | StartError::NoCuda { .. }
             | StartError::Memory { .. } => false,

@@ -9,4 +9,5 @@ pub mod permits;
 pub mod plan;
 pub mod prepare;
 pub mod schedule;
+mod template;
 pub mod worker;

@@ -3,10 +3,16 @@
 use super::base::{Base, Layout, StartError};
 use super::partition;
 use super::schedule::Schedule;
-use crate::config::run::RunConfig;
-use crate::data::pretokenised;
+use super::template::template_settings;
+use crate::config::model::ModelConfig;
+use crate::config::run::{BadRowPolicy, RunConfig};
+use crate::data::cache::OnProgress;
 use crate::data::rows::Rows;
-use crate::data::sampler::{Order, Sampler, SamplerState};
+use crate::data::sampler::{Batching, MicroBatchSize, Order, Sampler, SamplerState};
+use crate::data::template::TemplateSettings;
+use crate::data::text_rows::BadRows;
+use crate::data::tokenizer::{ConfigIds, GlmTokenizer, TokenizerError, TokenizerFiles};
+use crate::data::training_data::{DataSettings, TrainingData, open_training_data};
 use crate::model::trainables::Trainables;
 
 /// Model, data and layout of a run.
@@ -17,6 +23,10 @@ pub struct Prepared {
     pub rows: Rows,
     /// Rows that are not trained on, to measure the loss on.
     pub validation: Option<Rows>,
+    /// What text rows became; nothing where the rows are token ids.
+    pub template: Option<TemplateSettings>,
+    /// What the user should know.
+    pub warnings: Vec<String>,
     /// What is trained.
     pub trainables: Trainables,
     /// The stages and what they do.
@@ -32,18 +42,25 @@ impl Prepared {
     ///
     /// # Errors
     /// Configuration, model or data do not fit together.
-    pub fn open(config: &RunConfig, state: SamplerState) -> Result<Self, StartError> {
+    pub fn open(
+        config: &RunConfig,
+        state: SamplerState,
+        on_progress: OnProgress<'_>,
+    ) -> Result<Self, StartError> {
         let base = Base::open(&config.model.path)?;
-        let rows = pretokenised::read_rows(&config.data.train.0[0], &base.config)?;
-        let rows_len = rows.len();
+        let mut warnings: Vec<String> = base.head_source.warning.iter().cloned().collect();
+        let tokenizer = open_tokenizer(config, &base.config, &mut warnings)?;
+        let settings = data_settings(config);
+        let data = open_training_data(&settings, tokenizer.as_ref(), &base.config, on_progress)?;
+        let is_text = !data.holds_token_ids;
+        warnings.extend(data.notices());
+        let TrainingData {
+            train: rows,
+            validation,
+            ..
+        } = data;
         let trainables = Trainables::new(&base.config, &config.adapter, base.head_source.tied)?;
-        let order = match config.data.shuffle {
-            true => Order::Shuffled {
-                seed: config.run.seed,
-            },
-            false => Order::AsGiven,
-        };
-        let sampler = Sampler::new(rows.len(), config.run.micro_batch_size, order, state)?;
+        let sampler = Sampler::over(&rows, batching(config), order(config), state)?;
         let pipeline = &config.pipeline;
         let head_cost = partition::head_cost(
             &base.config,
@@ -54,35 +71,87 @@ impl Prepared {
         let balance = pipeline.balance.as_deref();
         let stages = base.stages(&pipeline.devices, balance, head_cost)?;
         let micro_batches = config.run.gradient_accumulation;
+        let longest = validation.iter().flat_map(Rows::lengths).max();
         let mut layout = Layout {
             devices: pipeline.devices.clone(),
             precision: config.model.precision,
             schedule: Schedule::build(pipeline.schedule, stages.len(), micro_batches),
             recompute: vec![pipeline.recompute; stages.len()],
             stages,
-            max_rows: sampler.max_tokens(&rows),
-            max_sequences: config.run.micro_batch_size.min(rows.len()),
+            max_rows: sampler.max_tokens(&rows).max(longest.unwrap_or(0)),
+            max_sequences: sampler.max_sequences(&rows),
             threads: pipeline.threads,
         };
         layout.choose_recompute(&base.config, &trainables, pipeline.memory_per_device)?;
+        let epochs = config.run.epochs.unwrap_or(1);
+        let max_steps = config.run.max_steps;
         Ok(Prepared {
+            max_steps: max_steps.unwrap_or_else(|| sampler.steps(epochs, micro_batches)),
+            template: is_text.then_some(settings.template),
             base,
             rows,
-            validation: None,
+            validation,
+            warnings,
             trainables,
             layout,
-            max_steps: max_steps(config, rows_len),
             sampler,
         })
     }
 }
 
-/// Steps of the run: as set, or as many as it takes to go through the rows `epochs` times.
-fn max_steps(config: &RunConfig, rows: usize) -> u64 {
-    let run = &config.run;
-    let per_epoch = rows.div_ceil(run.micro_batch_size) as u64;
-    let epochs = run.epochs.unwrap_or(1);
-    let all = per_epoch.saturating_mul(epochs);
-    run.max_steps
-        .unwrap_or(all.div_ceil(run.gradient_accumulation as u64))
+/// The tokenizer of the model's folder, if there is one: rows of token ids do without.
+fn open_tokenizer(
+    config: &RunConfig,
+    model: &ModelConfig,
+    warnings: &mut Vec<String>,
+) -> Result<Option<GlmTokenizer>, StartError> {
+    let files = match TokenizerFiles::read(&config.model.path) {
+        Ok(files) => files,
+        Err(TokenizerError::NoFile { .. }) => return Ok(None),
+        Err(error) => return Err(error.into()),
+    };
+    let (tokenizer, era) = files.build(&ConfigIds::from(model), Some(model.vocab_size))?;
+    warnings.extend(era.iter().map(ToString::to_string));
+    Ok(Some(tokenizer))
+}
+
+fn data_settings(config: &RunConfig) -> DataSettings {
+    let data = &config.data;
+    let cache = data.cache.clone();
+    DataSettings {
+        train: data.train.0.clone(),
+        validation: data.validation.0.clone(),
+        validation_split: data.validation_split,
+        seed: config.run.seed,
+        template: template_settings(data),
+        bad_rows: match data.bad_rows {
+            BadRowPolicy::Fatal => BadRows::Fatal,
+            BadRowPolicy::Skip => BadRows::Skip,
+        },
+        cache_dir: Some(cache.unwrap_or_else(|| config.run.output.join("cache"))),
+        threads: config.pipeline.threads,
+    }
+}
+
+fn order(config: &RunConfig) -> Order {
+    match config.data.shuffle {
+        true => Order::Shuffled {
+            seed: config.run.seed,
+        },
+        false => Order::AsGiven,
+    }
+}
+
+fn batching(config: &RunConfig) -> Batching {
+    let size = match config.run.micro_batch_tokens {
+        Some(tokens) => MicroBatchSize::Tokens(tokens),
+        None => MicroBatchSize::Rows(config.run.micro_batch_size),
+    };
+    Batching {
+        size,
+        bucket_window: config
+            .data
+            .bucket_by_length
+            .then_some(Batching::BUCKET_WINDOW),
+    }
 }

@@ -21,6 +21,7 @@ use crate::checkpoint::{CheckpointError, HostTensor, run_state};
 use crate::config::run::{AdapterSection, Precision, Resume, RunConfig};
 use crate::data::rows::Rows;
 use crate::data::sampler::SamplerState;
+use crate::data::template::{TEMPLATE_FILE, TemplateSettings};
 use crate::model::trainables::Trainables;
 use crate::optim::loss_scale::LossScale;
 use crate::pipeline::base::Base;
@@ -48,24 +49,10 @@ pub(super) struct Fingerprint {
 impl Fingerprint {
     /// The fingerprint of `rows`.
     pub fn of(rows: &Rows) -> Self {
-        let mut hasher = crc32fast::Hasher::new();
-        for row in (0..rows.len()).filter_map(|index| rows.get(index)) {
-            hasher.update(bytemuck::cast_slice(row.input_ids));
-            for (place, id) in row.targets() {
-                hasher.update(&(place as u64).to_le_bytes());
-                hasher.update(&id.to_le_bytes());
-            }
-            hasher.update(&(row.context_length as u64).to_le_bytes());
-            for token in 0..row.input_ids.len() {
-                let (position, block_position) = row.positions.at(token);
-                hasher.update(&position.to_le_bytes());
-                hasher.update(&block_position.to_le_bytes());
-            }
-        }
         Fingerprint {
             rows: rows.len(),
             tokens: rows.tokens(),
-            crc32: hasher.finalize(),
+            crc32: rows.checksum(),
         }
     }
 }
@@ -174,6 +161,16 @@ impl Resumed {
                 text(&now.data.shuffle),
             ),
             (
+                "data.bucket_by_length",
+                text(&then.data.bucket_by_length),
+                text(&now.data.bucket_by_length),
+            ),
+            (
+                "run.micro_batch_tokens",
+                text(&then.run.micro_batch_tokens),
+                text(&now.run.micro_batch_tokens),
+            ),
+            (
                 "run.micro_batch_size",
                 text(&then.run.micro_batch_size),
                 text(&now.run.micro_batch_size),
@@ -238,15 +235,26 @@ fn write_text(path: &Path, text: &str) -> Result<(), CheckpointError> {
     write().map_err(write_error(path))
 }
 
+/// What a run is, for those who save something of it.
+#[derive(Clone, Copy)]
+pub(super) struct Run<'a> {
+    pub config: &'a RunConfig,
+    pub trainables: &'a Trainables,
+    pub base: &'a Base,
+    /// What text rows became; nothing where the rows are token ids.
+    pub template: Option<&'a TemplateSettings>,
+}
+
 /// Saves `checkpoint-{step}` and returns its path.
 pub(super) fn save(
-    config: &RunConfig,
-    trainables: &Trainables,
-    base: &Base,
+    run: Run<'_>,
     state: &TrainerState,
     parameters: &[ParameterState],
     reporter: &mut dyn FnMut(Event),
 ) -> Result<PathBuf, TrainError> {
+    let Run {
+        config, trainables, ..
+    } = run;
     let specs = trainables.specs();
     let values = files::put_together(specs, parameters.iter().map(|p| &p.values[..]))?;
     let mut tensors = named("values", values.clone());
@@ -258,7 +266,7 @@ pub(super) fn save(
     let (output, limit) = (&config.run.output, config.run.save_total_limit);
     let saved = run_state::save_checkpoint(output, state.step, limit, |folder| {
         if !trainables.is_full() {
-            write_adapter(config, base, values, &folder.join(ADAPTER))?;
+            write_adapter(run, values, &folder.join(ADAPTER))?;
         }
         run_state::write_tensors(&folder.join(TENSORS), &tensors)?;
         run_state::write_json(&folder.join(TRAINER_STATE), state)?;
@@ -281,13 +289,23 @@ fn named(part: &str, tensors: BTreeMap<String, HostTensor>) -> BTreeMap<String, 
     tensors.into_iter().map(name).collect()
 }
 
-/// Writes the adapter in the form that others read: a PEFT folder, or a prefix as safetensors.
+/// Writes the adapter in the form that others read: a PEFT folder, or a prefix as safetensors; and how
+/// its rows were worded.
 fn write_adapter(
-    config: &RunConfig,
-    base: &Base,
+    run: Run<'_>,
     tensors: BTreeMap<String, HostTensor>,
     folder: &Path,
 ) -> Result<(), CheckpointError> {
+    let config = run.config;
+    if let Some(template) = run.template {
+        fs::create_dir_all(folder).map_err(write_error(folder))?;
+        let path = folder.join(TEMPLATE_FILE);
+        let text = toml::to_string(template).map_err(|error| CheckpointError::Unsavable {
+            path: path.clone(),
+            reason: error.to_string(),
+        })?;
+        write_text(&path, &text)?;
+    }
     match &config.adapter {
         AdapterSection::Lora(lora) => LoraFiles {
             config: LoraFileConfig {
@@ -308,7 +326,7 @@ fn write_adapter(
             ignored: Vec::new(),
         }
         .write(folder, model_config_json(config)?),
-        AdapterSection::Full(_) => write_model(config, base, tensors, folder),
+        AdapterSection::Full(_) => write_model(run, tensors, folder),
     }
 }
 
@@ -320,11 +338,11 @@ fn model_config_json(
 
 /// Writes a trained model as a Hugging Face folder, in the storage type of the run.
 fn write_model(
-    config: &RunConfig,
-    base: &Base,
+    run: Run<'_>,
     tensors: BTreeMap<String, HostTensor>,
     folder: &Path,
 ) -> Result<(), CheckpointError> {
+    let Run { config, base, .. } = run;
     fs::create_dir_all(folder).map_err(write_error(folder))?;
     let mut stored = BTreeMap::new();
     for (name, tensor) in tensors {
@@ -343,20 +361,32 @@ fn write_model(
         Precision::F16 => "float16",
     };
     json.insert("torch_dtype".to_owned(), json!(dtype));
+    copy_tokenizer(&config.model.path, folder)?;
     run_state::write_json(&folder.join("config.json"), &json)
+}
+
+/// Copies what the tokenizer is read from, so that the new folder can be asked as it is.
+fn copy_tokenizer(from: &Path, to: &Path) -> Result<(), CheckpointError> {
+    for name in ["ice_text.model", "tokenizer.model", "tokenizer_config.json"] {
+        let (from, to) = (from.join(name), to.join(name));
+        match fs::copy(&from, &to) {
+            Ok(_) => {}
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error) => return Err(write_error(&to)(error)),
+        }
+    }
+    Ok(())
 }
 
 /// Writes what the run was for, and returns where.
 pub(super) fn write_result(
-    config: &RunConfig,
-    trainables: &Trainables,
-    base: &Base,
+    run: Run<'_>,
     parameters: &[ParameterState],
 ) -> Result<PathBuf, TrainError> {
     let values = parameters.iter().map(|state| &state.values[..]);
-    let tensors = files::put_together(trainables.specs(), values)?;
-    let folder = result_folder(&config.adapter, &config.run.output);
-    write_adapter(config, base, tensors, &folder)?;
+    let tensors = files::put_together(run.trainables.specs(), values)?;
+    let folder = result_folder(&run.config.adapter, &run.config.run.output);
+    write_adapter(run, tensors, &folder)?;
     Ok(folder)
 }
 

@@ -5,25 +5,27 @@ mod error;
 mod initial;
 mod validation;
 
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use crate::config::run::{AdapterSection, LossNormalisation, Precision, Resume, RunConfig};
+use crate::data::DataError;
 use crate::data::batch::MicroBatch;
+use crate::data::cache::{Phase, Progress};
 use crate::data::rows::Rows;
 use crate::data::sampler::Sampler;
-use crate::model::trainables::Trainables;
 use crate::model::weights;
 use crate::optim::curve::learning_rate;
 use crate::optim::loss_scale::LossScale;
-use crate::pipeline::base::{Base, Layout};
+use crate::pipeline::base::{Base, Layout, StartError};
 use crate::pipeline::launch::Engine;
 use crate::pipeline::plan::{StepOutcome, StepPlan};
 use crate::pipeline::prepare::Prepared;
-use crate::report::{Event, RunFinished, RunStarted, StageSummary, StepReport};
+use crate::report::{Event, RunFinished, RunStarted, StageSummary, StepReport, TokenisingReport};
 
-use self::checkpoint::{Fingerprint, TrainerState};
+use self::checkpoint::{Fingerprint, Run, TrainerState};
 pub use self::error::TrainError;
 
 /// How a run ended.
@@ -51,7 +53,24 @@ pub fn run(
     let started = Instant::now();
     let resumed = checkpoint::find(config, reporter)?;
     let position = resumed.as_ref().map(|state| state.trainer.data);
-    let prepared = Prepared::open(config, position.unwrap_or_default())?;
+    let prepared = {
+        let mut tell = |progress: Progress| {
+            if progress.phase == Phase::Tokenising {
+                reporter(Event::Tokenising(tokenising(&progress)));
+            }
+            match stop.load(Ordering::Relaxed) {
+                true => ControlFlow::Break(()),
+                false => ControlFlow::Continue(()),
+            }
+        };
+        match Prepared::open(config, position.unwrap_or_default(), &mut tell) {
+            Err(StartError::Data(DataError::Interrupted)) => {
+                let step = resumed.as_ref().map_or(0, |state| state.trainer.step);
+                return Ok(Outcome::Interrupted { step });
+            }
+            prepared => prepared?,
+        }
+    };
     let fingerprint = Fingerprint::of(&prepared.rows);
     let mut state = match &resumed {
         Some(resumed) => {
@@ -68,9 +87,11 @@ pub fn run(
         layout,
         mut sampler,
         max_steps,
+        template,
+        warnings,
     } = prepared;
-    if let Some(warning) = &base.head_source.warning {
-        reporter(Event::Warning(warning.clone()));
+    for warning in warnings {
+        reporter(Event::Warning(warning));
     }
     let initial = initial::values(config, &base, &trainables, resumed)?;
     let mut engine = base.start(&layout, trainables.clone(), initial)?;
@@ -85,6 +106,12 @@ pub fn run(
         config_path,
     }));
 
+    let this = Run {
+        config,
+        trainables: &trainables,
+        base: &base,
+        template: template.as_ref(),
+    };
     let mut saved = resumed_step(config, state.step);
     while state.step < max_steps {
         let began = Instant::now();
@@ -111,7 +138,7 @@ pub fn run(
         let interrupted = stop.load(Ordering::Relaxed);
         let due = config.run.save_steps > 0 && state.step.is_multiple_of(config.run.save_steps);
         if due || interrupted {
-            save(config, &trainables, &base, &mut engine, &state, reporter)?;
+            save(this, &mut engine, &state, reporter)?;
             saved = Some(state.step);
         }
         if interrupted {
@@ -120,16 +147,27 @@ pub fn run(
     }
 
     if saved != Some(state.step) {
-        save(config, &trainables, &base, &mut engine, &state, reporter)?;
+        save(this, &mut engine, &state, reporter)?;
     }
     let states = engine.snapshot()?;
-    let result = checkpoint::write_result(config, &trainables, &base, &states)?;
+    let result = checkpoint::write_result(this, &states)?;
     reporter(Event::Finished(RunFinished {
         steps: state.step,
         seconds: started.elapsed().as_secs_f64(),
         result,
     }));
     Ok(Outcome::Finished)
+}
+
+fn tokenising(progress: &Progress) -> TokenisingReport {
+    TokenisingReport {
+        bytes: progress.bytes_done,
+        total_bytes: progress.bytes_total,
+        rows: progress.rows,
+        tokens: progress.tokens,
+        seconds: progress.elapsed.as_secs_f64(),
+        done: progress.finished,
+    }
 }
 
 /// The step that a resumed run finds saved already, in its own output folder.
@@ -229,15 +267,13 @@ fn report(max_steps: u64, plan: &StepPlan, outcome: &StepOutcome, began: Instant
 }
 
 fn save(
-    config: &RunConfig,
-    trainables: &Trainables,
-    base: &Base,
+    run: Run<'_>,
     engine: &mut Engine,
     state: &TrainerState,
     reporter: &mut dyn FnMut(Event),
 ) -> Result<(), TrainError> {
     let states = engine.snapshot()?;
-    let path = checkpoint::save(config, trainables, base, state, &states, reporter)?;
+    let path = checkpoint::save(run, state, &states, reporter)?;
     reporter(Event::CheckpointSaved {
         path,
         step: state.step,
