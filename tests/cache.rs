@@ -866,3 +866,45 @@ fn many_rows_take_little_memory() {
         "{memory} bytes more for short rows of text"
     );
 }
+
+/// Says how fast rows of text are tokenised, and in how much memory: `scripts/million_rows.sh`.
+#[test]
+#[ignore = "needs ROWS_FILE, a file of alpaca rows"]
+fn tokenise_the_rows_of_a_file() {
+    let data = PathBuf::from(std::env::var_os("ROWS_FILE").expect("ROWS_FILE is a file of rows"));
+    let threads = std::thread::available_parallelism().unwrap().get();
+    let (text, tokenizer) = (TextSettings::default(), tokenizer());
+    let kind = RowKind::Text {
+        settings: &text,
+        tokenizer: &tokenizer,
+    };
+    let folder = tempfile::tempdir_in(data.parent().unwrap()).unwrap();
+    for _ in 0..2 {
+        let (before, began) = (peak_memory(), std::time::Instant::now());
+        let mut last = None;
+        let mut keep = |progress| {
+            last = Some(progress);
+            ControlFlow::Continue(())
+        };
+        let cache = CacheSettings {
+            folder: Some(folder.path()),
+            threads,
+        };
+        let sources = std::slice::from_ref(&data);
+        let opened = tokenised(sources, kind, &model(), cache, &mut keep).unwrap();
+        let seconds = began.elapsed().as_secs_f64();
+        let what = match &opened.cache {
+            CacheUse::Found(_) => "found in the cache".to_owned(),
+            _ => {
+                let speed = last.unwrap().tokens_per_second();
+                format!("tokenised, {speed:.0} tokens/s on {threads} threads")
+            }
+        };
+        println!(
+            "{} rows, {} tokens in {seconds:.1} s: {what}; {} MiB more resident memory at most",
+            opened.rows.len(),
+            opened.rows.tokens(),
+            (peak_memory() - before) >> 20
+        );
+    }
+}
