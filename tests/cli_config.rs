@@ -595,6 +595,31 @@ fn the_golden_configuration_resolves() {
 }
 
 #[test]
+fn every_configuration_that_is_shipped_resolves_and_says_how_it_is_run() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs");
+    let mut names = Vec::new();
+    for entry in fs::read_dir(&folder).unwrap() {
+        let path = entry.unwrap().path();
+        let config = RunConfig::from_file(&path).unwrap_or_else(|error| unreachable!("{error}"));
+        let text = fs::read_to_string(&path).unwrap();
+        let name = path.file_name().unwrap().to_str().unwrap().to_owned();
+        assert!(text.starts_with("# "), "{name} begins with what it is for");
+        assert!(text.contains(&format!("configs/{name}")), "{name}");
+        assert!(config.run.output.starts_with("output"), "{name}");
+        names.push(name);
+    }
+    names.sort();
+    let shipped = [
+        "full.toml",
+        "lora-alpaca.toml",
+        "lora-golden.toml",
+        "lora-identity.toml",
+        "ptuning-adgen.toml",
+    ];
+    assert_eq!(names, shipped);
+}
+
+#[test]
 fn files_that_are_no_configuration_are_refused() {
     let folder = tempfile::tempdir().unwrap();
     let long = folder.path().join("long.toml");
