@@ -53,7 +53,8 @@ fn what_next(output: &Path) -> String {
     let output = output.display();
     format!(
         "\nEverything is in {output}: questions.json, answers.json, base/model, lora/adapter, \
-         ptuning/adapter.\n"
+         ptuning/adapter. Talk to one of them:\n\n    \
+         mp-train chat --model {output}/base/model --adapter {output}/lora/adapter --temperature 0\n"
     )
 }
 

@@ -154,9 +154,10 @@ impl<W: Write> Progress<W> {
         let left = report.max_steps.saturating_sub(report.step);
         let _ = write!(
             text,
-            "  {} target tok/s  {} tok/s  eta {}",
+            "  {} target tok/s  {} tok/s{}  eta {}",
             rate(target_tokens, seconds),
             rate(tokens, seconds),
+            memory(),
             duration(self.step_seconds.unwrap_or(0.0) * left as f64),
         );
         text
@@ -242,6 +243,14 @@ fn rate(count: u64, seconds: f64) -> String {
         true => grouped((count as f64 / seconds).round() as u64),
         false => "-".to_owned(),
     }
+}
+
+/// What the process has in memory now, where the system says so (Linux).
+fn memory() -> String {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let kib = line.and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok());
+    kib.map_or(String::new(), |kib| format!("  {} MiB", grouped(kib >> 10)))
 }
 
 /// A gradient norm with three digits that say something; a prefix's is often far below 0.001.
