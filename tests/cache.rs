@@ -584,6 +584,7 @@ fn run(train: &Path, folder: &Path) -> DataSettings {
         template: TemplateSettings::default(),
         bad_rows: BadRows::Fatal,
         cache_dir: Some(folder.join("cache")),
+        cache_token_ids: true,
         threads: 2,
     }
 }

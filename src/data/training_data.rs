@@ -33,6 +33,8 @@ pub struct DataSettings {
     pub bad_rows: BadRows,
     /// Folder of cache files; without one all rows are held in memory.
     pub cache_dir: Option<PathBuf>,
+    /// Whether rows of token ids go into the cache too; they are read about as fast as they are.
+    pub cache_token_ids: bool,
     /// Threads that tokenise.
     pub threads: usize,
 }
@@ -125,6 +127,8 @@ fn open_rows(
     if holds_token_ids(first)? {
         let bad_rows = settings.bad_rows;
         let kind = RowKind::TokenIds { bad_rows };
+        let folder = cache.folder.filter(|_| settings.cache_token_ids);
+        let cache = CacheSettings { folder, ..cache };
         return Ok((tokenised(sources, kind, model, cache, on_progress)?, true));
     }
     let Some(tokenizer) = tokenizer else {

@@ -128,6 +128,7 @@ fn data_settings(config: &RunConfig) -> DataSettings {
             BadRowPolicy::Fatal => BadRows::Fatal,
             BadRowPolicy::Skip => BadRows::Skip,
         },
+        cache_token_ids: cache.is_some(),
         cache_dir: Some(cache.unwrap_or_else(|| config.run.output.join("cache"))),
         threads: config.pipeline.threads,
     }
