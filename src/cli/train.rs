@@ -40,6 +40,9 @@ pub(super) fn run(args: &TrainArgs) -> Result<(), Failure> {
             "check the output folder's permissions and free space, then continue with --resume",
         )),
         (Ok(Outcome::Finished), None) => Ok(()),
+        (Ok(Outcome::InterruptedBeforeStart), None) => Err(Failure::interrupted(
+            "stopped while model and data were opened; nothing was trained",
+        )),
         (Ok(Outcome::Interrupted { step }), None) => Err(Failure::interrupted(format!(
             "stopped after step {step}; a checkpoint is saved"
         ))

@@ -163,7 +163,7 @@ fn train(
     let mut reporter = |event| show(Event::Training(event));
     Ok(match train::run(config, &mut reporter, stop)? {
         train::Outcome::Finished => Some(started.elapsed().as_secs_f64()),
-        train::Outcome::Interrupted { .. } => None,
+        train::Outcome::InterruptedBeforeStart | train::Outcome::Interrupted { .. } => None,
     })
 }
 

@@ -15,7 +15,7 @@ use crate::data::DataError;
 use crate::data::batch::MicroBatch;
 use crate::data::cache::{Phase, Progress};
 use crate::data::rows::Rows;
-use crate::data::sampler::Sampler;
+use crate::data::sampler::{Sampler, SamplerState};
 use crate::model::weights;
 use crate::optim::curve::learning_rate;
 use crate::optim::loss_scale::LossScale;
@@ -33,6 +33,8 @@ pub use self::error::TrainError;
 pub enum Outcome {
     /// All steps are done and the result is saved.
     Finished,
+    /// A signal came while model and data were opened; nothing was trained.
+    InterruptedBeforeStart,
     /// A signal came; a checkpoint of this step is saved.
     Interrupted {
         /// Steps done.
@@ -53,23 +55,8 @@ pub fn run(
     let started = Instant::now();
     let resumed = checkpoint::find(config, reporter)?;
     let position = resumed.as_ref().map(|state| state.trainer.data);
-    let prepared = {
-        let mut tell = |progress: Progress| {
-            if progress.phase == Phase::Tokenising {
-                reporter(Event::Tokenising(tokenising(&progress)));
-            }
-            match stop.load(Ordering::Relaxed) {
-                true => ControlFlow::Break(()),
-                false => ControlFlow::Continue(()),
-            }
-        };
-        match Prepared::open(config, position.unwrap_or_default(), &mut tell) {
-            Err(StartError::Data(DataError::Interrupted)) => {
-                let step = resumed.as_ref().map_or(0, |state| state.trainer.step);
-                return Ok(Outcome::Interrupted { step });
-            }
-            prepared => prepared?,
-        }
+    let Some(prepared) = open(config, position.unwrap_or_default(), reporter, stop)? else {
+        return Ok(Outcome::InterruptedBeforeStart);
     };
     let fingerprint = Fingerprint::of(&prepared.rows);
     let mut state = match &resumed {
@@ -157,6 +144,28 @@ pub fn run(
         result,
     }));
     Ok(Outcome::Finished)
+}
+
+/// Opens model and data, saying how far the data is; `None` when a signal came meanwhile.
+fn open(
+    config: &RunConfig,
+    position: SamplerState,
+    reporter: &mut dyn FnMut(Event),
+    stop: &AtomicBool,
+) -> Result<Option<Prepared>, TrainError> {
+    let mut tell = |progress: Progress| {
+        if progress.phase == Phase::Tokenising {
+            reporter(Event::Tokenising(tokenising(&progress)));
+        }
+        match stop.load(Ordering::Relaxed) {
+            true => ControlFlow::Break(()),
+            false => ControlFlow::Continue(()),
+        }
+    };
+    match Prepared::open(config, position, &mut tell) {
+        Err(StartError::Data(DataError::Interrupted)) => Ok(None),
+        prepared => Ok(Some(prepared?)),
+    }
 }
 
 fn tokenising(progress: &Progress) -> TokenisingReport {
