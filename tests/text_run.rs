@@ -164,7 +164,8 @@ fn every_kind_of_file_is_trained_on() {
     ];
     for (name, bytes, template) in files {
         let flags = format!("--template {template} --max-steps 3 --gradient-accumulation 4");
-        let (_, output) = Setup::new(name, bytes, &flags).train("output");
+        let setup = Setup::new(name, bytes, &flags);
+        let (_, output) = setup.train("output");
         let rows = metrics(&output);
         assert_eq!(rows.len(), 3, "{name}");
         // A random model of 760 ids knows nothing: about ln 760.

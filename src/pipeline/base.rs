@@ -106,6 +106,17 @@ impl StartError {
     }
 }
 
+/// Refuses devices that this build cannot use, before anything is read.
+///
+/// # Errors
+/// The first such device.
+pub fn check_devices(devices: &[Device]) -> Result<(), StartError> {
+    match devices.iter().find(|device| **device != Device::Cpu) {
+        Some(&device) => Err(StartError::NoCuda { device }),
+        None => Ok(()),
+    }
+}
+
 /// How the stages of a run are laid out.
 #[derive(Clone, Debug)]
 pub struct Layout {
@@ -237,10 +248,7 @@ impl Base {
         trainables: Trainables,
         initial: InitialValues,
     ) -> Result<Engine, StartError> {
-        let no_cpu = |device: &&Device| **device != Device::Cpu;
-        if let Some(&device) = layout.devices.iter().find(no_cpu) {
-            return Err(StartError::NoCuda { device });
-        }
+        check_devices(&layout.devices)?;
         let blueprint = Blueprint {
             config: self.config.clone(),
             source: Arc::clone(&self.source),
