@@ -87,6 +87,9 @@ impl From<ConfigError> for Failure {
             ConfigError::Missing { key, .. } if key.section == "model" => {
                 failure.hint(super::WHERE_TO_GET_A_MODEL)
             }
+            ConfigError::Missing { key, .. } if key.name == "max_steps" => {
+                failure.hint("or --epochs 3, to go through all rows three times")
+            }
             _ => failure,
         }
     }

@@ -35,8 +35,10 @@ pub(super) fn run(args: &GenerateArgs) -> Result<(), Failure> {
         (Err(error), _) => Err(located(error, &args.input)),
         // A reader that has seen enough (`| head`) is no error.
         (Ok(_), Some(error)) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-        (Ok(_), Some(error)) => Err(Failure::new(FailureClass::Machine, &error)
-            .hint("the answers could not be written: check the free space")),
+        (Ok(_), Some(error)) => Err(Failure::new(FailureClass::Machine, &error).hint(format!(
+            "the answers could not be written to {}: check the free space",
+            args.output.display()
+        ))),
         (Ok(Outcome::Finished), None) => answers.finish(),
         (Ok(Outcome::Interrupted), None) => Err(Failure::interrupted(
             "stopped before the last prompt was answered",

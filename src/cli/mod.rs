@@ -20,7 +20,7 @@ mod signals;
 mod train;
 
 const WHERE_TO_GET_A_MODEL: &str = "\
-download the ChatGLM-6B folder (config.json and the weights, about 13 GB) from
+download the ChatGLM-6B folder (config.json, ice_text.model and the weights, 13 GB) from
       https://huggingface.co/THUDM/chatglm-6b into models/chatglm-6b, then for example
       mp-train --model models/chatglm-6b --train data/train.jsonl --max-steps 1000 --devices cpu,cpu";
 

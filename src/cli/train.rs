@@ -6,6 +6,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use super::args::TrainArgs;
 use super::failure::{Failure, FailureClass};
 use super::{WHERE_TO_GET_A_MODEL, print, signals};
+use crate::data::DataError;
+use crate::pipeline::base::StartError;
 use crate::report::metrics::{self, Metrics};
 use crate::report::progress::{Progress, Style};
 use crate::report::tensorboard::EventFile;
@@ -52,7 +54,19 @@ pub(super) fn run(args: &TrainArgs) -> Result<(), Failure> {
 
 impl From<TrainError> for Failure {
     fn from(error: TrainError) -> Self {
-        Failure::new(error.class(), &error)
+        let failure = Failure::new(error.class(), &error);
+        match &error {
+            TrainError::Start(StartError::Data(data)) | TrainError::Data(data) => match data {
+                DataError::Row { .. } => {
+                    failure.hint("mend this row, or leave such rows out with --bad-rows skip")
+                }
+                DataError::Broken { .. } => {
+                    failure.hint("the file cannot be read on from this place: mend it")
+                }
+                _ => failure,
+            },
+            _ => failure,
+        }
     }
 }
 

@@ -196,7 +196,7 @@ impl Keys<'_> {
                  gmask_token_id (130000 and 130001 if vocab_size is 130528, 150000 and 150001 if \
                  it is 150528)"
                 ),
-                _ => format!("`{key}` is missing"),
+                _ => format!("`{key}` is missing; is this the model's own file? Download it again"),
             })
     }
 

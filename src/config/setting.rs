@@ -127,8 +127,17 @@ impl<T: Real> Value<T> {
 /// A value as TOML.
 pub(super) fn shown<T: Serialize>(value: &T) -> String {
     match toml::Value::try_from(value) {
+        // A flag that is stored as f32, in the digits that were typed.
+        Ok(toml::Value::Float(value)) if f64::from(value as f32) == value => {
+            toml::Value::Float(shortest(value as f32)).to_string()
+        }
         Ok(value) => value.to_string(),
         // TOML has no integers above i64::MAX and no paths outside UTF-8.
         Err(_) => serde_json::to_string(value).unwrap_or_else(|_| "(not UTF-8)".to_owned()),
     }
+}
+
+/// The f64 with the shortest digits that is this f32.
+fn shortest(value: f32) -> f64 {
+    value.to_string().parse().unwrap_or(f64::from(value))
 }

@@ -139,8 +139,35 @@ pub fn tokenised(
         path: path.clone(),
         source,
     };
+    let missing: Vec<&Path> = folder.ancestors().take_while(|at| !at.exists()).collect();
     std::fs::create_dir_all(folder).map_err(failed)?;
-    let lock = BuildLock::acquire(folder, key.name(), &mut meter)?;
+    let result = made_or_found(&files, &key, kind, model, cache.threads, folder, &mut meter);
+    if result.is_err() {
+        lock::remove(folder, key.name());
+        for made in missing {
+            // Whether it can be removed decides nothing; one that others use by now cannot.
+            let _ = std::fs::remove_dir(made);
+        }
+    }
+    result
+}
+
+/// The rows out of the file that `key` names in `folder`, after it was made if need be.
+fn made_or_found(
+    files: &[PathBuf],
+    key: &CacheKey,
+    kind: RowKind<'_>,
+    model: &ModelConfig,
+    threads: usize,
+    folder: &Path,
+    meter: &mut Meter<'_>,
+) -> Result<Tokenised, DataError> {
+    let path = key.path(folder);
+    let failed = |source| DataError::Cache {
+        path: path.clone(),
+        source,
+    };
+    let lock = BuildLock::acquire(folder, key.name(), meter)?;
     // Another run may have made it in the meantime.
     let unusable = match MappedRows::open(&path, key.manifest()) {
         Ok(found) => return Ok(of_file(found, CacheUse::Found(path))),
@@ -149,7 +176,7 @@ pub fn tokenised(
     lock.remove_leftovers(folder);
     let writer = CacheWriter::create(folder, key.name(), &path).map_err(failed)?;
     let mut sink = Sink::File(Box::new(writer), path.clone());
-    let report = build::rows(&files, kind, model, cache.threads, &mut sink, &mut meter)?;
+    let report = build::rows(files, kind, model, threads, &mut sink, meter)?;
     key.check_unchanged()?;
     let tail = key.tail(&report);
     if let Sink::File(writer, _) = sink {

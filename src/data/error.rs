@@ -76,8 +76,8 @@ pub enum DataError {
     },
     /// A token cache that cannot be written.
     #[error(
-        "{path}: cannot write the token cache: {source}; it takes about 8 bytes per token: make \
-         room, or set a cache folder elsewhere"
+        "{path}: cannot write the token cache (about 8 bytes per token; --cache puts it into another \
+         folder, where there is room): {source}"
     )]
     Cache {
         /// The cache file or its folder.
@@ -119,6 +119,19 @@ pub enum DataError {
         /// Rows there are.
         rows: usize,
     },
+}
+
+impl DataError {
+    /// Whether the machine is to blame, not the user's files or settings.
+    pub fn is_machine(&self) -> bool {
+        use std::io::ErrorKind::{FileTooLarge, QuotaExceeded, StorageFull};
+        match self {
+            Self::Cache { source, .. } => {
+                matches!(source.kind(), FileTooLarge | QuotaExceeded | StorageFull)
+            }
+            _ => false,
+        }
+    }
 }
 
 /// What is wrong with one row.

@@ -133,7 +133,11 @@ fn open_rows(
     }
     let Some(tokenizer) = tokenizer else {
         let path = first.to_owned();
-        return Err(DataError::NoTokenizer { path });
+        let is_empty = std::fs::metadata(first).is_ok_and(|file| file.len() == 0);
+        return Err(match is_empty {
+            true => DataError::NoRows { path },
+            false => DataError::NoTokenizer { path },
+        });
     };
     let text = TextSettings {
         template: settings.template.clone(),

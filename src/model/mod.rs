@@ -46,7 +46,9 @@ pub enum ModelError {
         count: usize,
     },
     /// A tensor whose shape contradicts `config.json`.
-    #[error("{file}: `{name}` has shape {found:?}; config.json gives {expected:?}")]
+    #[error(
+        "{file}: `{name}` has shape {found:?}; config.json gives {expected:?}: are both from one model folder?"
+    )]
     WrongShape {
         /// The file.
         file: PathBuf,

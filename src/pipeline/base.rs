@@ -1,6 +1,6 @@
 //! The base model of a run: its folder opened and checked, its blocks dealt out, its stages started.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use half::f16;
@@ -51,6 +51,14 @@ pub enum StartError {
     /// The tokenizer.
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
+    /// A tokenizer that is not the one of its model.
+    #[error("{folder}: {source}", folder = folder.display())]
+    TokenizerOf {
+        /// The model folder.
+        folder: PathBuf,
+        /// What does not fit.
+        source: TokenizerError,
+    },
     /// The partition.
     #[error(transparent)]
     Partition(#[from] PartitionError),
@@ -87,13 +95,25 @@ impl StartError {
             StartError::Failure(failure) => failure.is_machine(),
             StartError::Checkpoint(error) => error.is_machine(),
             StartError::Model(error) => error.is_machine(),
+            StartError::Data(error) => error.is_machine(),
             StartError::Config(_)
-            | StartError::Data(_)
             | StartError::Tokenizer(_)
+            | StartError::TokenizerOf { .. }
             | StartError::Partition(_)
             | StartError::NoCuda { .. }
             | StartError::Memory { .. } => false,
         }
+    }
+}
+
+/// Refuses devices that this build cannot use, before anything is read.
+///
+/// # Errors
+/// The first such device.
+pub fn check_devices(devices: &[Device]) -> Result<(), StartError> {
+    match devices.iter().find(|device| **device != Device::Cpu) {
+        Some(&device) => Err(StartError::NoCuda { device }),
+        None => Ok(()),
     }
 }
 
@@ -228,10 +248,7 @@ impl Base {
         trainables: Trainables,
         initial: InitialValues,
     ) -> Result<Engine, StartError> {
-        let no_cpu = |device: &&Device| **device != Device::Cpu;
-        if let Some(&device) = layout.devices.iter().find(no_cpu) {
-            return Err(StartError::NoCuda { device });
-        }
+        check_devices(&layout.devices)?;
         let blueprint = Blueprint {
             config: self.config.clone(),
             source: Arc::clone(&self.source),

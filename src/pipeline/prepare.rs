@@ -51,6 +51,15 @@ impl Prepared {
         let mut warnings: Vec<String> = base.head_source.warning.iter().cloned().collect();
         let tokenizer = open_tokenizer(config, &base.config, &mut warnings)?;
         let settings = data_settings(config);
+        // What does not depend on the rows is refused before they are read.
+        let trainables = Trainables::new(&base.config, &config.adapter, base.head_source.tied)?;
+        let pipeline = &config.pipeline;
+        let balance = pipeline.balance.as_deref();
+        let head_cost = |target_share| {
+            let full = trainables.is_full();
+            partition::head_cost(&base.config, target_share, pipeline.recompute, full)
+        };
+        base.stages(&pipeline.devices, balance, head_cost(1.0))?;
         let data = open_training_data(&settings, tokenizer.as_ref(), &base.config, on_progress)?;
         let is_text = !data.holds_token_ids;
         warnings.extend(data.notices());
@@ -59,16 +68,8 @@ impl Prepared {
             validation,
             ..
         } = data;
-        let trainables = Trainables::new(&base.config, &config.adapter, base.head_source.tied)?;
         let sampler = Sampler::over(&rows, batching(config), order(config), state)?;
-        let pipeline = &config.pipeline;
-        let head_cost = partition::head_cost(
-            &base.config,
-            rows.target_share(),
-            pipeline.recompute,
-            trainables.is_full(),
-        );
-        let balance = pipeline.balance.as_deref();
+        let head_cost = head_cost(rows.target_share());
         let stages = base.stages(&pipeline.devices, balance, head_cost)?;
         let micro_batches = config.run.gradient_accumulation;
         let longest = validation.iter().flat_map(Rows::lengths).max();
@@ -110,7 +111,12 @@ fn open_tokenizer(
         Err(TokenizerError::NoFile { .. }) => return Ok(None),
         Err(error) => return Err(error.into()),
     };
-    let (tokenizer, era) = files.build(&ConfigIds::from(model), Some(model.vocab_size))?;
+    let (tokenizer, era) = files
+        .build(&ConfigIds::from(model), Some(model.vocab_size))
+        .map_err(|source| StartError::TokenizerOf {
+            folder: config.model.path.clone(),
+            source,
+        })?;
     warnings.extend(era.iter().map(ToString::to_string));
     Ok(Some(tokenizer))
 }

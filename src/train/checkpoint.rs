@@ -143,50 +143,51 @@ impl Resumed {
     /// everything about them, the length of the run, the optimiser's settings, the output folder.
     pub fn check(&self, config: &RunConfig, fingerprint: &Fingerprint) -> Result<(), TrainError> {
         let (then, now) = (&self.config, config);
-        let text = |value: &dyn std::fmt::Debug| format!("{value:?}");
-        let facts = [
-            (
-                "adapter",
-                text(&without_origin(&then.adapter)),
-                text(&without_origin(&now.adapter)),
-            ),
-            (
-                "model.precision",
-                text(&then.model.precision),
-                text(&now.model.precision),
-            ),
-            (
-                "data.shuffle",
-                text(&then.data.shuffle),
-                text(&now.data.shuffle),
-            ),
-            (
-                "data.bucket_by_length",
-                text(&then.data.bucket_by_length),
-                text(&now.data.bucket_by_length),
-            ),
-            (
-                "run.micro_batch_tokens",
-                text(&then.run.micro_batch_tokens),
-                text(&now.run.micro_batch_tokens),
-            ),
-            (
-                "run.micro_batch_size",
-                text(&then.run.micro_batch_size),
-                text(&now.run.micro_batch_size),
-            ),
-            (
-                "run.gradient_accumulation",
-                text(&then.run.gradient_accumulation),
-                text(&now.run.gradient_accumulation),
-            ),
-            ("run.seed", text(&then.run.seed), text(&now.run.seed)),
-            (
-                "data.train (rows, tokens, crc32)",
-                text(&self.trainer.fingerprint),
-                text(fingerprint),
-            ),
-        ];
+        let mut facts = adapter_facts(&then.adapter, &now.adapter);
+        let mut fact = |field: &str, then: &dyn Shown, now: &dyn Shown| {
+            facts.push((field.to_owned(), then.shown(), now.shown()));
+        };
+        fact(
+            "model.precision",
+            &then.model.precision,
+            &now.model.precision,
+        );
+        fact("data.shuffle", &then.data.shuffle, &now.data.shuffle);
+        fact(
+            "data.bucket_by_length",
+            &then.data.bucket_by_length,
+            &now.data.bucket_by_length,
+        );
+        let (then, now) = (&then.run, &now.run);
+        fact(
+            "run.micro_batch_tokens",
+            &then.micro_batch_tokens,
+            &now.micro_batch_tokens,
+        );
+        fact(
+            "run.micro_batch_size",
+            &then.micro_batch_size,
+            &now.micro_batch_size,
+        );
+        fact(
+            "run.gradient_accumulation",
+            &then.gradient_accumulation,
+            &now.gradient_accumulation,
+        );
+        fact("run.seed", &then.seed, &now.seed);
+        let rows = |data: &Fingerprint| {
+            let Fingerprint {
+                rows,
+                tokens,
+                crc32,
+            } = data;
+            format!("{rows} rows of {tokens} tokens together (CRC-32 {crc32:08x})")
+        };
+        fact(
+            "data.train",
+            &rows(&self.trainer.fingerprint),
+            &rows(fingerprint),
+        );
         for (field, found, expected) in facts {
             if found != expected {
                 return Err(TrainError::OtherRun {
@@ -199,6 +200,36 @@ impl Resumed {
         }
         Ok(())
     }
+}
+
+/// A value as a message shows it.
+trait Shown {
+    fn shown(&self) -> String;
+}
+
+impl<T: Serialize> Shown for T {
+    fn shown(&self) -> String {
+        match serde_json::to_value(self) {
+            Ok(serde_json::Value::Null) | Err(_) => "(not set)".to_owned(),
+            Ok(serde_json::Value::String(text)) => text,
+            Ok(value) => value.to_string(),
+        }
+    }
+}
+
+/// The settings of two adapters, each by its name.
+fn adapter_facts(then: &AdapterSection, now: &AdapterSection) -> Vec<(String, String, String)> {
+    let settings = |adapter: &AdapterSection| {
+        let value = serde_json::to_value(without_origin(adapter)).unwrap_or_default();
+        value.as_object().cloned().unwrap_or_default()
+    };
+    let (then, now) = (settings(then), settings(now));
+    let added = now.keys().filter(|name| !then.contains_key(*name));
+    let facts = then.keys().chain(added).map(|name| {
+        let shown = |settings: &serde_json::Map<_, _>| settings.get(name).shown();
+        (format!("adapter.{name}"), shown(&then), shown(&now))
+    });
+    facts.collect()
 }
 
 /// An adapter's settings without the folder it started from, which a resumed run no longer needs.

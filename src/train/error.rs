@@ -44,13 +44,13 @@ pub enum TrainError {
     /// A checkpoint of another run.
     #[error(
         "{checkpoint}: was made with {field} = {found}, this run has {expected}; a run can only be \
-         continued as what it was"
+         continued as what it was: set it back, or start a new run in another output folder"
     )]
     OtherRun {
         /// The checkpoint.
         checkpoint: PathBuf,
         /// The setting that differs.
-        field: &'static str,
+        field: String,
         /// Its value in the checkpoint.
         found: String,
         /// Its value in this run.
@@ -81,8 +81,8 @@ impl TrainError {
             TrainError::Adapter(error) => error.is_machine(),
             TrainError::Model(error) => error.is_machine(),
             TrainError::Checkpoint(error) => error.is_machine(),
-            TrainError::Data(_)
-            | TrainError::Config(_)
+            TrainError::Data(error) => error.is_machine(),
+            TrainError::Config(_)
             | TrainError::NothingToResume { .. }
             | TrainError::OtherRun { .. } => false,
         };

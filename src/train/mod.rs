@@ -19,7 +19,7 @@ use crate::data::sampler::{Sampler, SamplerState};
 use crate::model::weights;
 use crate::optim::curve::learning_rate;
 use crate::optim::loss_scale::LossScale;
-use crate::pipeline::base::{Base, Layout, StartError};
+use crate::pipeline::base::{Base, Layout, StartError, check_devices};
 use crate::pipeline::launch::Engine;
 use crate::pipeline::plan::{StepOutcome, StepPlan};
 use crate::pipeline::prepare::Prepared;
@@ -53,6 +53,7 @@ pub fn run(
     stop: &AtomicBool,
 ) -> Result<Outcome, TrainError> {
     let started = Instant::now();
+    check_devices(&config.pipeline.devices)?;
     let resumed = checkpoint::find(config, reporter)?;
     let position = resumed.as_ref().map(|state| state.trainer.data);
     let Some(prepared) = open(config, position.unwrap_or_default(), reporter, stop)? else {

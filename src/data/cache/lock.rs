@@ -69,6 +69,13 @@ impl BuildLock {
     }
 }
 
+/// Removes the lock of a file that was not made. A run that waits for it makes the file as if it
+/// were alone.
+pub(super) fn remove(folder: &Path, name: &str) {
+    // An empty file that stays behind does no harm.
+    let _ = std::fs::remove_file(lock_path(folder, name));
+}
+
 fn open(path: &Path) -> std::io::Result<File> {
     let mut options = File::options();
     options.create(true).truncate(false).write(true).open(path)
