@@ -460,6 +460,9 @@ fn an_interruption_and_an_error_leave_nothing() {
     );
     assert_eq!((cache_files(&cache), partial_files(&cache)), (0, 0));
 
+    // Nor is the folder that was made for it.
+    assert!(!cache.exists());
+    fs::create_dir(&cache).unwrap();
     let file = cache.join("file");
     fs::write(&file, "").unwrap();
     let error = tokenised(
