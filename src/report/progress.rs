@@ -93,6 +93,11 @@ impl<W: Write> Progress<W> {
     }
 
     fn tokenising(&mut self, report: &TokenisingReport) {
+        // Sooner than anybody could ask how far it is.
+        const AT_ONCE: f64 = 0.5;
+        if report.seconds < AT_ONCE {
+            return;
+        }
         let share = report.bytes as f64 / report.total_bytes.max(1) as f64;
         let text = format!(
             "tokenising: {:.0} %  {} rows  {} tokens  {} tok/s",
