@@ -582,7 +582,7 @@ impl<E: Element> Backend for Cpu<E> {
             exp_avg_sq: &mut exp_avg_sq.0[..len],
             gradient: &gradient.0[..len],
         };
-        optim::adamw(tensor, step);
+        optim::adamw(&self.threads, tensor, step);
         Ok(())
     }
 }

@@ -36,13 +36,13 @@ pub fn layer_norm<E: Element>(
     let NormShape { rows, cols, eps } = shape;
     let (means, rstds) = stats[..2 * rows].split_at_mut(rows);
     let width = cols as f32;
-    threads.rows(means, 1, |row, mean| {
-        mean[0] = reduce::sum(&x[row * cols..][..cols]) / width;
+    threads.items(means, cols, |row, mean| {
+        *mean = reduce::sum(&x[row * cols..][..cols]) / width;
     });
     let means = &*means;
-    threads.rows(rstds, 1, |row, rstd| {
+    threads.items(rstds, cols, |row, rstd| {
         let variance = reduce::sum_squares(&x[row * cols..][..cols], means[row]) / width;
-        rstd[0] = 1.0 / (variance + eps).sqrt();
+        *rstd = 1.0 / (variance + eps).sqrt();
     });
     let rstds = &*rstds;
     threads.rows(&mut out[..rows * cols], cols, |row, out| {

@@ -1,7 +1,7 @@
 //! Sums over tensors and the AdamW step.
 
 use super::reduce;
-use super::threads::Threads;
+use super::threads::{Scattered, Threads};
 use crate::backend::{AdamwStep, Element};
 
 /// Values per partial sum; partial sums are added in order.
@@ -9,9 +9,9 @@ const PIECE: usize = 8192;
 
 fn pieces(threads: &Threads, x: &[f32], partial: impl Fn(&[f32]) -> f32 + Sync) -> f32 {
     let mut partials = vec![0.0f32; x.len().div_ceil(PIECE)];
-    threads.rows(&mut partials, 1, |index, sum| {
+    threads.items(&mut partials, PIECE, |index, sum| {
         let start = index * PIECE;
-        sum[0] = partial(&x[start..x.len().min(start + PIECE)]);
+        *sum = partial(&x[start..x.len().min(start + PIECE)]);
     });
     reduce::sum(&partials)
 }
@@ -38,7 +38,32 @@ pub struct Tensor<'a, E> {
     pub gradient: &'a [f32],
 }
 
-pub fn adamw<E: Element>(tensor: Tensor<'_, E>, step: AdamwStep) {
+pub fn adamw<E: Element>(threads: &Threads, tensor: Tensor<'_, E>, step: AdamwStep) {
+    let len = tensor.master.len();
+    let (working, master) = (
+        Scattered::new(tensor.working),
+        Scattered::new(tensor.master),
+    );
+    let exp_avg = Scattered::new(tensor.exp_avg);
+    let exp_avg_sq = Scattered::new(tensor.exp_avg_sq);
+    threads.tasks(len.div_ceil(PIECE), |task| {
+        let start = task * PIECE;
+        let count = PIECE.min(len - start);
+        // SAFETY: each task has places of its own, in every one of the four arrays.
+        let piece = unsafe {
+            Tensor {
+                working: working.at(start, count),
+                master: master.at(start, count),
+                exp_avg: exp_avg.at(start, count),
+                exp_avg_sq: exp_avg_sq.at(start, count),
+                gradient: &tensor.gradient[start..start + count],
+            }
+        };
+        adamw_piece(piece, step);
+    });
+}
+
+fn adamw_piece<E: Element>(tensor: Tensor<'_, E>, step: AdamwStep) {
     let moments = tensor.exp_avg.iter_mut().zip(tensor.exp_avg_sq);
     let values = tensor.master.iter_mut().zip(tensor.working);
     for (((m, v), (master, working)), gradient) in moments.zip(values).zip(tensor.gradient) {

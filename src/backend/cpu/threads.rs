@@ -67,6 +67,24 @@ impl Threads {
         }
     }
 
+    /// Calls `work(item, value)` for every value, where each costs a look at `cost` elements.
+    pub fn items<T: Send>(&self, out: &mut [T], cost: usize, work: impl Fn(usize, &mut T) + Sync) {
+        let items_per_piece = (GRAIN / cost.max(1)).max(1);
+        let piece = |(index, piece): (usize, &mut [T])| {
+            for (item, value) in piece.iter_mut().enumerate() {
+                work(index * items_per_piece + item, value);
+            }
+        };
+        match &self.pool {
+            Some(pool) if out.len() > items_per_piece => pool.install(|| {
+                out.par_chunks_mut(items_per_piece)
+                    .enumerate()
+                    .for_each(piece);
+            }),
+            _ => out.chunks_mut(items_per_piece).enumerate().for_each(piece),
+        }
+    }
+
     /// Calls `work(start, values)` for pieces of a flat list.
     pub fn pieces<T: Send>(&self, out: &mut [T], work: impl Fn(usize, &mut [T]) + Sync) {
         let piece = |(index, values): (usize, &mut [T])| work(index * GRAIN, values);
