@@ -23,7 +23,7 @@ use mp_train::model::trainables::Trainables;
 use mp_train::pipeline::base::Base;
 use mp_train::pipeline::failure::Failure;
 use mp_train::pipeline::launch::{Blueprint, Engine, InitialValues, launch};
-use mp_train::pipeline::plan::StepPlan;
+use mp_train::pipeline::messages::StepPlan;
 use mp_train::pipeline::schedule::Schedule;
 
 #[path = "pipeline/loading.rs"]

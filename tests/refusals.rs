@@ -14,6 +14,8 @@ use std::time::{Duration, Instant};
 
 #[path = "refusals/cases.rs"]
 mod cases;
+#[path = "text_run/model.rs"]
+mod model;
 #[path = "refusals/world.rs"]
 mod world;
 

@@ -7,38 +7,21 @@ use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::OnceLock;
-use std::sync::atomic::AtomicBool;
 
 use flate2::Compression;
 use flate2::write::GzEncoder;
-use mp_train::demo::{self, DemoOptions};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
 #[path = "text_run/events.rs"]
 mod events;
+#[path = "text_run/model.rs"]
+mod model;
 #[path = "run/program.rs"]
 mod program;
 
 use program::{Ended, interrupt, lines, mp_train, succeed};
-
-/// The demo's model before it learns: 760 pieces, 256 positions. Made once.
-fn model() -> &'static Path {
-    static MADE: OnceLock<TempDir> = OnceLock::new();
-    static MODEL: OnceLock<PathBuf> = OnceLock::new();
-    MODEL.get_or_init(|| {
-        let folder = MADE.get_or_init(|| tempfile::tempdir().unwrap());
-        let options = DemoOptions {
-            output: folder.path().to_owned(),
-            seed: 7,
-            threads: 1,
-        };
-        demo::run(&options, &mut |_| {}, &AtomicBool::new(true)).unwrap();
-        folder.path().join("untrained")
-    })
-}
 
 /// A LoRA run on one text file.
 struct Setup {
@@ -70,7 +53,7 @@ impl Setup {
             .args(["--max-source-length", "64", "--max-target-length", "64"])
             .args(["--learning-rate", "5e-3", "--threads", "2"])
             .arg("--model")
-            .arg(model())
+            .arg(model::untrained())
             .arg("--train")
             .arg(&self.rows)
             .arg("--output")
@@ -312,7 +295,7 @@ fn the_template_goes_with_the_adapter_and_asks_the_questions() {
         let mut command = mp_train(["generate", "--max-new-tokens", "12", "--threads", "2"]);
         command
             .arg("--model")
-            .arg(model())
+            .arg(model::untrained())
             .arg("--input")
             .arg(&prompts);
         if adapter {

@@ -4,7 +4,8 @@
 //! what the op touches (the shape arguments say how much that is); nothing but [`Backend::zeros`] and
 //! [`Backend::upload`] allocates; sums are taken in f32 in an order that depends on the shape alone,
 //! so that a result repeats bit for bit at every thread count; an element is rounded once, when it
-//! is stored.
+//! is stored. Every sequence has at least one query, and every shape at least one row: a micro-batch
+//! without tokens does not exist.
 //!
 //! Letters: T rows (tokens) of a micro-batch, H hidden_size, F inner_hidden_size, N attention heads,
 //! G key/value heads, D head_dim, V vocabulary, P prefix positions, S sequences, r LoRA rank.
@@ -287,7 +288,8 @@ pub trait Backend: Sized + 'static {
     ) -> Result<()>;
 
     /// Dropout of activations: `out = mask * x`, mask 0 or `1 / (1 - p)`, from counter-based random
-    /// numbers of (dropout key, sequence, token in it, column). `out`, `x`: `[T, cols]`.
+    /// numbers of (dropout key, sequence, token in it, column). `out`, `x`: `[T, cols]`; the queries of
+    /// the spans are the T rows, one sequence after another.
     fn dropout(
         &self,
         out: &mut Self::Buffer<Self::Element>,

@@ -17,8 +17,8 @@ use crate::model::head::LogitsRows;
 use crate::model::trainables::Trainables;
 use crate::pipeline::base::{Base, Layout};
 use crate::pipeline::launch::Engine;
+use crate::pipeline::messages::{CachePlan, InferPlan};
 use crate::pipeline::partition;
-use crate::pipeline::plan::{CachePlan, InferPlan};
 use crate::pipeline::schedule::Schedule;
 
 /// A model at work that continues prompts.

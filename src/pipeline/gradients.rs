@@ -1,7 +1,7 @@
 //! The end of a step: gradients that several stages share, agreement on norm and finiteness, update.
 
 use super::failure::Cause;
-use super::plan::{StepOutcome, StepPlan};
+use super::messages::{StepOutcome, StepPlan};
 use crate::adapter::{Parameter, Role};
 use crate::backend::{AdamwStep, Backend};
 use crate::comm::Transport;

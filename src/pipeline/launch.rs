@@ -8,9 +8,9 @@ use crossbeam::channel::{Receiver, Sender, unbounded};
 
 use super::failure::{Cause, Failure};
 use super::gradients::Agreement;
+use super::messages::{Command, InferPlan, Reply, StepOutcome, StepPlan};
 use super::partition::StageSpec;
 use super::permits::Permits;
-use super::plan::{Command, InferPlan, Reply, StepOutcome, StepPlan};
 use super::schedule::Schedule;
 use super::worker::{Doing, Worker, lock};
 use crate::adapter::{AdapterError, ParameterSpec, ParameterState};

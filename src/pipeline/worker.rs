@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use super::failure::{Cause, Failure};
 use super::gradients::{self, Agreement};
+use super::messages::{Command, InferPlan, Reply, StepOutcome, StepPlan};
 use super::permits::Permits;
-use super::plan::{Command, InferPlan, Reply, StepOutcome, StepPlan};
 use super::schedule::{Action, Schedule};
 use crate::backend::{Backend, Element, Span};
 use crate::comm::Transport;
@@ -255,7 +255,7 @@ pub(super) fn lock(doing: &std::sync::Mutex<Doing>) -> std::sync::MutexGuard<'_,
 }
 
 /// The sequences of a batch as attention sees them, over its own rows or those of a cache.
-fn spans(batch: &MicroBatch, cache: Option<&super::plan::CachePlan>) -> Vec<Span> {
+fn spans(batch: &MicroBatch, cache: Option<&super::messages::CachePlan>) -> Vec<Span> {
     let span = |(index, sequence): (usize, &crate::data::batch::Sequence)| {
         let (kv_start, filled) = match cache {
             Some(cache) => (cache.starts[index], cache.filled[index]),

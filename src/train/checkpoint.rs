@@ -25,7 +25,7 @@ use crate::data::template::{TEMPLATE_FILE, TemplateSettings};
 use crate::model::trainables::Trainables;
 use crate::optim::loss_scale::LossScale;
 use crate::pipeline::base::Base;
-use crate::pipeline::plan::{StepOutcome, StepPlan};
+use crate::pipeline::messages::{StepOutcome, StepPlan};
 use crate::report::Event;
 use crate::report::atomic_file::AtomicFile;
 

@@ -21,7 +21,7 @@ use crate::optim::curve::learning_rate;
 use crate::optim::loss_scale::LossScale;
 use crate::pipeline::base::{Base, Layout, StartError, check_devices};
 use crate::pipeline::launch::Engine;
-use crate::pipeline::plan::{StepOutcome, StepPlan};
+use crate::pipeline::messages::{StepOutcome, StepPlan};
 use crate::pipeline::prepare::Prepared;
 use crate::report::{Event, RunFinished, RunStarted, StageSummary, StepReport, TokenisingReport};
 

@@ -10,7 +10,7 @@ use mp_train::data::rows::PromptRow;
 use mp_train::generate::Generator;
 use mp_train::model::head::LogitsRows;
 use mp_train::pipeline::base::Base;
-use mp_train::pipeline::plan::{CachePlan, InferPlan};
+use mp_train::pipeline::messages::{CachePlan, InferPlan};
 
 use super::adapter::Adapter;
 use super::batch::Stored;

@@ -8,7 +8,7 @@ use mp_train::config::run::{
 };
 use mp_train::data::batch::MicroBatch;
 use mp_train::optim::curve::learning_rate;
-use mp_train::pipeline::plan::StepPlan;
+use mp_train::pipeline::messages::StepPlan;
 use mp_train::train::target_weights;
 
 use super::adapter::Adapter;
@@ -94,17 +94,16 @@ fn name(schedule: ScheduleKind) -> &'static str {
     }
 }
 
-/// Every recomputation, each with another number of threads, so that over all numbers of stages and
-/// both schedules every choice meets every number of threads.
+/// Every recomputation with every number of threads.
 fn configurations(stages: usize, schedule: ScheduleKind) -> impl Iterator<Item = Configuration> {
     let recompute = [Recompute::None, Recompute::AttentionFree, Recompute::Block];
-    let shift = stages + usize::from(schedule == ScheduleKind::Gpipe);
-    let numbered = recompute.into_iter().enumerate();
-    numbered.map(move |(index, recompute)| Configuration {
-        stages,
-        schedule,
-        recompute,
-        threads: 1 + (shift + index) % 3,
+    recompute.into_iter().flat_map(move |recompute| {
+        (1..=3).map(move |threads| Configuration {
+            stages,
+            schedule,
+            recompute,
+            threads,
+        })
     })
 }
 

@@ -3,12 +3,9 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
-use std::sync::atomic::AtomicBool;
 
 use flate2::Compression;
 use flate2::write::GzEncoder;
-use mp_train::demo::{self, DemoOptions};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -29,7 +26,7 @@ impl World {
     pub fn new() -> Self {
         let folder = tempfile::tempdir().unwrap();
         copy(&golden("model"), &folder.path().join("model"));
-        copy(text_model(), &folder.path().join("text_model"));
+        copy(super::model::untrained(), &folder.path().join("text_model"));
         fs::write(folder.path().join("rows.jsonl"), ROWS).unwrap();
         fs::write(folder.path().join("alpaca.jsonl"), ALPACA).unwrap();
         World(folder)
@@ -92,22 +89,6 @@ fn golden(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("tests/golden/chatglm-6b")
         .join(name)
-}
-
-/// The demo's model before it learns, made once.
-fn text_model() -> &'static Path {
-    static MADE: OnceLock<TempDir> = OnceLock::new();
-    static MODEL: OnceLock<PathBuf> = OnceLock::new();
-    MODEL.get_or_init(|| {
-        let folder = MADE.get_or_init(|| tempfile::tempdir().unwrap());
-        let options = DemoOptions {
-            output: folder.path().to_owned(),
-            seed: 7,
-            threads: 1,
-        };
-        demo::run(&options, &mut |_| {}, &AtomicBool::new(true)).unwrap();
-        folder.path().join("untrained")
-    })
 }
 
 fn copy(from: &Path, to: &Path) {
