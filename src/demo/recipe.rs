@@ -4,11 +4,7 @@ use std::path::PathBuf;
 
 use super::DemoOptions;
 use super::files::Folder;
-use crate::config::run::{
-    AdapterSection, DataSection, Device, FullSection, LoraSection, LossNormalisation, LrSchedule,
-    ModelSection, OptimizerSection, PipelineSection, Precision, PrefixSection, Recompute, Resume,
-    RunConfig, RunSection, ScheduleKind,
-};
+use crate::config::run::{AdapterSection, DataSection, Device, FullSection, LoraSection, LossNormalisation, LrSchedule, ModelSection, OptimizerSection, PipelineSection, Precision, PrefixSection, Recompute, Resume, RotaryPrecision, RunConfig, RunSection, ScheduleKind};
 
 /// The three runs, each behind the one before it.
 pub struct Recipe {
@@ -95,6 +91,7 @@ impl Run {
             model: ModelSection {
                 path: self.model,
                 precision: Precision::F32,
+                rotary_table: RotaryPrecision::F32,
             },
             adapter: self.adapter,
             data: DataSection::token_ids(self.rows, true),
