@@ -37,8 +37,8 @@ pub use memory::CudaBuffer;
 pub use survey::{GpuInfo, Survey, check, free_memory, survey};
 
 use super::{
-    AdamwStep, AttentionLayout, Backend, BackendError, Dropout, Element, LinearShape, NormShape,
-    Plain, Prefix, RowGradient, Span,
+    AdamwStep, AdamwTensor, AttentionLayout, Backend, BackendError, Dropout, Element, LinearShape,
+    NormShape, Plain, Prefix, RowGradient, Span, SumOf,
 };
 use device::{Device, Pointer};
 use memory::{Memory, Scratch};
@@ -510,26 +510,13 @@ impl Backend for Cuda {
     fn sum_squares(
         &self,
         out: &mut CudaBuffer<f32>,
-        index: usize,
-        x: &CudaBuffer<f32>,
-        len: usize,
+        terms: &[SumOf<'_, Cuda>],
         scale: f32,
     ) -> Result<()> {
-        optim::sum_squares(self, out, index, x, len, scale)
+        optim::sum_squares(self, out, terms, scale)
     }
 
-    fn adamw(
-        &self,
-        working: &mut CudaBuffer<f16>,
-        master: &mut CudaBuffer<f32>,
-        exp_avg: &mut CudaBuffer<f32>,
-        exp_avg_sq: &mut CudaBuffer<f32>,
-        gradient: &CudaBuffer<f32>,
-        step: AdamwStep,
-        len: usize,
-    ) -> Result<()> {
-        optim::adamw(
-            self, working, master, exp_avg, exp_avg_sq, gradient, step, len,
-        )
+    fn adamw(&self, tensors: &mut [AdamwTensor<'_, Cuda>], step: AdamwStep) -> Result<()> {
+        optim::adamw(self, tensors, step)
     }
 }
