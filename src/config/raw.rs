@@ -16,8 +16,8 @@ use serde::{Deserialize, Serialize};
 use super::byte_size::ByteSize;
 use super::paths::Paths;
 use super::run::{
-    BadRowPolicy, Device, LossNormalisation, LrSchedule, Precision, RotaryPrecision, Recompute, Resume,
-    ScheduleKind, TemplateKind,
+    BadRowPolicy, Device, LossNormalisation, LrSchedule, Precision, Recompute, Resume,
+    RotaryPrecision, ScheduleKind, TemplateKind,
 };
 
 /// A run configuration as typed, in a file or as flags.

@@ -4,7 +4,11 @@ use std::path::PathBuf;
 
 use super::DemoOptions;
 use super::files::Folder;
-use crate::config::run::{AdapterSection, DataSection, Device, FullSection, LoraSection, LossNormalisation, LrSchedule, ModelSection, OptimizerSection, PipelineSection, Precision, PrefixSection, Recompute, Resume, RotaryPrecision, RunConfig, RunSection, ScheduleKind};
+use crate::config::run::{
+    AdapterSection, DataSection, Device, FullSection, LoraSection, LossNormalisation, LrSchedule,
+    ModelSection, OptimizerSection, PipelineSection, Precision, PrefixSection, Recompute, Resume,
+    RotaryPrecision, RunConfig, RunSection, ScheduleKind,
+};
 
 /// The three runs, each behind the one before it.
 pub struct Recipe {

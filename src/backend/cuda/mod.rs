@@ -32,6 +32,7 @@ use std::rc::Rc;
 
 use half::f16;
 
+pub use compile::{Compiled, compile_kernels, nvrtc};
 pub use error::CudaError;
 pub use memory::CudaBuffer;
 pub use survey::{GpuInfo, Survey, check, free_memory, survey};
