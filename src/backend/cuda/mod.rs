@@ -27,6 +27,7 @@ mod source;
 mod spans;
 mod staging;
 mod survey;
+mod tiles;
 
 use std::rc::Rc;
 
@@ -113,7 +114,7 @@ impl Cuda {
             linear: linear::Kernels::load(&modules)?,
             adapter: adapter::Kernels::load(&modules)?,
             rotary: rotary::Kernels::load(&modules)?,
-            attention: attention::Kernels::load(&modules)?,
+            attention: attention::Kernels::load(&modules, device.capability())?,
             dropout: dropout::Kernels::load(&modules)?,
             loss: loss::Kernels::load(&modules)?,
             optim: optim::Kernels::load(&modules)?,
