@@ -1,6 +1,7 @@
 //! The CPU backend: the readable reference, and what a person without a GPU runs.
 
 mod attention;
+mod buffer;
 mod dropout;
 mod elementwise;
 mod loss;
@@ -8,41 +9,28 @@ mod matmul;
 mod norm;
 mod optim;
 mod reduce;
+mod rms_norm;
 mod rotary;
 mod rows;
 mod threads;
 
 use std::marker::PhantomData;
-use std::ops::{Deref, DerefMut};
+
+use half::f16;
 
 use self::attention::{Geometry, PrefixRows, Saved};
+pub use self::buffer::CpuBuffer;
 use self::threads::Threads;
 use super::{
     AdamwStep, AttentionLayout, Backend, BackendError, Dropout, Element, LinearShape, NormShape,
     Plain, Prefix, RowGradient, Span,
 };
+use crate::quant::Bits;
 
 /// The CPU, storing weights and activations as `E`, computing in f32.
 pub struct Cpu<E> {
     threads: Threads,
     element: PhantomData<E>,
-}
-
-/// Host memory.
-pub struct CpuBuffer<T>(Vec<T>);
-
-impl<T> Deref for CpuBuffer<T> {
-    type Target = [T];
-
-    fn deref(&self) -> &[T] {
-        &self.0
-    }
-}
-
-impl<T> DerefMut for CpuBuffer<T> {
-    fn deref_mut(&mut self) -> &mut [T] {
-        &mut self.0
-    }
 }
 
 impl<E: Element> Cpu<E> {
@@ -80,15 +68,7 @@ impl<E: Element> Backend for Cpu<E> {
     type Buffer<T: Plain> = CpuBuffer<T>;
 
     fn zeros<T: Plain>(&self, len: usize) -> Result<CpuBuffer<T>, BackendError> {
-        let mut values = Vec::new();
-        values
-            .try_reserve_exact(len)
-            .map_err(|_| BackendError::OutOfMemory {
-                device: "cpu".to_owned(),
-                bytes: len.saturating_mul(std::mem::size_of::<T>()),
-            })?;
-        values.resize(len, T::zeroed());
-        Ok(CpuBuffer(values))
+        CpuBuffer::zeros(len)
     }
 
     fn upload<T: Plain>(&self, host: &[T]) -> Result<CpuBuffer<T>, BackendError> {
@@ -209,6 +189,46 @@ impl<E: Element> Backend for Cpu<E> {
     ) -> Done {
         let dout = gradient_of(dout);
         norm::layer_norm_weight_gradient(&self.threads, dweight, dbias, dout, x, stats, shape);
+        Ok(())
+    }
+
+    fn rms_norm(
+        &self,
+        out: &mut CpuBuffer<E>,
+        stats: &mut CpuBuffer<f32>,
+        x: &CpuBuffer<f32>,
+        weight: &CpuBuffer<E>,
+        shape: NormShape,
+    ) -> Done {
+        rms_norm::rms_norm(&self.threads, out, stats, x, weight, shape);
+        Ok(())
+    }
+
+    fn rms_norm_backward(
+        &self,
+        dx: &mut CpuBuffer<E>,
+        dout: RowGradient<'_, Self>,
+        x: &CpuBuffer<f32>,
+        stats: &CpuBuffer<f32>,
+        weight: &CpuBuffer<E>,
+        shape: NormShape,
+        accumulate: bool,
+    ) -> Done {
+        let dout = gradient_of(dout);
+        rms_norm::backward(&self.threads, dx, dout, x, stats, weight, shape, accumulate);
+        Ok(())
+    }
+
+    fn rms_norm_weight_gradient(
+        &self,
+        dweight: &mut CpuBuffer<f32>,
+        dout: RowGradient<'_, Self>,
+        x: &CpuBuffer<f32>,
+        stats: &CpuBuffer<f32>,
+        shape: NormShape,
+    ) -> Done {
+        let dout = gradient_of(dout);
+        rms_norm::weight_gradient(&self.threads, dweight, dout, x, stats, shape);
         Ok(())
     }
 
@@ -424,6 +444,35 @@ impl<E: Element> Backend for Cpu<E> {
         Ok(())
     }
 
+    fn swiglu(
+        &self,
+        out: &mut CpuBuffer<E>,
+        x: &CpuBuffer<E>,
+        rows: usize,
+        inner_hidden_size: usize,
+    ) -> Done {
+        elementwise::swiglu(
+            &self.threads,
+            &mut out[..rows * inner_hidden_size],
+            x,
+            inner_hidden_size,
+        );
+        Ok(())
+    }
+
+    fn swiglu_backward(
+        &self,
+        dx: &mut CpuBuffer<E>,
+        dout: &CpuBuffer<E>,
+        x: &CpuBuffer<E>,
+        rows: usize,
+        inner_hidden_size: usize,
+    ) -> Done {
+        let dx = &mut dx[..2 * rows * inner_hidden_size];
+        elementwise::swiglu_backward(&self.threads, dx, dout, x, inner_hidden_size);
+        Ok(())
+    }
+
     fn tanh(&self, x: &mut CpuBuffer<f32>, len: usize) -> Done {
         elementwise::tanh(&self.threads, &mut x[..len]);
         Ok(())
@@ -481,6 +530,26 @@ impl<E: Element> Backend for Cpu<E> {
         scale: f32,
     ) -> Done {
         out[index] = optim::sum_squares(&self.threads, &x[..len], scale);
+        Ok(())
+    }
+
+    fn dequantise(
+        &self,
+        out: &mut CpuBuffer<E>,
+        codes: &CpuBuffer<i8>,
+        scales: &CpuBuffer<f16>,
+        bits: Bits,
+        rows: usize,
+        cols: usize,
+    ) -> Done {
+        rows::dequantise(
+            &self.threads,
+            &mut out[..rows * cols],
+            codes,
+            scales,
+            bits,
+            cols,
+        );
         Ok(())
     }
 
