@@ -11,6 +11,7 @@
 //! G key/value heads, D head_dim, V vocabulary, P prefix positions, S sequences, r LoRA rank.
 
 pub mod cpu;
+pub mod cuda;
 mod element;
 mod shapes;
 
@@ -43,6 +44,9 @@ pub enum BackendError {
         /// What the system said.
         reason: String,
     },
+    /// A CUDA device, its driver or its libraries.
+    #[error(transparent)]
+    Cuda(#[from] cuda::CudaError),
 }
 
 type Result<T> = std::result::Result<T, BackendError>;
