@@ -22,8 +22,8 @@ use self::attention::{Geometry, PrefixRows, Saved};
 pub use self::buffer::CpuBuffer;
 use self::threads::Threads;
 use super::{
-    AdamwStep, AttentionLayout, Backend, BackendError, Dropout, Element, LinearShape, NormShape,
-    Plain, Prefix, RowGradient, Span,
+    AdamwStep, AdamwTensor, AttentionLayout, Backend, BackendError, Dropout, Element, LinearShape,
+    NormShape, Plain, Prefix, RowGradient, Span, SumOf,
 };
 use crate::quant::Bits;
 
@@ -521,18 +521,6 @@ impl<E: Element> Backend for Cpu<E> {
         Ok(())
     }
 
-    fn sum_squares(
-        &self,
-        out: &mut CpuBuffer<f32>,
-        index: usize,
-        x: &CpuBuffer<f32>,
-        len: usize,
-        scale: f32,
-    ) -> Done {
-        out[index] = optim::sum_squares(&self.threads, &x[..len], scale);
-        Ok(())
-    }
-
     fn dequantise(
         &self,
         out: &mut CpuBuffer<E>,
@@ -553,24 +541,26 @@ impl<E: Element> Backend for Cpu<E> {
         Ok(())
     }
 
-    fn adamw(
-        &self,
-        working: &mut CpuBuffer<E>,
-        master: &mut CpuBuffer<f32>,
-        exp_avg: &mut CpuBuffer<f32>,
-        exp_avg_sq: &mut CpuBuffer<f32>,
-        gradient: &CpuBuffer<f32>,
-        step: AdamwStep,
-        len: usize,
-    ) -> Done {
-        let tensor = optim::Tensor {
-            working: &mut working[..len],
-            master: &mut master[..len],
-            exp_avg: &mut exp_avg[..len],
-            exp_avg_sq: &mut exp_avg_sq[..len],
-            gradient: &gradient[..len],
-        };
-        optim::adamw(&self.threads, tensor, step);
+    fn sum_squares(&self, out: &mut CpuBuffer<f32>, terms: &[SumOf<'_, Self>], scale: f32) -> Done {
+        for term in terms {
+            let x = &term.x[..term.len];
+            out[term.index] = optim::sum_squares(&self.threads, x, scale);
+        }
+        Ok(())
+    }
+
+    fn adamw(&self, tensors: &mut [AdamwTensor<'_, Self>], step: AdamwStep) -> Done {
+        for tensor in tensors {
+            let len = tensor.len;
+            let slices = optim::Tensor {
+                working: &mut tensor.working[..len],
+                master: &mut tensor.master[..len],
+                exp_avg: &mut tensor.exp_avg[..len],
+                exp_avg_sq: &mut tensor.exp_avg_sq[..len],
+                gradient: &tensor.gradient[..len],
+            };
+            optim::adamw(&self.threads, slices, tensor.weight_decay, step);
+        }
         Ok(())
     }
 }

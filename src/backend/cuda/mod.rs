@@ -26,6 +26,7 @@ mod rows;
 mod source;
 mod spans;
 mod staging;
+mod survey;
 
 use std::rc::Rc;
 
@@ -33,10 +34,11 @@ use half::f16;
 
 pub use error::CudaError;
 pub use memory::CudaBuffer;
+pub use survey::{GpuInfo, Survey, check, free_memory, survey};
 
 use super::{
-    AdamwStep, AttentionLayout, Backend, BackendError, Dropout, Element, LinearShape, NormShape,
-    Plain, Prefix, RowGradient, Span,
+    AdamwStep, AdamwTensor, AttentionLayout, Backend, BackendError, Dropout, Element, LinearShape,
+    NormShape, Plain, Prefix, RowGradient, Span, SumOf,
 };
 use crate::quant::Bits;
 use device::{Device, Pointer};
@@ -46,6 +48,27 @@ use spans::SpanTable;
 use staging::Staging;
 
 type Result<T> = std::result::Result<T, BackendError>;
+
+/// Bytes of a GPU that a worker takes beside the buffers of its run: context, kernels, the workspace of
+/// cuBLASLt, scratch.
+pub const OWN_MEMORY: u64 = 600 << 20;
+
+/// A linear layer that a run will compute.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LinearWork {
+    /// I.
+    pub in_features: usize,
+    /// O.
+    pub out_features: usize,
+    /// Whether it has a bias.
+    pub bias: bool,
+    /// Most rows at once.
+    pub max_rows: usize,
+    /// Whether the gradient of its input is computed.
+    pub backward: bool,
+    /// Whether the gradient of its weight is computed.
+    pub weight_gradient: bool,
+}
 
 /// A GPU, storing weights and activations as f16, computing in f32.
 ///
@@ -102,6 +125,31 @@ impl Cuda {
             _modules: modules,
             device,
         })
+    }
+
+    /// Takes `bytes` bytes for the buffers of a run at once. What does not fit there, and what is made
+    /// after the run has started, has an allocation of its own.
+    ///
+    /// # Errors
+    /// The GPU has not that much memory.
+    pub fn reserve(&self, bytes: u64) -> Result<()> {
+        self.memory.reserve(bytes as usize)
+    }
+
+    /// Runs every product of `layers` once for every number of rows that has an algorithm of its own,
+    /// so that no kernel is loaded in the middle of a step. What the reserved memory holds is lost: to
+    /// be called before anything is put there.
+    ///
+    /// # Errors
+    /// A product has no algorithm.
+    pub fn prepare_products(&self, layers: &[LinearWork]) -> Result<()> {
+        let Some((at, bytes)) = self.memory.arena() else {
+            return Ok(());
+        };
+        for layer in layers {
+            linear::prepare(self, layer, at, bytes)?;
+        }
+        self.device.synchronize()
     }
 
     /// At least `bytes` bytes of room for one op, with whatever is in them; good until the next call.
@@ -519,12 +567,10 @@ impl Backend for Cuda {
     fn sum_squares(
         &self,
         out: &mut CudaBuffer<f32>,
-        index: usize,
-        x: &CudaBuffer<f32>,
-        len: usize,
+        terms: &[SumOf<'_, Cuda>],
         scale: f32,
     ) -> Result<()> {
-        optim::sum_squares(self, out, index, x, len, scale)
+        optim::sum_squares(self, out, terms, scale)
     }
 
     fn dequantise(
@@ -539,18 +585,7 @@ impl Backend for Cuda {
         quant::dequantise(self, out, codes, scales, bits, rows, cols)
     }
 
-    fn adamw(
-        &self,
-        working: &mut CudaBuffer<f16>,
-        master: &mut CudaBuffer<f32>,
-        exp_avg: &mut CudaBuffer<f32>,
-        exp_avg_sq: &mut CudaBuffer<f32>,
-        gradient: &CudaBuffer<f32>,
-        step: AdamwStep,
-        len: usize,
-    ) -> Result<()> {
-        optim::adamw(
-            self, working, master, exp_avg, exp_avg_sq, gradient, step, len,
-        )
+    fn adamw(&self, tensors: &mut [AdamwTensor<'_, Cuda>], step: AdamwStep) -> Result<()> {
+        optim::adamw(self, tensors, step)
     }
 }
