@@ -42,6 +42,7 @@ use super::{
     AdamwStep, AdamwTensor, AttentionLayout, Backend, BackendError, Dropout, Element, LinearShape,
     NormShape, Plain, Prefix, RowGradient, Span, SumOf,
 };
+use crate::quant::Bits;
 use device::{Device, Pointer};
 use memory::{Memory, Scratch};
 use module::Modules;
@@ -289,6 +290,41 @@ impl Backend for Cuda {
         norm::layer_norm_weight_gradient(self, dweight, dbias, dout, x, stats, shape)
     }
 
+    fn rms_norm(
+        &self,
+        out: &mut CudaBuffer<f16>,
+        stats: &mut CudaBuffer<f32>,
+        x: &CudaBuffer<f32>,
+        weight: &CudaBuffer<f16>,
+        shape: NormShape,
+    ) -> Result<()> {
+        norm::rms_norm(self, out, stats, x, weight, shape)
+    }
+
+    fn rms_norm_backward(
+        &self,
+        dx: &mut CudaBuffer<f16>,
+        dout: RowGradient<'_, Cuda>,
+        x: &CudaBuffer<f32>,
+        stats: &CudaBuffer<f32>,
+        weight: &CudaBuffer<f16>,
+        shape: NormShape,
+        accumulate: bool,
+    ) -> Result<()> {
+        norm::rms_norm_backward(self, dx, dout, x, stats, weight, shape, accumulate)
+    }
+
+    fn rms_norm_weight_gradient(
+        &self,
+        dweight: &mut CudaBuffer<f32>,
+        dout: RowGradient<'_, Cuda>,
+        x: &CudaBuffer<f32>,
+        stats: &CudaBuffer<f32>,
+        shape: NormShape,
+    ) -> Result<()> {
+        norm::rms_norm_weight_gradient(self, dweight, dout, x, stats, shape)
+    }
+
     fn linear<T: Element>(
         &self,
         out: &mut CudaBuffer<T>,
@@ -462,6 +498,27 @@ impl Backend for Cuda {
         elementwise::gelu_backward(self, dx, x, len)
     }
 
+    fn swiglu(
+        &self,
+        out: &mut CudaBuffer<f16>,
+        x: &CudaBuffer<f16>,
+        rows: usize,
+        inner_hidden_size: usize,
+    ) -> Result<()> {
+        elementwise::swiglu(self, out, x, rows, inner_hidden_size)
+    }
+
+    fn swiglu_backward(
+        &self,
+        dx: &mut CudaBuffer<f16>,
+        dout: &CudaBuffer<f16>,
+        x: &CudaBuffer<f16>,
+        rows: usize,
+        inner_hidden_size: usize,
+    ) -> Result<()> {
+        elementwise::swiglu_backward(self, dx, dout, x, rows, inner_hidden_size)
+    }
+
     fn tanh(&self, x: &mut CudaBuffer<f32>, len: usize) -> Result<()> {
         elementwise::tanh(self, x, len)
     }
@@ -516,6 +573,18 @@ impl Backend for Cuda {
         scale: f32,
     ) -> Result<()> {
         optim::sum_squares(self, out, terms, scale)
+    }
+
+    fn dequantise(
+        &self,
+        out: &mut CudaBuffer<f16>,
+        codes: &CudaBuffer<i8>,
+        scales: &CudaBuffer<f16>,
+        bits: Bits,
+        rows: usize,
+        cols: usize,
+    ) -> Result<()> {
+        quant::dequantise(self, out, codes, scales, bits, rows, cols)
     }
 
     fn adamw(&self, tensors: &mut [AdamwTensor<'_, Cuda>], step: AdamwStep) -> Result<()> {
