@@ -11,13 +11,14 @@
 //! G key/value heads, D head_dim, V vocabulary, P prefix positions, S sequences, r LoRA rank.
 
 pub mod cpu;
+pub mod cuda;
 mod element;
 mod shapes;
 
 pub use element::{Element, Plain};
 pub use shapes::{
-    AdamwStep, AttentionLayout, Dropout, HeadLayout, LinearShape, NormShape, Prefix, RowGradient,
-    Span,
+    AdamwStep, AdamwTensor, AttentionLayout, Dropout, HeadLayout, LinearShape, NormShape, Prefix,
+    RowGradient, Span, SumOf,
 };
 
 /// Why a backend could not do what it was asked.
@@ -39,6 +40,9 @@ pub enum BackendError {
         /// What the system said.
         reason: String,
     },
+    /// A CUDA device, its driver or its libraries.
+    #[error(transparent)]
+    Cuda(#[from] cuda::CudaError),
 }
 
 type Result<T> = std::result::Result<T, BackendError>;
@@ -370,28 +374,18 @@ pub trait Backend: Sized + 'static {
         len: usize,
     ) -> Result<()>;
 
-    /// `out[index] = sum of (scale * x[i])²` for `i < len`.
+    /// For each term `out[index] = sum of (scale * x[i])²` over `i < len`. The order of a sum depends
+    /// on its own length alone, not on the terms beside it; no two terms have the same place.
     fn sum_squares(
         &self,
         out: &mut Self::Buffer<f32>,
-        index: usize,
-        x: &Self::Buffer<f32>,
-        len: usize,
+        terms: &[SumOf<'_, Self>],
         scale: f32,
     ) -> Result<()>;
 
-    /// One AdamW step (Loshchilov & Hutter 2019) on the f32 master values, then the working copy:
-    /// `m = b1 m + (1 - b1) g`, `v = b2 v + (1 - b2) g²` with `g = gradient_scale * gradient`;
-    /// `master = master (1 - lr decay) - lr (m / c1) / (sqrt(v / c2) + eps)`; `working = master`.
-    #[allow(clippy::too_many_arguments)]
-    fn adamw(
-        &self,
-        working: &mut Self::Buffer<Self::Element>,
-        master: &mut Self::Buffer<f32>,
-        exp_avg: &mut Self::Buffer<f32>,
-        exp_avg_sq: &mut Self::Buffer<f32>,
-        gradient: &Self::Buffer<f32>,
-        step: AdamwStep,
-        len: usize,
-    ) -> Result<()>;
+    /// One AdamW step (Loshchilov & Hutter 2019) on the f32 master values of each tensor, then on its
+    /// working copy: `m = b1 m + (1 - b1) g`, `v = b2 v + (1 - b2) g²` with
+    /// `g = gradient_scale * gradient`; `master = master (1 - lr decay) - lr (m / c1) /
+    /// (sqrt(v / c2) + eps)`; `working = master`.
+    fn adamw(&self, tensors: &mut [AdamwTensor<'_, Self>], step: AdamwStep) -> Result<()>;
 }

@@ -57,6 +57,8 @@ pub(super) enum Command {
     Chat(ChatArgs),
     /// Teach a tiny model who it is, from nothing, in about a minute
     Demo(DemoArgs),
+    /// List GPUs, driver and libraries, and what this build can do with them
+    Devices,
 }
 
 #[derive(Debug, Args)]

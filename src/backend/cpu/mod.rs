@@ -18,8 +18,8 @@ use self::attention::{Geometry, PrefixRows, Saved};
 use self::matmul::{Extent, Matrix};
 use self::threads::Threads;
 use super::{
-    AdamwStep, AttentionLayout, Backend, BackendError, Dropout, Element, LinearShape, NormShape,
-    Plain, Prefix, RowGradient, Span,
+    AdamwStep, AdamwTensor, AttentionLayout, Backend, BackendError, Dropout, Element, LinearShape,
+    NormShape, Plain, Prefix, RowGradient, Span, SumOf,
 };
 
 /// The CPU, storing weights and activations as `E`, computing in f32.
@@ -553,36 +553,26 @@ impl<E: Element> Backend for Cpu<E> {
         Ok(())
     }
 
-    fn sum_squares(
-        &self,
-        out: &mut CpuBuffer<f32>,
-        index: usize,
-        x: &CpuBuffer<f32>,
-        len: usize,
-        scale: f32,
-    ) -> Done {
-        out.0[index] = optim::sum_squares(&self.threads, &x.0[..len], scale);
+    fn sum_squares(&self, out: &mut CpuBuffer<f32>, terms: &[SumOf<'_, Self>], scale: f32) -> Done {
+        for term in terms {
+            let x = &term.x.0[..term.len];
+            out.0[term.index] = optim::sum_squares(&self.threads, x, scale);
+        }
         Ok(())
     }
 
-    fn adamw(
-        &self,
-        working: &mut CpuBuffer<E>,
-        master: &mut CpuBuffer<f32>,
-        exp_avg: &mut CpuBuffer<f32>,
-        exp_avg_sq: &mut CpuBuffer<f32>,
-        gradient: &CpuBuffer<f32>,
-        step: AdamwStep,
-        len: usize,
-    ) -> Done {
-        let tensor = optim::Tensor {
-            working: &mut working.0[..len],
-            master: &mut master.0[..len],
-            exp_avg: &mut exp_avg.0[..len],
-            exp_avg_sq: &mut exp_avg_sq.0[..len],
-            gradient: &gradient.0[..len],
-        };
-        optim::adamw(&self.threads, tensor, step);
+    fn adamw(&self, tensors: &mut [AdamwTensor<'_, Self>], step: AdamwStep) -> Done {
+        for tensor in tensors {
+            let len = tensor.len;
+            let slices = optim::Tensor {
+                working: &mut tensor.working.0[..len],
+                master: &mut tensor.master.0[..len],
+                exp_avg: &mut tensor.exp_avg.0[..len],
+                exp_avg_sq: &mut tensor.exp_avg_sq.0[..len],
+                gradient: &tensor.gradient.0[..len],
+            };
+            optim::adamw(&self.threads, slices, tensor.weight_decay, step);
+        }
         Ok(())
     }
 }

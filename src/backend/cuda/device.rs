@@ -1,0 +1,262 @@
+//! One GPU: its context and stream, and what is queued there.
+
+use std::ffi::c_void;
+
+use cudarc::driver::result::{DriverError, device as cu_device, primary_ctx, stream as cu_stream};
+use cudarc::driver::{result, sys};
+
+use super::error::CudaError;
+use super::survey::{self, LOWEST_CAPABILITY};
+use crate::backend::BackendError;
+
+type Result<T> = std::result::Result<T, BackendError>;
+
+/// A GPU as one worker thread uses it: one context, one stream, everything in the order of the calls.
+pub(super) struct Device {
+    ordinal: u32,
+    name: String,
+    /// Compute capability times ten: 86.
+    capability: u32,
+    multiprocessors: u32,
+    device: sys::CUdevice,
+    stream: sys::CUstream,
+}
+
+/// What a kernel is launched over.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Geometry {
+    /// Blocks.
+    pub grid: [u32; 3],
+    /// Threads of a block.
+    pub threads: u32,
+    /// Bytes of dynamic shared memory.
+    pub shared: u32,
+}
+
+impl Geometry {
+    /// `blocks` blocks of `threads` threads.
+    pub fn line(blocks: u32, threads: u32) -> Self {
+        Geometry {
+            grid: [blocks, 1, 1],
+            threads,
+            shared: 0,
+        }
+    }
+
+    /// The same with dynamic shared memory.
+    pub fn with_shared(self, shared: u32) -> Self {
+        Geometry { shared, ..self }
+    }
+}
+
+/// A function on the device.
+#[derive(Clone, Copy)]
+pub(super) struct Kernel {
+    pub function: sys::CUfunction,
+    pub name: &'static str,
+}
+
+/// A value that a kernel takes as a parameter.
+///
+/// # Safety
+/// The type has the size and layout of the kernel's parameter.
+pub(super) unsafe trait Argument {
+    /// Where the value stands in host memory.
+    fn address(&self) -> *mut c_void {
+        std::ptr::from_ref(self).cast::<c_void>().cast_mut()
+    }
+}
+
+// SAFETY: `u32`, `u64` and `float` of the kernels have these layouts.
+unsafe impl Argument for u32 {}
+// SAFETY: as above.
+unsafe impl Argument for u64 {}
+// SAFETY: as above.
+unsafe impl Argument for f32 {}
+
+/// A place in device memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(transparent)]
+pub(super) struct Pointer(pub sys::CUdeviceptr);
+
+// SAFETY: a device pointer is 64 bits on both sides.
+unsafe impl Argument for Pointer {}
+
+impl Pointer {
+    /// No place.
+    pub const NULL: Pointer = Pointer(0);
+
+    /// The place `bytes` further.
+    pub fn offset(self, bytes: usize) -> Self {
+        Pointer(self.0 + bytes as u64)
+    }
+}
+
+/// Name and meaning of a driver error.
+pub(super) fn driver_reason(error: DriverError) -> String {
+    let text = |text: std::result::Result<&std::ffi::CStr, DriverError>| {
+        text.map(|text| text.to_string_lossy().into_owned())
+    };
+    match (text(error.error_name()), text(error.error_string())) {
+        (Ok(name), Ok(meaning)) => format!("{name}: {meaning}"),
+        _ => format!("error {}", error.0 as u32),
+    }
+}
+
+impl Device {
+    /// Opens a GPU for the thread that calls.
+    ///
+    /// # Errors
+    /// Libraries are missing, there is no such device, or it cannot run the kernels.
+    pub fn open(ordinal: u32) -> std::result::Result<Self, CudaError> {
+        let call = |call: &'static str| {
+            move |error: DriverError| CudaError::Call {
+                ordinal,
+                call,
+                reason: driver_reason(error),
+            }
+        };
+        survey::check([ordinal])?;
+        let device = cu_device::get(ordinal as i32).map_err(call("cuDeviceGet"))?;
+        let name = cu_device::get_name(device).map_err(call("cuDeviceGetName"))?;
+        let processors = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+        // SAFETY: `device` was returned by the driver.
+        let multiprocessors = unsafe { cu_device::get_attribute(device, processors) }
+            .map_err(call("cuDeviceGetAttribute"))?;
+        let capability = survey::capability(ordinal, device)?;
+        if capability < LOWEST_CAPABILITY {
+            return Err(CudaError::OldDevice {
+                ordinal,
+                name,
+                major: capability / 10,
+                minor: capability % 10,
+            });
+        }
+        // SAFETY: `device` was returned by the driver; released when `Device` is dropped.
+        let context =
+            unsafe { primary_ctx::retain(device) }.map_err(call("cuDevicePrimaryCtxRetain"))?;
+        // SAFETY: `context` was just retained.
+        unsafe { result::ctx::set_current(context) }.map_err(call("cuCtxSetCurrent"))?;
+        let stream = cu_stream::create(cu_stream::StreamKind::NonBlocking)
+            .map_err(call("cuStreamCreate"))?;
+        Ok(Device {
+            ordinal,
+            name,
+            capability,
+            multiprocessors: multiprocessors as u32,
+            device,
+            stream,
+        })
+    }
+
+    /// CUDA's number of the device.
+    pub fn ordinal(&self) -> u32 {
+        self.ordinal
+    }
+
+    /// Compute capability times ten: 86.
+    pub fn capability(&self) -> u32 {
+        self.capability
+    }
+
+    /// Number of streaming multiprocessors.
+    pub fn multiprocessors(&self) -> u32 {
+        self.multiprocessors
+    }
+
+    /// The stream that everything runs on.
+    pub fn stream(&self) -> sys::CUstream {
+        self.stream
+    }
+
+    /// The device in words, for messages.
+    pub fn title(&self) -> String {
+        format!("CUDA device {} ({})", self.ordinal, self.name)
+    }
+
+    /// Turns the answer of a driver call into an error that says what was called.
+    pub fn check<T>(
+        &self,
+        call: &'static str,
+        answer: std::result::Result<T, DriverError>,
+    ) -> Result<T> {
+        answer.map_err(|error| {
+            BackendError::Cuda(CudaError::Call {
+                ordinal: self.ordinal,
+                call,
+                reason: driver_reason(error),
+            })
+        })
+    }
+
+    /// Queues a kernel. A grid without blocks is no work.
+    ///
+    /// The kernel's parameters are those of its declaration in kernels/*.cu, in order; buffers must be
+    /// as large as the kernel's head comment says for the sizes it is given.
+    pub fn launch(
+        &self,
+        kernel: &Kernel,
+        geometry: Geometry,
+        arguments: &[&dyn Argument],
+    ) -> Result<()> {
+        let [x, y, z] = geometry.grid;
+        if x == 0 || y == 0 || z == 0 {
+            return Ok(());
+        }
+        const MOST: usize = 32;
+        let mut addresses = [std::ptr::null_mut(); MOST];
+        debug_assert!(arguments.len() <= MOST);
+        for (address, argument) in addresses.iter_mut().zip(arguments) {
+            *address = argument.address();
+        }
+        // SAFETY: the function belongs to a loaded module of this context; the driver copies the
+        // arguments, which have the layout that `Argument` promises, during the call. That they fit
+        // the kernel's declaration is kept by the launcher of each kernel and its op case.
+        let launched = unsafe {
+            result::launch_kernel(
+                kernel.function,
+                (x, y, z),
+                (geometry.threads, 1, 1),
+                geometry.shared,
+                self.stream,
+                &mut addresses[..arguments.len()],
+            )
+        };
+        self.check(kernel.name, launched)
+    }
+
+    /// Waits until everything queued is done.
+    pub fn synchronize(&self) -> Result<()> {
+        // SAFETY: the stream lives as long as `self`.
+        self.check("cuStreamSynchronize", unsafe {
+            cu_stream::synchronize(self.stream)
+        })
+    }
+
+    /// Queues setting `bytes` bytes to zero.
+    pub fn clear(&self, at: Pointer, bytes: usize) -> Result<()> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        // SAFETY: callers give places inside their own allocations.
+        let done = unsafe { result::memset_d8_async(at.0, 0, bytes, self.stream) };
+        self.check("cuMemsetD8Async", done)
+    }
+
+    /// Memory that is free and memory there is, in bytes.
+    pub fn memory(&self) -> Result<(usize, usize)> {
+        self.check("cuMemGetInfo", result::mem_get_info())
+    }
+}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        // Nothing can be done about an error here; it was or will be seen by a call that matters.
+        // SAFETY: stream and context were made by `open` and are used by nobody after this.
+        unsafe {
+            let _ = cu_stream::synchronize(self.stream);
+            let _ = cu_stream::destroy(self.stream);
+            let _ = primary_ctx::release(self.device);
+        }
+    }
+}

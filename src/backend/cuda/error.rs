@@ -1,0 +1,141 @@
+//! What can go wrong with a CUDA device, told to the person who owns it.
+
+use std::path::PathBuf;
+
+/// Why a CUDA device could not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum CudaError {
+    /// The driver's library is not there.
+    #[error(
+        "no CUDA driver found (libcuda.so.1): install NVIDIA's driver, version 525 or newer, and see \
+         that `nvidia-smi` works; without a GPU use `--devices cpu`"
+    )]
+    NoDriver,
+    /// A library beside the driver is not there.
+    #[error(
+        "{library} was not found: `pip install {wheel}` (the folder is found by itself in a virtual \
+         environment or in MP_TRAIN_CUDA_LIBRARIES), or install the CUDA 12 toolkit"
+    )]
+    NoLibrary {
+        /// As in `libnvrtc.so.12`.
+        library: &'static str,
+        /// The wheel that holds it.
+        wheel: &'static str,
+    },
+    /// The driver is older than what the kernels are compiled for.
+    #[error(
+        "the CUDA driver supports CUDA {}.{} only and {what} needs CUDA {}.{}: install a newer driver \
+         ({driver} or newer)",
+        found / 1000, found % 1000 / 10, needed / 1000, needed % 1000 / 10
+    )]
+    OldDriver {
+        /// `cuDriverGetVersion`.
+        found: i32,
+        /// The same of what is needed.
+        needed: i32,
+        /// What needs it.
+        what: &'static str,
+        /// Version of the driver package that has it.
+        driver: &'static str,
+    },
+    /// No GPU is visible.
+    #[error(
+        "the CUDA driver sees no GPU: look at `nvidia-smi` and at CUDA_VISIBLE_DEVICES, or use \
+         `--devices cpu`"
+    )]
+    NoDevice,
+    /// There is no such GPU.
+    #[error(
+        "there is no CUDA device {ordinal}: this machine has {count}, counted from 0; `mp-train devices` lists them"
+    )]
+    NoSuchDevice {
+        /// As asked for.
+        ordinal: u32,
+        /// How many there are.
+        count: usize,
+    },
+    /// The GPU cannot run the kernels.
+    #[error(
+        "CUDA device {ordinal} ({name}) has compute capability {major}.{minor}; 7.5 (Turing) or newer \
+         is needed"
+    )]
+    OldDevice {
+        /// The device.
+        ordinal: u32,
+        /// Its name.
+        name: String,
+        /// Compute capability.
+        major: u32,
+        /// Compute capability.
+        minor: u32,
+    },
+    /// A kernel does not compile.
+    #[error("kernels/{file} does not compile for {arch}:\n{log}")]
+    Compile {
+        /// Source file.
+        file: String,
+        /// As in `sm_86`.
+        arch: String,
+        /// The compiler's messages.
+        log: String,
+    },
+    /// A folder of kernel sources was given and cannot be read.
+    #[error("{}: {reason} (MP_TRAIN_KERNEL_SOURCES names the folder)", path.display())]
+    Source {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        reason: std::io::Error,
+    },
+    /// The cache of compiled kernels was given and cannot be used.
+    #[error(
+        "{}: compiled kernels cannot be kept there: {reason}; set MP_TRAIN_KERNEL_CACHE to a folder \
+         that can be written",
+        path.display()
+    )]
+    Cache {
+        /// The folder or file.
+        path: PathBuf,
+        /// What the system said.
+        reason: std::io::Error,
+    },
+    /// A call of a CUDA library failed.
+    #[error("CUDA device {ordinal}: {call} failed: {reason}")]
+    Call {
+        /// The device.
+        ordinal: u32,
+        /// The call, or the kernel.
+        call: &'static str,
+        /// Name and text of the error.
+        reason: String,
+    },
+    /// cuBLASLt has no algorithm for a product.
+    #[error("CUDA device {ordinal}: cuBLASLt cannot do the product {shape}: {reason}")]
+    Product {
+        /// The device.
+        ordinal: u32,
+        /// Sizes and types.
+        shape: String,
+        /// The library's status.
+        reason: String,
+    },
+}
+
+impl CudaError {
+    /// Whether the machine or a bug is to blame, not what was asked for.
+    pub fn is_machine(&self) -> bool {
+        match self {
+            CudaError::NoSuchDevice { .. } | CudaError::Cache { .. } | CudaError::Source { .. } => {
+                false
+            }
+            CudaError::NoDriver
+            | CudaError::NoLibrary { .. }
+            | CudaError::OldDriver { .. }
+            | CudaError::NoDevice
+            | CudaError::OldDevice { .. }
+            | CudaError::Compile { .. }
+            | CudaError::Call { .. }
+            | CudaError::Product { .. } => true,
+        }
+    }
+}

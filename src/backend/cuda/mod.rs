@@ -1,0 +1,535 @@
+//! The CUDA backend: our kernels (kernels/*.cu) and cuBLASLt on one GPU per worker thread.
+//!
+//! Reading order: [`Cuda`] below; `device` (context, stream, launch), `memory` and `staging`; `library`,
+//! `source`, `compile`, `cache` and `module`, which bring the kernels onto the device; then one file
+//! per family of kernels, named as its source.
+
+mod adapter;
+mod attention;
+mod blas;
+mod cache;
+mod compile;
+mod device;
+mod dropout;
+mod elementwise;
+mod error;
+mod library;
+mod linear;
+mod loss;
+mod memory;
+mod module;
+mod norm;
+mod optim;
+mod quant;
+mod rotary;
+mod rows;
+mod source;
+mod spans;
+mod staging;
+mod survey;
+
+use std::rc::Rc;
+
+use half::f16;
+
+pub use error::CudaError;
+pub use memory::CudaBuffer;
+pub use survey::{GpuInfo, Survey, check, free_memory, survey};
+
+use super::{
+    AdamwStep, AttentionLayout, Backend, BackendError, Dropout, Element, LinearShape, NormShape,
+    Plain, Prefix, RowGradient, Span,
+};
+use device::{Device, Pointer};
+use memory::{Memory, Scratch};
+use module::Modules;
+use spans::SpanTable;
+use staging::Staging;
+
+type Result<T> = std::result::Result<T, BackendError>;
+
+/// Bytes of a GPU that a worker takes beside the buffers of its run: context, kernels, the workspace of
+/// cuBLASLt, scratch.
+pub const OWN_MEMORY: u64 = 600 << 20;
+
+/// A linear layer that a run will compute.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LinearWork {
+    /// I.
+    pub in_features: usize,
+    /// O.
+    pub out_features: usize,
+    /// Whether it has a bias.
+    pub bias: bool,
+    /// Most rows at once.
+    pub max_rows: usize,
+    /// Whether the gradient of its input is computed.
+    pub backward: bool,
+    /// Whether the gradient of its weight is computed.
+    pub weight_gradient: bool,
+}
+
+/// A GPU, storing weights and activations as f16, computing in f32.
+///
+/// Everything is queued on one stream in the order of the calls; only [`Backend::read`] waits.
+pub struct Cuda {
+    blas: blas::Blas,
+    norm: norm::Kernels,
+    elementwise: elementwise::Kernels,
+    rows: rows::Kernels,
+    linear: linear::Kernels,
+    adapter: adapter::Kernels,
+    rotary: rotary::Kernels,
+    attention: attention::Kernels,
+    dropout: dropout::Kernels,
+    loss: loss::Kernels,
+    optim: optim::Kernels,
+    quant: quant::Kernels,
+    span_table: SpanTable,
+    scratch: Scratch,
+    staging: Staging,
+    memory: Memory,
+    /// After everything that launches from them.
+    _modules: Modules,
+    device: Rc<Device>,
+}
+
+impl Cuda {
+    /// The GPU with CUDA's number `ordinal`, for the thread that calls.
+    ///
+    /// # Errors
+    /// Driver or libraries are missing or too old, there is no such GPU, it is too old, or a kernel
+    /// does not compile.
+    pub fn new(ordinal: u32) -> Result<Self> {
+        let device = Rc::new(Device::open(ordinal).map_err(BackendError::Cuda)?);
+        let modules = Modules::load(&device)?;
+        let memory = Memory::new(&device);
+        Ok(Cuda {
+            blas: blas::Blas::new(&device, &memory)?,
+            norm: norm::Kernels::load(&modules)?,
+            elementwise: elementwise::Kernels::load(&modules)?,
+            rows: rows::Kernels::load(&modules)?,
+            linear: linear::Kernels::load(&modules)?,
+            adapter: adapter::Kernels::load(&modules)?,
+            rotary: rotary::Kernels::load(&modules)?,
+            attention: attention::Kernels::load(&modules)?,
+            dropout: dropout::Kernels::load(&modules)?,
+            loss: loss::Kernels::load(&modules)?,
+            optim: optim::Kernels::load(&modules)?,
+            quant: quant::Kernels::load(&modules)?,
+            span_table: SpanTable::new(),
+            scratch: Scratch::new(),
+            staging: Staging::new(&device)?,
+            memory,
+            _modules: modules,
+            device,
+        })
+    }
+
+    /// Takes `bytes` bytes for the buffers of a run at once. What does not fit there, and what is made
+    /// after the run has started, has an allocation of its own.
+    ///
+    /// # Errors
+    /// The GPU has not that much memory.
+    pub fn reserve(&self, bytes: u64) -> Result<()> {
+        self.memory.reserve(bytes as usize)
+    }
+
+    /// Runs every product of `layers` once for every number of rows that has an algorithm of its own,
+    /// so that no kernel is loaded in the middle of a step. What the reserved memory holds is lost: to
+    /// be called before anything is put there.
+    ///
+    /// # Errors
+    /// A product has no algorithm.
+    pub fn prepare_products(&self, layers: &[LinearWork]) -> Result<()> {
+        let Some((at, bytes)) = self.memory.arena() else {
+            return Ok(());
+        };
+        for layer in layers {
+            linear::prepare(self, layer, at, bytes)?;
+        }
+        self.device.synchronize()
+    }
+
+    /// At least `bytes` bytes of room for one op, with whatever is in them; good until the next call.
+    fn scratch(&self, bytes: usize) -> Result<Pointer> {
+        self.scratch.get(&self.memory, bytes)
+    }
+}
+
+impl Backend for Cuda {
+    type Element = f16;
+    type Buffer<T: Plain> = CudaBuffer<T>;
+
+    fn zeros<T: Plain>(&self, len: usize) -> Result<CudaBuffer<T>> {
+        let buffer = self.memory.buffer(len)?;
+        self.device.clear(buffer.at(), len * size_of::<T>())?;
+        Ok(buffer)
+    }
+
+    fn upload<T: Plain>(&self, host: &[T]) -> Result<CudaBuffer<T>> {
+        let buffer = self.memory.buffer(host.len())?;
+        self.staging
+            .write(buffer.at(), bytemuck::cast_slice(host))?;
+        Ok(buffer)
+    }
+
+    fn write<T: Plain>(&self, out: &mut CudaBuffer<T>, host: &[T]) -> Result<()> {
+        debug_assert!(host.len() <= out.len());
+        self.staging.write(out.at(), bytemuck::cast_slice(host))
+    }
+
+    fn read<T: Plain>(&self, x: &CudaBuffer<T>, len: usize) -> Result<Vec<T>> {
+        debug_assert!(len <= x.len());
+        let mut host = vec![T::zeroed(); len];
+        self.staging
+            .read(bytemuck::cast_slice_mut(&mut host), x.at())?;
+        Ok(host)
+    }
+
+    fn clear<T: Plain>(&self, out: &mut CudaBuffer<T>, len: usize) -> Result<()> {
+        debug_assert!(len <= out.len());
+        self.device.clear(out.at(), len * size_of::<T>())
+    }
+
+    fn cast<T: Element>(
+        &self,
+        out: &mut CudaBuffer<T>,
+        x: &CudaBuffer<f32>,
+        len: usize,
+    ) -> Result<()> {
+        elementwise::cast(self, out, x, len)
+    }
+
+    fn add(&self, out: &mut CudaBuffer<f32>, x: &CudaBuffer<f32>, len: usize) -> Result<()> {
+        elementwise::add(self, out, x, len)
+    }
+
+    fn embed(
+        &self,
+        out: &mut CudaBuffer<f32>,
+        table: &CudaBuffer<f16>,
+        ids: &CudaBuffer<u32>,
+        rows: usize,
+        hidden_size: usize,
+    ) -> Result<()> {
+        rows::embed(self, out, table, ids, rows, hidden_size)
+    }
+
+    fn embed_backward(
+        &self,
+        dtable: &mut CudaBuffer<f32>,
+        dout: &CudaBuffer<f16>,
+        ids: &CudaBuffer<u32>,
+        rows: usize,
+        hidden_size: usize,
+    ) -> Result<()> {
+        rows::embed_backward(self, dtable, dout, ids, rows, hidden_size)
+    }
+
+    fn gather_rows(
+        &self,
+        out: &mut CudaBuffer<f32>,
+        x: &CudaBuffer<f32>,
+        index: &CudaBuffer<u32>,
+        first: usize,
+        rows: usize,
+        cols: usize,
+    ) -> Result<()> {
+        rows::gather_rows(self, out, x, index, first, rows, cols)
+    }
+
+    fn scatter_rows(
+        &self,
+        out: &mut CudaBuffer<f16>,
+        x: &CudaBuffer<f16>,
+        index: &CudaBuffer<u32>,
+        first: usize,
+        rows: usize,
+        cols: usize,
+    ) -> Result<()> {
+        rows::scatter_rows(self, out, x, index, first, rows, cols)
+    }
+
+    fn layer_norm(
+        &self,
+        out: &mut CudaBuffer<f16>,
+        stats: &mut CudaBuffer<f32>,
+        x: &CudaBuffer<f32>,
+        weight: &CudaBuffer<f16>,
+        bias: &CudaBuffer<f16>,
+        shape: NormShape,
+    ) -> Result<()> {
+        norm::layer_norm(self, out, stats, x, weight, bias, shape)
+    }
+
+    fn layer_norm_backward(
+        &self,
+        dx: &mut CudaBuffer<f16>,
+        dout: RowGradient<'_, Cuda>,
+        x: &CudaBuffer<f32>,
+        stats: &CudaBuffer<f32>,
+        weight: &CudaBuffer<f16>,
+        shape: NormShape,
+    ) -> Result<()> {
+        norm::layer_norm_backward(self, dx, dout, x, stats, weight, shape)
+    }
+
+    fn layer_norm_weight_gradient(
+        &self,
+        dweight: &mut CudaBuffer<f32>,
+        dbias: &mut CudaBuffer<f32>,
+        dout: RowGradient<'_, Cuda>,
+        x: &CudaBuffer<f32>,
+        stats: &CudaBuffer<f32>,
+        shape: NormShape,
+    ) -> Result<()> {
+        norm::layer_norm_weight_gradient(self, dweight, dbias, dout, x, stats, shape)
+    }
+
+    fn linear<T: Element>(
+        &self,
+        out: &mut CudaBuffer<T>,
+        x: &CudaBuffer<T>,
+        weight: &CudaBuffer<T>,
+        bias: Option<&CudaBuffer<T>>,
+        shape: LinearShape,
+        scale: f32,
+        accumulate: bool,
+    ) -> Result<()> {
+        linear::linear(self, out, x, weight, bias, shape, scale, accumulate)
+    }
+
+    fn linear_backward<T: Element>(
+        &self,
+        dx: &mut CudaBuffer<T>,
+        dout: &CudaBuffer<T>,
+        weight: &CudaBuffer<T>,
+        shape: LinearShape,
+        scale: f32,
+        accumulate: bool,
+    ) -> Result<()> {
+        linear::linear_backward(self, dx, dout, weight, shape, scale, accumulate)
+    }
+
+    fn weight_gradient<T: Element>(
+        &self,
+        dweight: &mut CudaBuffer<f32>,
+        dout: &CudaBuffer<T>,
+        x: &CudaBuffer<T>,
+        shape: LinearShape,
+        scale: f32,
+    ) -> Result<()> {
+        linear::weight_gradient(self, dweight, dout, x, shape, scale)
+    }
+
+    fn bias_gradient<T: Element>(
+        &self,
+        dbias: &mut CudaBuffer<f32>,
+        dout: &CudaBuffer<T>,
+        shape: LinearShape,
+    ) -> Result<()> {
+        linear::bias_gradient(self, dbias, dout, shape)
+    }
+
+    fn rotary(
+        &self,
+        x: &mut CudaBuffer<f16>,
+        cos: &CudaBuffer<f32>,
+        sin: &CudaBuffer<f32>,
+        position: &CudaBuffer<u32>,
+        block_position: &CudaBuffer<u32>,
+        layout: &AttentionLayout,
+        rows: usize,
+        inverse: bool,
+    ) -> Result<()> {
+        rotary::rotary(
+            self,
+            x,
+            cos,
+            sin,
+            position,
+            block_position,
+            layout,
+            rows,
+            inverse,
+        )
+    }
+
+    fn store_key_value(
+        &self,
+        cache: &mut CudaBuffer<f16>,
+        x: &CudaBuffer<f16>,
+        slots: &CudaBuffer<u32>,
+        layout: &AttentionLayout,
+        rows: usize,
+    ) -> Result<()> {
+        attention::store_key_value(self, cache, x, slots, layout, rows)
+    }
+
+    fn attention(
+        &self,
+        out: &mut CudaBuffer<f16>,
+        lse: &mut CudaBuffer<f32>,
+        query: &CudaBuffer<f16>,
+        key_value: &CudaBuffer<f16>,
+        prefix: Option<Prefix<'_, Cuda>>,
+        layout: &AttentionLayout,
+        spans: &[Span],
+        scale: f32,
+    ) -> Result<()> {
+        attention::attention(
+            self, out, lse, query, key_value, prefix, layout, spans, scale,
+        )
+    }
+
+    fn attention_backward(
+        &self,
+        dqkv: &mut CudaBuffer<f16>,
+        dprefix: Option<&mut CudaBuffer<f32>>,
+        dout: &CudaBuffer<f16>,
+        out: &CudaBuffer<f16>,
+        lse: &CudaBuffer<f32>,
+        qkv: &CudaBuffer<f16>,
+        prefix: Option<Prefix<'_, Cuda>>,
+        layout: &AttentionLayout,
+        spans: &[Span],
+        scale: f32,
+    ) -> Result<()> {
+        attention::attention_backward(
+            self, dqkv, dprefix, dout, out, lse, qkv, prefix, layout, spans, scale,
+        )
+    }
+
+    fn prefix_dropout(
+        &self,
+        out: &mut CudaBuffer<f16>,
+        x: &CudaBuffer<f16>,
+        dropout: Dropout,
+        sequences: usize,
+        prefix_len: usize,
+        cols: usize,
+    ) -> Result<()> {
+        dropout::prefix_dropout(self, out, x, dropout, sequences, prefix_len, cols)
+    }
+
+    fn prefix_gradient(
+        &self,
+        dx: &mut CudaBuffer<f32>,
+        dout: &CudaBuffer<f32>,
+        dropout: Option<Dropout>,
+        sequences: usize,
+        prefix_len: usize,
+        cols: usize,
+    ) -> Result<()> {
+        dropout::prefix_gradient(self, dx, dout, dropout, sequences, prefix_len, cols)
+    }
+
+    fn dropout(
+        &self,
+        out: &mut CudaBuffer<f16>,
+        x: &CudaBuffer<f16>,
+        dropout: Dropout,
+        spans: &[Span],
+        cols: usize,
+    ) -> Result<()> {
+        dropout::dropout(self, out, x, dropout, spans, cols)
+    }
+
+    fn dropout_backward(
+        &self,
+        dx: &mut CudaBuffer<f16>,
+        dout: &CudaBuffer<f16>,
+        dropout: Dropout,
+        spans: &[Span],
+        cols: usize,
+    ) -> Result<()> {
+        dropout::dropout_backward(self, dx, dout, dropout, spans, cols)
+    }
+
+    fn gelu(&self, out: &mut CudaBuffer<f16>, x: &CudaBuffer<f16>, len: usize) -> Result<()> {
+        elementwise::gelu(self, out, x, len)
+    }
+
+    fn gelu_backward(
+        &self,
+        dx: &mut CudaBuffer<f16>,
+        x: &CudaBuffer<f16>,
+        len: usize,
+    ) -> Result<()> {
+        elementwise::gelu_backward(self, dx, x, len)
+    }
+
+    fn tanh(&self, x: &mut CudaBuffer<f32>, len: usize) -> Result<()> {
+        elementwise::tanh(self, x, len)
+    }
+
+    fn tanh_backward(
+        &self,
+        dx: &mut CudaBuffer<f32>,
+        out: &CudaBuffer<f32>,
+        len: usize,
+    ) -> Result<()> {
+        elementwise::tanh_backward(self, dx, out, len)
+    }
+
+    fn residual(
+        &self,
+        out: &mut CudaBuffer<f32>,
+        x: &CudaBuffer<f16>,
+        alpha: f32,
+        branch: &CudaBuffer<f16>,
+        len: usize,
+    ) -> Result<()> {
+        elementwise::residual(self, out, x, alpha, branch, len)
+    }
+
+    fn cross_entropy(
+        &self,
+        loss: &mut CudaBuffer<f32>,
+        logits: &mut CudaBuffer<f16>,
+        ids: &CudaBuffer<u32>,
+        first: usize,
+        rows: usize,
+        vocab_size: usize,
+        scale: f32,
+    ) -> Result<()> {
+        loss::cross_entropy(self, loss, logits, ids, first, rows, vocab_size, scale)
+    }
+
+    fn sum(
+        &self,
+        out: &mut CudaBuffer<f32>,
+        index: usize,
+        x: &CudaBuffer<f32>,
+        len: usize,
+    ) -> Result<()> {
+        optim::sum(self, out, index, x, len)
+    }
+
+    fn sum_squares(
+        &self,
+        out: &mut CudaBuffer<f32>,
+        index: usize,
+        x: &CudaBuffer<f32>,
+        len: usize,
+        scale: f32,
+    ) -> Result<()> {
+        optim::sum_squares(self, out, index, x, len, scale)
+    }
+
+    fn adamw(
+        &self,
+        working: &mut CudaBuffer<f16>,
+        master: &mut CudaBuffer<f32>,
+        exp_avg: &mut CudaBuffer<f32>,
+        exp_avg_sq: &mut CudaBuffer<f32>,
+        gradient: &CudaBuffer<f32>,
+        step: AdamwStep,
+        len: usize,
+    ) -> Result<()> {
+        optim::adamw(
+            self, working, master, exp_avg, exp_avg_sq, gradient, step, len,
+        )
+    }
+}
