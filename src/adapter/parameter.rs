@@ -1,6 +1,6 @@
 //! A trainable tensor: its place in the whole, its values, its gradient, its moments.
 
-use crate::backend::{AdamwStep, Backend, BackendError};
+use crate::backend::{AdamwTensor, Backend, BackendError, SumOf};
 
 /// What a trainable tensor is for; decides how it starts and which silent failure to look for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -233,42 +233,26 @@ impl<B: Backend> Parameter<B> {
         backend.clear(&mut self.gradient, self.spec.len())
     }
 
-    /// Writes `(gradient_scale * |gradient|)²` to its place in `partials`.
-    ///
-    /// # Errors
-    /// When the device fails.
-    pub fn sum_squares(
-        &self,
-        backend: &B,
-        partials: &mut B::Buffer<f32>,
-        gradient_scale: f32,
-    ) -> Result<(), BackendError> {
-        let len = self.spec.len();
-        backend.sum_squares(partials, self.index, &self.gradient, len, gradient_scale)
+    /// The gradient as a term of the global norm, at this parameter's place.
+    pub fn norm_term(&self) -> SumOf<'_, B> {
+        SumOf {
+            index: self.index,
+            x: &self.gradient,
+            len: self.spec.len(),
+        }
     }
 
-    /// One optimiser step; `step.weight_decay` is taken only where decay applies.
-    ///
-    /// # Errors
-    /// When the device fails.
-    pub fn update(&mut self, backend: &B, step: AdamwStep) -> Result<(), BackendError> {
-        let weight_decay = if self.spec.decay {
-            step.weight_decay
-        } else {
-            0.0
-        };
-        backend.adamw(
-            &mut self.working,
-            &mut self.master,
-            &mut self.exp_avg,
-            &mut self.exp_avg_sq,
-            &self.gradient,
-            AdamwStep {
-                weight_decay,
-                ..step
-            },
-            self.spec.len(),
-        )
+    /// What an optimiser step needs; `weight_decay` is taken only where decay applies.
+    pub fn to_update(&mut self, weight_decay: f32) -> AdamwTensor<'_, B> {
+        AdamwTensor {
+            weight_decay: if self.spec.decay { weight_decay } else { 0.0 },
+            len: self.spec.len(),
+            working: &mut self.working,
+            master: &mut self.master,
+            exp_avg: &mut self.exp_avg,
+            exp_avg_sq: &mut self.exp_avg_sq,
+            gradient: &self.gradient,
+        }
     }
 
     /// Reads values and moments back.

@@ -47,6 +47,10 @@ pub struct SharedProjection<B: Backend> {
     pub bias: Parameter<B>,
     /// `tanh(trans.0(embedding))`, `[P, H]`.
     hidden: B::Buffer<f32>,
+    /// Gradient of the hidden layer, `[P, H]`, before that of tanh is taken.
+    dhidden: B::Buffer<f32>,
+    /// One block's part of it.
+    part: B::Buffer<f32>,
 }
 
 /// What one block holds of the prefix.
@@ -146,6 +150,8 @@ impl<B: Backend> PrefixEncoder<B> {
                 weight,
                 bias,
                 hidden: backend.zeros(shape.len * shape.hidden_size)?,
+                dhidden: backend.zeros(shape.len * shape.hidden_size)?,
+                part: backend.zeros(shape.len * shape.hidden_size)?,
             }),
             blocks: outputs
                 .into_iter()
@@ -158,11 +164,6 @@ impl<B: Backend> PrefixEncoder<B> {
     /// Sizes.
     pub fn shape(&self) -> PrefixShape {
         self.shape
-    }
-
-    /// Whether the projection is there, so that stages must agree on its input gradient.
-    pub fn is_projected(&self) -> bool {
-        self.shared.is_some()
     }
 
     /// What block `index` of the stage holds.
@@ -225,61 +226,94 @@ impl<B: Backend> PrefixEncoder<B> {
         Ok(())
     }
 
-    /// Gradient of block `index`'s part of the projection: of its rows of `trans.2`, and into
-    /// `dhidden [P, H]` of the hidden layer that all blocks share.
+    /// The projection, to be taken backward; `None` for a prefix without one.
+    pub fn projection_mut(&mut self) -> Option<ProjectionBackward<'_, B>> {
+        Some(ProjectionBackward {
+            shape: self.shape,
+            shared: self.shared.as_mut()?,
+            blocks: &mut self.blocks,
+        })
+    }
+}
+
+/// The backward pass of a projection: block by block, then the layer that all blocks share. Each
+/// stage passes the blocks of all stages, so that the sum is taken in the same order everywhere.
+pub struct ProjectionBackward<'a, B: Backend> {
+    shape: PrefixShape,
+    shared: &'a mut SharedProjection<B>,
+    blocks: &'a mut [PrefixBlock<B>],
+}
+
+impl<B: Backend> ProjectionBackward<'_, B> {
+    /// Values of the hidden layer's gradient, P H.
+    pub fn hidden_len(&self) -> usize {
+        self.shape.len * self.shape.hidden_size
+    }
+
+    /// Starts with a gradient of zero in the hidden layer.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn begin(&mut self, backend: &B) -> Result<(), BackendError> {
+        let len = self.hidden_len();
+        backend.clear(&mut self.shared.dhidden, len)
+    }
+
+    /// Gradient of the rows of `trans.2` that block `own` of this stage holds, and the block's part
+    /// of the hidden layer's gradient, `[P, H]`: zeros for a block of another stage (`None`).
     ///
     /// # Errors
     /// When the device fails.
     pub fn block_backward(
         &mut self,
         backend: &B,
-        index: usize,
-        dhidden: &mut B::Buffer<f32>,
-    ) -> Result<(), BackendError> {
-        let output = self.shape.output();
-        if let (
-            Some(shared),
-            PrefixBlock::Projection {
+        own: Option<usize>,
+    ) -> Result<&mut B::Buffer<f32>, BackendError> {
+        let (output, len) = (self.shape.output(), self.hidden_len());
+        let SharedProjection { hidden, part, .. } = &mut *self.shared;
+        match own.map(|index| &mut self.blocks[index]) {
+            Some(PrefixBlock::Projection {
                 weight,
                 bias,
                 gradient,
                 ..
-            },
-        ) = (&self.shared, &mut self.blocks[index])
-        {
-            backend.weight_gradient(weight.accumulate(), gradient, &shared.hidden, output, 1.0)?;
-            backend.bias_gradient(bias.accumulate(), gradient, output)?;
-            backend.linear_backward(dhidden, gradient, weight.master(), output, 1.0, false)?;
+            }) => {
+                backend.weight_gradient(weight.accumulate(), gradient, hidden, output, 1.0)?;
+                backend.bias_gradient(bias.accumulate(), gradient, output)?;
+                backend.linear_backward(part, gradient, weight.master(), output, 1.0, false)?;
+            }
+            Some(PrefixBlock::Embedding(_)) | None => backend.clear(part, len)?,
         }
-        Ok(())
+        Ok(part)
     }
 
-    /// Gradient of the shared part, from the sum over all blocks of all stages; `dhidden` is used up.
+    /// Adds the part of a block, summed over all stages.
     ///
     /// # Errors
     /// When the device fails.
-    pub fn shared_backward(
-        &mut self,
-        backend: &B,
-        dhidden: &mut B::Buffer<f32>,
-    ) -> Result<(), BackendError> {
-        let hidden = self.shape.hidden();
-        let Some(shared) = &mut self.shared else {
-            return Ok(());
-        };
-        let len = self.shape.len * self.shape.hidden_size;
-        backend.tanh_backward(dhidden, &shared.hidden, len)?;
-        let embedding = shared.embedding.master();
-        backend.weight_gradient(shared.weight.accumulate(), dhidden, embedding, hidden, 1.0)?;
-        backend.bias_gradient(shared.bias.accumulate(), dhidden, hidden)?;
-        let dembedding = shared.embedding.accumulate();
-        backend.linear_backward(
-            dembedding,
-            dhidden,
-            shared.weight.master(),
+    pub fn add_part(&mut self, backend: &B) -> Result<(), BackendError> {
+        let len = self.hidden_len();
+        backend.add(&mut self.shared.dhidden, &self.shared.part, len)
+    }
+
+    /// Gradient of the shared layer, once all parts are added.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn shared_backward(self, backend: &B) -> Result<(), BackendError> {
+        let (shape, len) = (self.shape.hidden(), self.hidden_len());
+        let SharedProjection {
+            embedding,
+            weight,
+            bias,
             hidden,
-            1.0,
-            true,
-        )
+            dhidden,
+            ..
+        } = self.shared;
+        backend.tanh_backward(dhidden, hidden, len)?;
+        backend.weight_gradient(weight.accumulate(), dhidden, embedding.master(), shape, 1.0)?;
+        backend.bias_gradient(bias.accumulate(), dhidden, shape)?;
+        let dembedding = embedding.accumulate();
+        backend.linear_backward(dembedding, dhidden, weight.master(), shape, 1.0, true)
     }
 }

@@ -151,7 +151,35 @@ pub struct Dropout {
     pub key: Key,
 }
 
-/// One optimiser step on one tensor.
+/// A tensor to be summed over, and the place of its sum among others.
+pub struct SumOf<'a, B: Backend> {
+    /// Place of the sum.
+    pub index: usize,
+    /// The values.
+    pub x: &'a B::Buffer<f32>,
+    /// How many of them.
+    pub len: usize,
+}
+
+/// What an optimiser step changes of one trainable tensor, and what it reads.
+pub struct AdamwTensor<'a, B: Backend> {
+    /// Copy in the storage type.
+    pub working: &'a mut B::Buffer<B::Element>,
+    /// The f32 values.
+    pub master: &'a mut B::Buffer<f32>,
+    /// First moment.
+    pub exp_avg: &'a mut B::Buffer<f32>,
+    /// Second moment.
+    pub exp_avg_sq: &'a mut B::Buffer<f32>,
+    /// Gradient.
+    pub gradient: &'a B::Buffer<f32>,
+    /// Decoupled weight decay of this tensor.
+    pub weight_decay: f32,
+    /// Values of each of the five.
+    pub len: usize,
+}
+
+/// One optimiser step, the same for all tensors.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct AdamwStep {
     /// Learning rate of this step.
@@ -162,8 +190,6 @@ pub struct AdamwStep {
     pub beta2: f32,
     /// Added to the square root of the corrected second moment.
     pub eps: f32,
-    /// Decoupled weight decay of this tensor.
-    pub weight_decay: f32,
     /// `1 - beta1^t`.
     pub bias_correction1: f32,
     /// `1 - beta2^t`.

@@ -12,6 +12,7 @@ use failure::{Failure, FailureClass};
 mod args;
 mod chat;
 mod demo;
+mod devices;
 pub mod failure;
 mod generate;
 mod plan;
@@ -43,6 +44,7 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Some(Command::Generate(args)) => generate::run(&args),
         Some(Command::Chat(args)) => chat::run(&args),
         Some(Command::Demo(args)) => demo::run(&args),
+        Some(Command::Devices) => devices::run(),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

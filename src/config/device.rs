@@ -15,6 +15,16 @@ pub enum Device {
     Cuda(u32),
 }
 
+impl Device {
+    /// Ordinal of a GPU; nothing for the CPU.
+    pub fn ordinal(self) -> Option<u32> {
+        match self {
+            Device::Cpu => None,
+            Device::Cuda(ordinal) => Some(ordinal),
+        }
+    }
+}
+
 impl fmt::Display for Device {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

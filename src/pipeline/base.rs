@@ -9,7 +9,9 @@ use super::failure::Failure;
 use super::launch::{Blueprint, Engine, InitialValues, launch};
 use super::partition::{self, PartitionError, StageSpec};
 use super::schedule::Schedule;
+use crate::backend::BackendError;
 use crate::backend::cpu::Cpu;
+use crate::backend::cuda::{self, Cuda, CudaError, LinearWork};
 use crate::checkpoint::{CheckpointError, ModelFolder, TensorSource};
 use crate::comm::in_process;
 use crate::config::error::ConfigError;
@@ -18,6 +20,7 @@ use crate::config::run::{Device, Precision, Recompute};
 use crate::data::DataError;
 use crate::data::tokenizer::TokenizerError;
 use crate::model::ModelError;
+use crate::model::head::chunk_rows;
 use crate::model::memory::{self, StageSizes};
 use crate::model::rotary::RotaryPrecision;
 use crate::model::trainables::Trainables;
@@ -62,14 +65,18 @@ pub enum StartError {
     /// The partition.
     #[error(transparent)]
     Partition(#[from] PartitionError),
-    /// A device that this build cannot use.
+    /// A CUDA device cannot be used.
+    #[error(transparent)]
+    Cuda(#[from] CudaError),
+    /// CPU stages and GPU stages in one run.
     #[error(
-        "device {device}: this build has no CUDA backend yet; use `--devices cpu`, once per stage"
+        "--devices names cpu and GPUs together, and all stages of a run store and compute alike: use \
+         GPUs alone or `cpu` alone"
     )]
-    NoCuda {
-        /// As asked for.
-        device: Device,
-    },
+    MixedDevices,
+    /// A storage type that GPUs do not have here.
+    #[error("precision = \"f32\" is for `--devices cpu`: on GPUs use precision = \"f16\"")]
+    GpuPrecision,
     /// Not enough memory for any choice of recomputation.
     #[error(
         "stage {rank} needs {needed} bytes even with recomputation of whole blocks, and {budget} are \
@@ -96,25 +103,35 @@ impl StartError {
             StartError::Checkpoint(error) => error.is_machine(),
             StartError::Model(error) => error.is_machine(),
             StartError::Data(error) => error.is_machine(),
+            StartError::Cuda(error) => error.is_machine(),
             StartError::Config(_)
             | StartError::Tokenizer(_)
             | StartError::TokenizerOf { .. }
             | StartError::Partition(_)
-            | StartError::NoCuda { .. }
+            | StartError::MixedDevices
+            | StartError::GpuPrecision
             | StartError::Memory { .. } => false,
         }
     }
 }
 
-/// Refuses devices that this build cannot use, before anything is read.
+/// Refuses devices that cannot be used, before anything is read.
 ///
 /// # Errors
-/// The first such device.
-pub fn check_devices(devices: &[Device]) -> Result<(), StartError> {
-    match devices.iter().find(|device| **device != Device::Cpu) {
-        Some(&device) => Err(StartError::NoCuda { device }),
-        None => Ok(()),
+/// GPUs beside the CPU, a precision that GPUs do not have, or a GPU that is not there or lacks driver
+/// or libraries.
+pub fn check_devices(devices: &[Device], precision: Precision) -> Result<(), StartError> {
+    let gpus = || devices.iter().filter_map(|device| device.ordinal());
+    if gpus().next().is_none() {
+        return Ok(());
     }
+    if gpus().count() < devices.len() {
+        return Err(StartError::MixedDevices);
+    }
+    if precision != Precision::F16 {
+        return Err(StartError::GpuPrecision);
+    }
+    Ok(cuda::check(gpus())?)
 }
 
 /// How the stages of a run are laid out.
@@ -124,6 +141,8 @@ pub struct Layout {
     pub devices: Vec<Device>,
     /// Storage type.
     pub precision: Precision,
+    /// Rounding of the rotary tables.
+    pub rotary_table: RotaryPrecision,
     /// The stages.
     pub stages: Vec<StageSpec>,
     /// The order of actions.
@@ -167,19 +186,14 @@ impl Layout {
         trainables: &Trainables,
         memory_per_device: Option<u64>,
     ) -> Result<(), StartError> {
-        let available = available_memory().map(|bytes| bytes / self.stages.len() as u64);
-        let Some(budget) = memory_per_device.or(available) else {
-            for recompute in &mut self.recompute {
-                if *recompute == Recompute::Auto {
-                    *recompute = Recompute::Block;
-                }
-            }
-            return Ok(());
-        };
         for rank in 0..self.stages.len() {
             if self.recompute[rank] != Recompute::Auto {
                 continue;
             }
+            let Some(budget) = memory_per_device.or(self.available_memory(rank)?) else {
+                self.recompute[rank] = Recompute::Block;
+                continue;
+            };
             let sizes = self.sizes(rank);
             let (choice, fits) = memory::choose_recompute(config, trainables, &sizes, budget);
             if !fits && memory_per_device.is_some() {
@@ -194,16 +208,72 @@ impl Layout {
         }
         Ok(())
     }
+
+    /// Bytes that a stage can have, where that is known: its share of what is free on its device.
+    fn available_memory(&self, rank: usize) -> Result<Option<u64>, StartError> {
+        let device = self.devices[rank];
+        let sharing = self.devices.iter().filter(|&&other| other == device);
+        let free = match device {
+            Device::Cpu => free_host_memory(),
+            Device::Cuda(ordinal) => {
+                let free = cuda::free_memory(ordinal)?;
+                Some(free.saturating_sub(cuda::OWN_MEMORY))
+            }
+        };
+        Ok(free.map(|bytes| bytes / sharing.count() as u64))
+    }
+
+    /// Every linear layer that stage `rank` computes.
+    fn linear_work(&self, config: &ModelConfig, full: bool, rank: usize) -> Vec<LinearWork> {
+        let spec = &self.stages[rank];
+        let (h, f) = (config.hidden_size, config.inner_hidden_size);
+        let work = |in_features, out_features, bias, max_rows| LinearWork {
+            in_features,
+            out_features,
+            bias,
+            max_rows,
+            backward: true,
+            weight_gradient: full,
+        };
+        let mut all = vec![
+            work(h, 3 * h, true, self.max_rows),
+            work(h, h, true, self.max_rows),
+            work(h, f, true, self.max_rows),
+            work(f, h, true, self.max_rows),
+        ];
+        if spec.head {
+            let rows = chunk_rows(config.vocab_size, self.max_rows);
+            all.push(work(h, config.vocab_size, false, rows));
+        }
+        all
+    }
 }
 
 /// Memory that new work can use without swapping, as Linux estimates it; `None` elsewhere.
-fn available_memory() -> Option<u64> {
+fn free_host_memory() -> Option<u64> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
     let line = text
         .lines()
         .find(|line| line.starts_with("MemAvailable:"))?;
     let kib: u64 = line.split_whitespace().nth(1)?.parse().ok()?;
     kib.checked_mul(1024)
+}
+
+/// What a stage's GPU is prepared for.
+struct StagePlan {
+    ordinal: Option<u32>,
+    bytes: u64,
+    work: Vec<LinearWork>,
+}
+
+impl StagePlan {
+    /// The GPU with the stage's memory reserved and its products prepared.
+    fn open(&self) -> Result<Cuda, BackendError> {
+        let cuda = Cuda::new(self.ordinal.unwrap_or_default())?;
+        cuda.reserve(self.bytes)?;
+        cuda.prepare_products(&self.work)?;
+        Ok(cuda)
+    }
 }
 
 impl Base {
@@ -248,7 +318,18 @@ impl Base {
         trainables: Trainables,
         initial: InitialValues,
     ) -> Result<Engine, StartError> {
-        check_devices(&layout.devices)?;
+        check_devices(&layout.devices, layout.precision)?;
+        let planned = |rank| -> StagePlan {
+            let (sizes, recompute) = (layout.sizes(rank), layout.recompute[rank]);
+            let bytes = memory::stage_bytes(&self.config, &trainables, &sizes, recompute);
+            StagePlan {
+                ordinal: layout.devices[rank].ordinal(),
+                bytes: bytes.total(),
+                work: layout.linear_work(&self.config, trainables.is_full(), rank),
+            }
+        };
+        let planned: Vec<StagePlan> = (0..layout.stages.len()).map(planned).collect();
+        let on_gpus = planned.iter().all(|stage| stage.ordinal.is_some());
         let blueprint = Blueprint {
             config: self.config.clone(),
             source: Arc::clone(&self.source),
@@ -260,13 +341,19 @@ impl Base {
             recompute: layout.recompute.clone(),
             max_rows: layout.max_rows,
             max_sequences: layout.max_sequences,
-            rotary: match layout.precision {
-                Precision::F32 => RotaryPrecision::F32,
-                Precision::F16 => RotaryPrecision::Original,
+            rotary: layout.rotary_table,
+            // GPUs compute by themselves: no stage has to wait for a thread.
+            threads: match on_gpus {
+                true => layout.stages.len(),
+                false => layout.threads,
             },
-            threads: layout.threads,
         };
         let transports = in_process::connect(layout.stages.len());
+        if on_gpus {
+            return Ok(launch(blueprint, transports, move |rank, _| {
+                planned[rank].open()
+            })?);
+        }
         Ok(match layout.precision {
             Precision::F32 => launch(blueprint, transports, |_, n| Cpu::<f32>::new(n))?,
             Precision::F16 => launch(blueprint, transports, |_, n| Cpu::<f16>::new(n))?,

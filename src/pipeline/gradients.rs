@@ -3,7 +3,7 @@
 use super::failure::Cause;
 use super::messages::{StepOutcome, StepPlan};
 use crate::adapter::{Parameter, Role};
-use crate::backend::{AdamwStep, Backend};
+use crate::backend::{AdamwStep, AdamwTensor, Backend};
 use crate::comm::Transport;
 use crate::model::stage::Stage;
 
@@ -50,21 +50,21 @@ fn complete_projection<B: Backend, T: Transport<B>>(
     layers: usize,
 ) -> Result<(), Cause> {
     let blocks = stage.shape().blocks.clone();
-    let Some(prefix) = stage.prefix_mut().filter(|prefix| prefix.is_projected()) else {
+    let Some(mut projection) = stage
+        .prefix_mut()
+        .and_then(|prefix| prefix.projection_mut())
+    else {
         return Ok(());
     };
-    let len = prefix.shape().len * prefix.shape().hidden_size;
-    let mut sum = backend.zeros(len)?;
-    let mut part = backend.zeros(len)?;
+    let len = projection.hidden_len();
+    projection.begin(backend)?;
     for layer in 0..layers {
-        match blocks.contains(&layer) {
-            true => prefix.block_backward(backend, layer - blocks.start, &mut part)?,
-            false => backend.clear(&mut part, len)?,
-        }
-        transport.all_reduce_sum(backend, &mut part, len)?;
-        backend.add(&mut sum, &part, len)?;
+        let own = blocks.contains(&layer).then(|| layer - blocks.start);
+        let part = projection.block_backward(backend, own)?;
+        transport.all_reduce_sum(backend, part, len)?;
+        projection.add_part(backend)?;
     }
-    Ok(prefix.shared_backward(backend, &mut sum)?)
+    Ok(projection.shared_backward(backend)?)
 }
 
 /// The vector on which all stages agree at the end of a step, and its size.
@@ -129,10 +129,10 @@ impl<B: Backend> Agreement<B> {
                 let name = parameter.spec().title();
                 return Err(Cause::NeverWritten { name });
             }
-            if parameter.counted() {
-                parameter.sum_squares(backend, &mut self.values, unscale)?;
-            }
         }
+        let counted = parameters.iter().filter(|parameter| parameter.counted());
+        let terms: Vec<_> = counted.map(|parameter| parameter.norm_term()).collect();
+        backend.sum_squares(&mut self.values, &terms, unscale)?;
         let len = self.parameters + self.micro_batches;
         transport.all_reduce_sum(backend, &mut self.values, len)?;
         let values = backend.read(&self.values, len)?;
@@ -199,13 +199,13 @@ pub fn update<B: Backend>(
         beta1: optimizer.beta1,
         beta2: optimizer.beta2,
         eps: optimizer.eps,
-        weight_decay: optimizer.weight_decay,
         bias_correction1: correction(optimizer.beta1),
         bias_correction2: correction(optimizer.beta2),
         gradient_scale: outcome.clip / plan.loss_scale,
     };
-    for parameter in parameters {
-        parameter.update(backend, step)?;
-    }
-    Ok(())
+    let mut tensors: Vec<AdamwTensor<'_, B>> = parameters
+        .into_iter()
+        .map(|parameter| parameter.to_update(optimizer.weight_decay))
+        .collect();
+    Ok(backend.adamw(&mut tensors, step)?)
 }

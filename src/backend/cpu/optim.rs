@@ -38,7 +38,12 @@ pub struct Tensor<'a, E> {
     pub gradient: &'a [f32],
 }
 
-pub fn adamw<E: Element>(threads: &Threads, tensor: Tensor<'_, E>, step: AdamwStep) {
+pub fn adamw<E: Element>(
+    threads: &Threads,
+    tensor: Tensor<'_, E>,
+    weight_decay: f32,
+    step: AdamwStep,
+) {
     let len = tensor.master.len();
     let (working, master) = (
         Scattered::new(tensor.working),
@@ -59,18 +64,18 @@ pub fn adamw<E: Element>(threads: &Threads, tensor: Tensor<'_, E>, step: AdamwSt
                 gradient: &tensor.gradient[start..start + count],
             }
         };
-        adamw_piece(piece, step);
+        adamw_piece(piece, weight_decay, step);
     });
 }
 
-fn adamw_piece<E: Element>(tensor: Tensor<'_, E>, step: AdamwStep) {
+fn adamw_piece<E: Element>(tensor: Tensor<'_, E>, weight_decay: f32, step: AdamwStep) {
     let moments = tensor.exp_avg.iter_mut().zip(tensor.exp_avg_sq);
     let values = tensor.master.iter_mut().zip(tensor.working);
     for (((m, v), (master, working)), gradient) in moments.zip(values).zip(tensor.gradient) {
         let g = step.gradient_scale * gradient;
         *m = step.beta1 * *m + (1.0 - step.beta1) * g;
         *v = step.beta2 * *v + (1.0 - step.beta2) * g * g;
-        let decayed = *master * (1.0 - step.learning_rate * step.weight_decay);
+        let decayed = *master * (1.0 - step.learning_rate * weight_decay);
         let denominator = (*v / step.bias_correction2).sqrt() + step.eps;
         *master = decayed - step.learning_rate * (*m / step.bias_correction1) / denominator;
         *working = E::from_f32(*master);

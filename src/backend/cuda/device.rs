@@ -6,7 +6,7 @@ use cudarc::driver::result::{DriverError, device as cu_device, primary_ctx, stre
 use cudarc::driver::{result, sys};
 
 use super::error::CudaError;
-use super::library;
+use super::survey::{self, LOWEST_CAPABILITY};
 use crate::backend::BackendError;
 
 type Result<T> = std::result::Result<T, BackendError>;
@@ -109,7 +109,6 @@ impl Device {
     /// # Errors
     /// Libraries are missing, there is no such device, or it cannot run the kernels.
     pub fn open(ordinal: u32) -> std::result::Result<Self, CudaError> {
-        library::open()?;
         let call = |call: &'static str| {
             move |error: DriverError| CudaError::Call {
                 ordinal,
@@ -117,30 +116,20 @@ impl Device {
                 reason: driver_reason(error),
             }
         };
-        let count = cu_device::get_count().map_err(call("cuDeviceGetCount"))? as usize;
-        if count == 0 {
-            return Err(CudaError::NoDevice);
-        }
-        if ordinal as usize >= count {
-            return Err(CudaError::NoSuchDevice { ordinal, count });
-        }
+        survey::check([ordinal])?;
         let device = cu_device::get(ordinal as i32).map_err(call("cuDeviceGet"))?;
         let name = cu_device::get_name(device).map_err(call("cuDeviceGetName"))?;
-        let attribute = |attribute| {
-            // SAFETY: `device` was returned by the driver.
-            unsafe { cu_device::get_attribute(device, attribute) }
-                .map_err(call("cuDeviceGetAttribute"))
-        };
-        use sys::CUdevice_attribute as Attribute;
-        let major = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
-        let minor = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
-        let multiprocessors = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
-        if (major, minor) < (7, 5) {
+        let processors = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+        // SAFETY: `device` was returned by the driver.
+        let multiprocessors = unsafe { cu_device::get_attribute(device, processors) }
+            .map_err(call("cuDeviceGetAttribute"))?;
+        let capability = survey::capability(ordinal, device)?;
+        if capability < LOWEST_CAPABILITY {
             return Err(CudaError::OldDevice {
                 ordinal,
                 name,
-                major,
-                minor,
+                major: capability / 10,
+                minor: capability % 10,
             });
         }
         // SAFETY: `device` was returned by the driver; released when `Device` is dropped.
@@ -153,7 +142,7 @@ impl Device {
         Ok(Device {
             ordinal,
             name,
-            capability: (major * 10 + minor) as u32,
+            capability,
             multiprocessors: multiprocessors as u32,
             device,
             stream,

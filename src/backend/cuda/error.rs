@@ -65,9 +65,9 @@ pub enum CudaError {
         /// Its name.
         name: String,
         /// Compute capability.
-        major: i32,
+        major: u32,
         /// Compute capability.
-        minor: i32,
+        minor: u32,
     },
     /// A kernel does not compile.
     #[error("kernels/{file} does not compile for {arch}:\n{log}")]
@@ -119,4 +119,23 @@ pub enum CudaError {
         /// The library's status.
         reason: String,
     },
+}
+
+impl CudaError {
+    /// Whether the machine or a bug is to blame, not what was asked for.
+    pub fn is_machine(&self) -> bool {
+        match self {
+            CudaError::NoSuchDevice { .. } | CudaError::Cache { .. } | CudaError::Source { .. } => {
+                false
+            }
+            CudaError::NoDriver
+            | CudaError::NoLibrary { .. }
+            | CudaError::OldDriver { .. }
+            | CudaError::NoDevice
+            | CudaError::OldDevice { .. }
+            | CudaError::Compile { .. }
+            | CudaError::Call { .. }
+            | CudaError::Product { .. } => true,
+        }
+    }
 }

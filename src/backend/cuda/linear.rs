@@ -1,11 +1,11 @@
 //! Linear layers: large products by cuBLASLt, low-rank ones by kernels/adapter.cu.
 
 use super::adapter;
-use super::blas::{Kind, Product, Types};
+use super::blas::{BUCKET, Kind, Product, Types};
 use super::device::{Geometry, Kernel, Pointer};
 use super::memory::CudaBuffer;
 use super::module::Modules;
-use super::{Cuda, Result};
+use super::{Cuda, LinearWork, Result};
 use crate::backend::{Element, LinearShape};
 
 /// Kernels of kernels/linear.cu.
@@ -158,4 +158,38 @@ pub(super) fn bias_gradient<T: Element>(
     let geometry = Geometry::line(cols.div_ceil(128), 128);
     cuda.device
         .launch(kernel, geometry, &[dbias, dout, &rows, &cols])
+}
+
+/// Runs the products of a layer once for each bucket of rows, over memory that holds nothing yet.
+pub(super) fn prepare(cuda: &Cuda, layer: &LinearWork, at: Pointer, bytes: usize) -> Result<()> {
+    let (i, o) = (layer.in_features, layer.out_features);
+    let mut kinds = vec![(Kind::Forward { bias: layer.bias }, Types::F16, false)];
+    if layer.backward {
+        kinds.push((Kind::Backward, Types::F16, false));
+    }
+    if layer.weight_gradient {
+        kinds.push((Kind::WeightGradient, Types::F16IntoF32, true));
+    }
+    for bucket in 1..=layer.max_rows.div_ceil(BUCKET) {
+        let rows = (bucket * BUCKET).min(layer.max_rows);
+        if 4 * (i * o).max(rows * i).max(rows * o) > bytes {
+            break;
+        }
+        for &(kind, types, accumulate) in &kinds {
+            cuda.blas.multiply(&Product {
+                kind,
+                types,
+                rows,
+                in_features: i,
+                out_features: o,
+                scale: 0.0,
+                accumulate,
+                out: at,
+                left: at,
+                right: at,
+                bias: at,
+            })?;
+        }
+    }
+    Ok(())
 }

@@ -76,7 +76,7 @@ impl Memory {
         }
     }
 
-    /// Takes `bytes` bytes at once; buffers come from there until it is full or [`Memory::seal`]ed.
+    /// Takes `bytes` bytes at once; buffers come from there until it is full.
     pub fn reserve(&self, bytes: usize) -> Result<()> {
         let allocation = Rc::new(Allocation::new(&self.device, bytes)?);
         *self.arena.borrow_mut() = Some(Arena {
@@ -87,9 +87,12 @@ impl Memory {
         Ok(())
     }
 
-    /// Ends the arena: what comes later has an allocation of its own, and can be freed.
-    pub fn seal(&self) {
-        *self.arena.borrow_mut() = None;
+    /// Start and bytes of the arena.
+    pub fn arena(&self) -> Option<(Pointer, usize)> {
+        let arena = self.arena.borrow();
+        arena
+            .as_ref()
+            .map(|arena| (Pointer(arena.allocation.at), arena.bytes))
     }
 
     /// Room for `len` values, not cleared.

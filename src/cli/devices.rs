@@ -1,0 +1,60 @@
+//! `mp-train devices`: the GPUs of this machine and what this build can do with them.
+
+use std::fmt::Write;
+
+use super::failure::{Failure, FailureClass};
+use super::print;
+use crate::backend::cuda::{self, CudaError, GpuInfo, Survey};
+
+pub(super) fn run() -> Result<(), Failure> {
+    match cuda::survey() {
+        Ok(survey) => print(&describe(&survey)),
+        // A machine without a GPU is not broken; what is missing is still worth telling.
+        Err(error @ (CudaError::NoDriver | CudaError::NoDevice)) => {
+            print(&format!("cpu\n{error}\n"))
+        }
+        Err(error) => Err(Failure::new(FailureClass::Machine, &error)),
+    }
+}
+
+fn describe(survey: &Survey) -> String {
+    let Survey {
+        driver,
+        nvrtc,
+        cublaslt,
+        gpus,
+    } = survey;
+    let mut text = String::from("cpu\n");
+    // Writing to a String cannot fail.
+    let _ = writeln!(
+        text,
+        "CUDA driver {}.{}, NVRTC {}.{}, cuBLASLt {}.{}.{}",
+        driver.0, driver.1, nvrtc.0, nvrtc.1, cublaslt.0, cublaslt.1, cublaslt.2
+    );
+    for gpu in gpus {
+        text.push_str(&describe_gpu(gpu, gpus.len()));
+    }
+    text
+}
+
+fn describe_gpu(gpu: &GpuInfo, count: usize) -> String {
+    let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
+    let (major, minor) = (gpu.capability / 10, gpu.capability % 10);
+    let kernels = match &gpu.kernels {
+        Some(target) => format!("kernels for {target}"),
+        None => "too old, 7.5 is needed".to_owned(),
+    };
+    let list: Vec<String> = gpu.peers.iter().map(ToString::to_string).collect();
+    let peers = match (count, list.is_empty()) {
+        (0 | 1, _) => String::new(),
+        (_, true) => ", no peer access".to_owned(),
+        (_, false) => format!(", peer access to {}", list.join(", ")),
+    };
+    format!(
+        "{}: {}, compute capability {major}.{minor}, {:.1} of {:.1} GiB free, {kernels}{peers}\n",
+        gpu.ordinal,
+        gpu.name,
+        gib(gpu.free_memory),
+        gib(gpu.total_memory),
+    )
+}

@@ -1,0 +1,26 @@
+#!/bin/sh
+# Builds the pretend libcuda, libcublasLt and libnvrtc: build.sh FOLDER
+set -eu
+sources=$(cd "$(dirname "$0")" && pwd)
+mkdir -p "$1"
+folder=$(cd "$1" && pwd)
+compiler=${EMULATOR_CXX:-g++}
+flags="-std=c++17 -O2 -g1 -march=x86-64-v3 -fPIC -fvisibility=hidden -fno-strict-aliasing -Wall -Wextra"
+objects=$(mktemp -d "$folder/objects.XXXXXX")
+trap 'rm -rf "$objects"' EXIT
+
+for name in scheduler fiber tensor_core checks counters devices streams memory modules blas_lt nvrtc; do
+    echo "$name"
+done | xargs -P "$(nproc)" -I NAME "$compiler" $flags "-DEMULATOR_SOURCES=\"$sources\"" -c "$sources/NAME.cpp" -o "$objects/NAME.o"
+
+link() { # link NAME MAJOR OBJECTS AND FLAGS
+    name=$1 major=$2
+    shift 2
+    "$compiler" -shared -Wl,-soname,"$name" -Wl,-z,defs -Wl,-rpath,'$ORIGIN' "$@" -o "$objects/$name"
+    mv "$objects/$name" "$folder/$name"
+    ln -sf "$name" "$folder/$name.$major"
+}
+cd "$objects"
+link libcuda.so 1 scheduler.o fiber.o tensor_core.o checks.o counters.o devices.o streams.o memory.o modules.o -ldl -lpthread
+link libcublasLt.so 12 blas_lt.o "-L$folder" -lcuda
+link libnvrtc.so 12 nvrtc.o -ldl

@@ -1,0 +1,366 @@
+// Modules, functions and launches.
+#include "driver.h"
+#include "image.h"
+#include <cstdio>
+#include <cstdlib>
+#include <dlfcn.h>
+#include <fcntl.h>
+#include <link.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+namespace emulator {
+
+struct Resources {
+    int registers;
+    size_t static_shared;
+};
+struct Module;
+struct Function {
+    Module* module;
+    const Kernel* kernel;
+    Resources resources;
+    int dynamic_limit;
+};
+struct Module {
+    Context* context;
+    void* library;
+    unsigned capability;
+    void* (*anchor)();
+    ptrdiff_t anchor_offset;  // of the anchor in the static shared memory
+    size_t static_bytes;
+    std::map<std::string, size_t> shared_symbols;  // names and sizes of its shared variables
+    std::map<std::string, std::unique_ptr<Function>> functions;
+};
+static std::map<void*, std::unique_ptr<Module>> modules;
+static std::map<void*, Function*> functions;
+
+static void* static_shared_of_this_thread(void* module) {
+    const Module& m = *static_cast<Module*>(module);
+    return static_cast<char*>(m.anchor()) - m.anchor_offset;
+}
+
+// Finds the static shared memory of a module: its thread-local variables, or a section of it.
+struct TlsSearch {
+    const char* base;
+    char* anchor;
+    ptrdiff_t offset;
+    size_t bytes;
+};
+static int search_tls(dl_phdr_info* info, size_t, void* data) {
+    TlsSearch& search = *static_cast<TlsSearch*>(data);
+    if ((const char*)info->dlpi_addr != search.base) return 0;
+    for (int i = 0; i < info->dlpi_phnum; i++) {
+        if (info->dlpi_phdr[i].p_type != PT_TLS) continue;
+        search.bytes = info->dlpi_phdr[i].p_memsz;
+        search.offset = search.anchor - static_cast<char*>(info->dlpi_tls_data);
+    }
+    return 1;
+}
+static void find_static_shared(Module& module) {
+    module.anchor = reinterpret_cast<void* (*)()>(dlsym(module.library, "emulator_anchor"));
+    const auto bytes = static_cast<const size_t*>(dlsym(module.library, "emulator_static_bytes"));
+    module.anchor_offset = 0;
+    module.static_bytes = bytes == nullptr ? 0 : *bytes;
+    if (bytes != nullptr) return;  // a section
+    link_map* map = nullptr;
+    if (module.anchor == nullptr || dlinfo(module.library, RTLD_DI_LINKMAP, &map) != 0) return;
+    TlsSearch search = {(const char*)map->l_addr, (char*)module.anchor(), 0, 0};
+    dl_iterate_phdr(search_tls, &search);
+    module.anchor_offset = search.offset;
+    module.static_bytes = search.bytes;
+}
+
+// Names and sizes of the shared variables in the library's symbol table: thread-local ones, or those
+// of their section.
+static void read_shared_symbols(Module& module, int file) {
+    const off_t bytes = lseek(file, 0, SEEK_END);
+    char* start = static_cast<char*>(mmap(nullptr, (size_t)bytes, PROT_READ, MAP_PRIVATE, file, 0));
+    if (start == MAP_FAILED) return;
+    const auto header = reinterpret_cast<const ElfW(Ehdr)*>(start);
+    const auto sections = reinterpret_cast<const ElfW(Shdr)*>(start + header->e_shoff);
+    const char* section_names = start + sections[header->e_shstrndx].sh_offset;
+    for (unsigned i = 0; i < header->e_shnum; i++) {
+        if (sections[i].sh_type != SHT_SYMTAB) continue;
+        const auto symbols = reinterpret_cast<const ElfW(Sym)*>(start + sections[i].sh_offset);
+        const char* names = start + sections[sections[i].sh_link].sh_offset;
+        for (size_t j = 0; j < sections[i].sh_size / sizeof *symbols; j++) {
+            const unsigned section = symbols[j].st_shndx;
+            const bool in_section = section < header->e_shnum && strcmp(section_names + sections[section].sh_name, "emulator_shared") == 0;
+            if (ELF64_ST_TYPE(symbols[j].st_info) == STT_TLS || in_section) module.shared_symbols[names + symbols[j].st_name] = symbols[j].st_size;
+        }
+    }
+    munmap(start, (size_t)bytes);
+}
+
+static CUresult open_library(int file, Module& module) {
+    char path[64];
+    snprintf(path, sizeof path, "/proc/self/fd/%d", file);
+    module.library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+    if (module.library == nullptr) return refuse(invalid_image, "cuModuleLoadData: %s", dlerror());
+    read_shared_symbols(module, file);
+    return success;
+}
+
+static CUresult load(Module** result, const void* image) {
+    if (const CUresult error = usable()) return error;
+    if (image == nullptr) return invalid_value;
+    const unsigned device = (unsigned)settings().architecture->capability;
+    auto module = std::make_unique<Module>();
+    module->context = current;
+    char path[1001];
+    ImageHeader header;
+    if (memcmp(image, "//emulator-ptx", 14) == 0) {
+        if (sscanf(static_cast<const char*>(image), ptx_format, &module->capability, path) != 2) return invalid_ptx;
+        if (module->capability > device) return refuse(invalid_ptx, "PTX of compute_%u on a device of capability %u", module->capability, device);
+        const int file = open(path, O_RDONLY | O_CLOEXEC);
+        if (file < 0) return refuse(invalid_ptx, "%s is gone", path);
+        const CUresult error = open_library(file, *module);
+        close(file);
+        if (error) return error;
+    } else {
+        if (memcmp(image, image_magic, sizeof image_magic) != 0) return invalid_image;
+        memcpy(&header, image, sizeof header);
+        if (header.emulator != interface_version) return refuse(invalid_image, "the image was made for another version of the emulator");
+        module->capability = header.capability;
+        if (header.capability / 10 != device / 10 || header.capability > device) return refuse(no_binary_for_gpu, "CUBIN of sm_%u on a device of capability %u", header.capability, device);
+        const int file = memfd_create("kernels", MFD_CLOEXEC);
+        const char* bytes = static_cast<const char*>(image) + sizeof header;
+        for (uint64_t done = 0; done < header.bytes;) {
+            const ssize_t written = write(file, bytes + done, header.bytes - done);
+            if (written <= 0) return out_of_memory;
+            done += (uint64_t)written;
+        }
+        const CUresult error = open_library(file, *module);
+        close(file);
+        if (error) return error;
+    }
+    find_static_shared(*module);
+    count("modules");
+    trace("load_module", "\"capability\":" + std::to_string(module->capability));
+    std::lock_guard<std::mutex> lock(state);
+    *result = module.get();
+    modules[module.get()] = std::move(module);
+    return success;
+}
+
+// The static shared memory that a kernel's own body declares: its variables' mangled names begin so.
+static size_t own_shared(const Module& module, const char* kernel) {
+    const std::string prefix = "_ZZ" + std::to_string(strlen(kernel)) + kernel + "E";
+    size_t sum = 0;
+    for (const auto& [name, bytes] : module.shared_symbols) {
+        if (name.compare(0, prefix.size(), prefix) == 0) sum += (bytes + 15) / 16 * 16;
+    }
+    return sum;
+}
+
+// From the file that EMULATOR_REGISTERS names: lines of capability, kernel, registers per thread, bytes
+// of static shared memory. Without it a kernel is taken to use all registers that its launch bounds
+// leave, and the static shared memory that its own body declares.
+static Resources resources_of(const Module& module, const Kernel& kernel) {
+    static const std::map<std::pair<unsigned, std::string>, Resources> table = [] {
+        std::map<std::pair<unsigned, std::string>, Resources> table;
+        const char* path = getenv("EMULATOR_REGISTERS");
+        FILE* file = path == nullptr ? nullptr : fopen(path, "r");
+        if (file == nullptr) return table;
+        unsigned capability;
+        char name[256];
+        Resources r;
+        while (fscanf(file, "%u %255s %d %zu", &capability, name, &r.registers, &r.static_shared) == 4) table[{capability, name}] = r;
+        fclose(file);
+        return table;
+    }();
+    const auto found = table.find({module.capability, kernel.name});
+    if (found != table.end()) return found->second;
+    const unsigned threads = kernel.max_threads == 0 ? 256 : std::max(32u, kernel.max_threads);
+    return {(int)std::min(255u, 65536 / threads), own_shared(module, kernel.name)};
+}
+
+static CUresult check_launch(const Function& f, dim3 grid, dim3 block, unsigned dynamic_bytes) {
+    const char* name = f.kernel->name;
+    const unsigned long long threads = (unsigned long long)block.x * block.y * block.z;
+    if (grid.x == 0 || grid.y == 0 || grid.z == 0 || threads == 0) return refuse(invalid_value, "%s: an empty grid or block: (%u,%u,%u) x (%u,%u,%u)", name, grid.x, grid.y, grid.z, block.x, block.y, block.z);
+    if (grid.x > 2147483647 || grid.y > 65535 || grid.z > 65535) return refuse(invalid_value, "%s: the grid (%u,%u,%u) is too large", name, grid.x, grid.y, grid.z);
+    if (block.x > 1024 || block.y > 1024 || block.z > 64 || threads > 1024) return refuse(invalid_value, "%s: the block (%u,%u,%u) is too large", name, block.x, block.y, block.z);
+    if (f.kernel->max_threads != 0 && threads > f.kernel->max_threads) return refuse(invalid_value, "%s: %llu threads, its launch bound is %u", name, threads, f.kernel->max_threads);
+    // Registers are given to warps in pieces of 256.
+    const unsigned long long warps = (threads + 31) / 32, per_warp = ((unsigned long long)f.resources.registers * 32 + 255) / 256 * 256;
+    if (warps * per_warp > 65536) return refuse(launch_out_of_resources, "%s: %llu threads x %d registers%s", name, threads, f.resources.registers, f.kernel->max_threads == 0 ? " (it has no __launch_bounds__: a thread may use 255)" : "");
+    const unsigned long long shared = f.resources.static_shared + dynamic_bytes;
+    const unsigned long long limit = std::max<unsigned long long>(settings().architecture->shared_per_block, f.resources.static_shared + f.dynamic_limit);
+    if (shared > limit) return refuse(invalid_value, "%s: %u bytes of dynamic and %zu of static shared memory, %llu are allowed (cuFuncSetAttribute raises it to at most %u)", name, dynamic_bytes, f.resources.static_shared, limit, settings().architecture->shared_opt_in);
+    return success;
+}
+
+// The values of a launch's arguments, kept until it runs.
+struct Arguments {
+    std::vector<std::unique_ptr<char[]>> values;
+    std::vector<void*> addresses;
+};
+
+static std::string geometry_json(const Kernel& kernel, dim3 grid, dim3 block, unsigned dynamic_bytes) {
+    char text[400];
+    snprintf(text, sizeof text, "\"kernel\":\"%s\",\"grid\":[%u,%u,%u],\"block\":[%u,%u,%u],\"shared\":%u", kernel.name, grid.x, grid.y, grid.z, block.x, block.y, block.z, dynamic_bytes);
+    return text;
+}
+
+static CUresult run_launch(Context& context, const Function& f, const Arguments& arguments, dim3 grid, dim3 block, size_t dynamic_bytes) {
+    const Kernel& kernel = *f.kernel;
+    for (unsigned i = 0; i < kernel.argument_count; i++) {
+        if (!kernel.arguments[i].pointer) continue;
+        CUdeviceptr address;
+        memcpy(&address, arguments.addresses[i], sizeof address);
+        if (const CUresult error = check_kernel_pointer(context, address, kernel.name, i)) return error;
+    }
+    Launch launch = {&kernel, const_cast<void**>(arguments.addresses.data()), grid, block, dynamic_bytes, {static_shared_of_this_thread, f.module, f.module->static_bytes}};
+    Schedule schedule;
+    {
+        std::lock_guard<std::mutex> lock(state);
+        schedule = settings().schedule;
+    }
+    const std::string error = run(launch, schedule);
+    if (error.empty()) return success;
+    return refuse(launch_failed, "%s: %s", kernel.name, error.c_str());
+}
+
+static CUresult launch_kernel(Function* f, dim3 grid, dim3 block, unsigned dynamic_bytes, void* handle, void** parameters, void** extra) {
+    if (const CUresult error = usable()) return error;
+    {
+        std::lock_guard<std::mutex> lock(state);
+        if (functions.count(f) == 0) return invalid_handle;
+    }
+    const StreamRef stream = find_stream(handle);
+    if (!stream) return invalid_handle;
+    const Kernel& kernel = *f->kernel;
+    if (stream->context != current || f->module->context != current) return refuse(invalid_handle, "%s: kernel, stream and thread have different contexts", kernel.name);
+    if (extra != nullptr) return refuse(not_supported, "%s: launched with packed arguments", kernel.name);
+    if (parameters == nullptr && kernel.argument_count > 0) return invalid_value;
+    if (const CUresult error = check_launch(*f, grid, block, dynamic_bytes)) return error;
+    auto arguments = std::make_shared<Arguments>();
+    for (unsigned i = 0; i < kernel.argument_count; i++) {
+        if (parameters[i] == nullptr) return refuse(invalid_value, "%s: argument %u is missing", kernel.name, i);
+        arguments->values.push_back(std::make_unique<char[]>(kernel.arguments[i].bytes));
+        memcpy(arguments->values.back().get(), parameters[i], kernel.arguments[i].bytes);
+        arguments->addresses.push_back(arguments->values.back().get());
+    }
+    count("launches");
+    count(std::string("launch:") + kernel.name);
+    trace("launch", geometry_json(kernel, grid, block, dynamic_bytes));
+    const bool fails = planned_failure(std::string("launch:") + kernel.name) || planned_failure("launch:*");
+    Context& context = *current;
+    return enqueue(stream, [=, &context] {
+        if (fails) return refuse(launch_failed, "%s: fails, as EMULATOR_FAIL says", f->kernel->name);
+        return run_launch(context, *f, *arguments, grid, block, dynamic_bytes);
+    });
+}
+
+}  // namespace emulator
+
+using namespace emulator;
+
+API CUresult cuModuleLoadData(Module** module, const void* image) { return load(module, image); }
+API CUresult cuModuleLoadDataEx(Module** module, const void* image, unsigned, int*, void**) { return load(module, image); }
+
+API CUresult cuModuleLoad(Module** module, const char* path) {
+    FILE* file = fopen(path, "rb");
+    if (file == nullptr) return file_not_found;
+    std::vector<char> bytes;
+    char part[65536];
+    for (size_t n; (n = fread(part, 1, sizeof part, file)) > 0;) bytes.insert(bytes.end(), part, part + n);
+    fclose(file);
+    bytes.push_back(0);
+    ImageHeader header = {};
+    if (bytes.size() > sizeof header) memcpy(&header, bytes.data(), sizeof header);
+    if (memcmp(header.magic, image_magic, 8) == 0 && header.bytes > bytes.size() - sizeof header) return invalid_image;
+    return load(module, bytes.data());
+}
+
+API CUresult cuModuleUnload(Module* module) {
+    if (const CUresult error = usable()) return error;
+    {
+        std::lock_guard<std::mutex> lock(state);
+        if (modules.count(module) == 0) return invalid_handle;
+    }
+    const CUresult error = finish(*module->context);
+    std::lock_guard<std::mutex> lock(state);
+    for (const auto& [name, function] : module->functions) functions.erase(function.get());
+    void* library = module->library;
+    modules.erase(module);
+    dlclose(library);
+    return error;
+}
+
+API CUresult cuModuleGetFunction(Function** function, Module* module, const char* name) {
+    if (const CUresult error = usable()) return error;
+    std::lock_guard<std::mutex> lock(state);
+    if (modules.count(module) == 0) return invalid_handle;
+    std::unique_ptr<Function>& known = module->functions[name];
+    if (!known) {
+        const auto kernels = static_cast<const Kernel*>(dlsym(module->library, "emulator_kernels"));
+        const auto number = static_cast<const unsigned*>(dlsym(module->library, "emulator_kernel_count"));
+        for (unsigned i = 0; kernels != nullptr && number != nullptr && i < *number; i++) {
+            if (strcmp(kernels[i].name, name) != 0) continue;
+            const Resources resources = resources_of(*module, kernels[i]);
+            const int limit = std::max(0, (int)settings().architecture->shared_per_block - (int)resources.static_shared);
+            known = std::make_unique<Function>(Function{module, &kernels[i], resources, limit});
+            functions[known.get()] = known.get();
+        }
+        if (!known) {
+            module->functions.erase(name);
+            return not_found;
+        }
+    }
+    *function = known.get();
+    return success;
+}
+
+API CUresult cuModuleGetGlobal_v2(CUdeviceptr*, size_t*, Module*, const char* name) {
+    return refuse(not_found, "cuModuleGetGlobal(%s): kernels have no global variables here", name);
+}
+
+API CUresult cuFuncGetAttribute(int* value, int attribute, Function* f) {
+    if (const CUresult error = usable()) return error;
+    switch (attribute) {
+        case 0: *value = f->kernel->max_threads != 0 ? (int)f->kernel->max_threads : std::min(1024, 65536 / std::max(1, f->resources.registers) / 32 * 32); break;
+        case 1: *value = (int)f->resources.static_shared; break;
+        case 4: *value = f->resources.registers; break;
+        case 5:
+        case 6: *value = (int)f->module->capability; break;
+        case 8: *value = f->dynamic_limit; break;
+        case 9: *value = -1; break;
+        default: *value = 0; break;
+    }
+    return success;
+}
+
+API CUresult cuFuncSetAttribute(Function* f, int attribute, int value) {
+    if (const CUresult error = usable()) return error;
+    if (attribute == 9) return value >= -1 && value <= 100 ? success : invalid_value;
+    if (attribute != 8) return invalid_value;
+    const long long limit = (long long)settings().architecture->shared_opt_in - (long long)f->resources.static_shared;
+    if (value < 0 || value > limit) return refuse(invalid_value, "%s: %d bytes of dynamic shared memory, this device offers %lld", f->kernel->name, value, limit);
+    f->dynamic_limit = value;
+    return success;
+}
+API CUresult cuFuncSetCacheConfig(Function*, int) { return usable(); }
+
+API CUresult cuOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Function* f, int threads, size_t dynamic_bytes) {
+    if (const CUresult error = usable()) return error;
+    if (threads <= 0) return invalid_value;
+    const Architecture& a = *settings().architecture;
+    const unsigned warps = (unsigned)(threads + 31) / 32;
+    const unsigned reserved = a.capability >= 80 ? 1024 : 0;
+    const size_t shared = f->resources.static_shared + dynamic_bytes + reserved;
+    unsigned most = std::min(a.blocks_per_multiprocessor, a.threads_per_multiprocessor / (warps * 32));
+    most = std::min(most, 65536 / (warps * (((unsigned)f->resources.registers * 32 + 255) / 256 * 256)));
+    if (shared > 0) most = std::min<unsigned>(most, (unsigned)(a.shared_per_multiprocessor / shared));
+    *blocks = (int)most;
+    return success;
+}
+API CUresult cuOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, Function* f, int threads, size_t dynamic_bytes, unsigned) {
+    return cuOccupancyMaxActiveBlocksPerMultiprocessor(blocks, f, threads, dynamic_bytes);
+}
+
+API CUresult cuLaunchKernel(Function* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned dynamic_bytes, void* stream, void** parameters, void** extra) {
+    return launch_kernel(f, dim3(gx, gy, gz), dim3(bx, by, bz), dynamic_bytes, stream, parameters, extra);
+}

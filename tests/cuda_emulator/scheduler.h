@@ -1,0 +1,41 @@
+// Runs one kernel launch on the CPU: its blocks one after the other (or spread over OS threads), the
+// threads of a block as fibers in a chosen order.
+#pragma once
+
+#include "cuda_emulator.h"
+#include <string>
+
+namespace emulator {
+
+enum class Order { forward = 0, reverse = 1, random = 2 };
+
+// Fills the static shared memory that belongs to the calling OS thread.
+struct StaticShared {
+    void* (*of_this_thread)(void* module);
+    void* module;
+    size_t bytes;
+};
+
+struct Launch {
+    const Kernel* kernel;
+    void** arguments;
+    dim3 grid, block;
+    size_t dynamic_bytes;
+    StaticShared static_shared;
+};
+
+struct Schedule {
+    Order order = Order::forward;
+    uint64_t seed = 1;
+    unsigned os_threads = 1;
+    // Race detection across blocks: each thread of each block is a thread of its own to the detector.
+    bool blocks_apart = false;
+};
+
+// What fresh memory holds: differs between the orders, so that reading it shows as a difference.
+unsigned char fresh_byte(const Schedule& schedule, uint64_t salt);
+
+// Returns "" or what the kernel did wrong.
+std::string run(const Launch& launch, const Schedule& schedule);
+
+}  // namespace emulator
