@@ -75,6 +75,11 @@ impl Key {
         }
     }
 
+    /// The key itself, for generators that run elsewhere.
+    pub fn to_words(self) -> [u32; 2] {
+        self.0
+    }
+
     fn derive(self, [a, b, c]: [u32; 3]) -> Self {
         let [x, y, _, _] = philox([a, b, c, DERIVE], self.0);
         Key([x, y])

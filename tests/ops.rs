@@ -34,10 +34,16 @@ mod norm;
 mod numbers;
 #[path = "ops/optimiser.rs"]
 mod optimiser;
+#[path = "ops/quant.rs"]
+mod quant;
+#[path = "ops/rms_norm.rs"]
+mod rms_norm;
 #[path = "ops/rotary.rs"]
 mod rotary;
 #[path = "ops/rows.rs"]
 mod rows;
+#[path = "ops/swiglu.rs"]
+mod swiglu;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
@@ -82,18 +88,21 @@ fn drive<B: Backend, F: Fn() -> B>(
 
 type Cases<B> = fn(&B, &mut Check);
 
-fn families<B: Backend>() -> [(&'static str, Cases<B>); 10] {
+fn families<B: Backend>() -> [(&'static str, Cases<B>); 13] {
     [
         ("memory", memory::cases::<B>),
         ("rows", rows::cases::<B>),
         ("norm", norm::cases::<B>),
+        ("rms_norm", rms_norm::cases::<B>),
         ("linear", linear::cases::<B>),
         ("rotary", rotary::cases::<B>),
         ("attention", attention::cases::<B>),
         ("dropout", dropout::cases::<B>),
         ("activation", activation::cases::<B>),
+        ("swiglu", swiglu::cases::<B>),
         ("loss", loss::cases::<B>),
         ("optimiser", optimiser::cases::<B>),
+        ("quant", quant::cases::<B>),
     ]
 }
 
@@ -112,7 +121,7 @@ fn ops_of_the_trait() -> Vec<String> {
         })
         .collect();
     assert!(
-        ops.len() >= 34,
+        ops.len() >= 40,
         "only {} ops found in the trait's source",
         ops.len()
     );

@@ -8,6 +8,7 @@ pub trait Plain: bytemuck::Pod + Send + Sync {}
 impl Plain for f32 {}
 impl Plain for f16 {}
 impl Plain for u32 {}
+impl Plain for i8 {}
 
 /// A floating-point storage type. Arithmetic is always done in f32.
 pub trait Element: Plain {

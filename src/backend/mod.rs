@@ -15,6 +15,10 @@ pub mod cuda;
 mod element;
 mod shapes;
 
+use half::f16;
+
+use crate::quant::Bits;
+
 pub use element::{Element, Plain};
 pub use shapes::{
     AdamwStep, AdamwTensor, AttentionLayout, Dropout, HeadLayout, LinearShape, NormShape, Prefix,
@@ -153,6 +157,41 @@ pub trait Backend: Sized + 'static {
         &self,
         dweight: &mut Self::Buffer<f32>,
         dbias: &mut Self::Buffer<f32>,
+        dout: RowGradient<'_, Self>,
+        x: &Self::Buffer<f32>,
+        stats: &Self::Buffer<f32>,
+        shape: NormShape,
+    ) -> Result<()>;
+
+    /// RMS norm (Zhang & Sennrich 2019): `out = x * rstd * weight` per row, with
+    /// `rstd = 1 / sqrt(mean(x²) + eps)`. `stats [T]`: all rstds.
+    fn rms_norm(
+        &self,
+        out: &mut Self::Buffer<Self::Element>,
+        stats: &mut Self::Buffer<f32>,
+        x: &Self::Buffer<f32>,
+        weight: &Self::Buffer<Self::Element>,
+        shape: NormShape,
+    ) -> Result<()>;
+
+    /// Gradient of [`Backend::rms_norm`] with respect to x, added to what `dx` holds when
+    /// `accumulate`: to the gradient that came along a residual taken in front of the norm.
+    #[allow(clippy::too_many_arguments)]
+    fn rms_norm_backward(
+        &self,
+        dx: &mut Self::Buffer<Self::Element>,
+        dout: RowGradient<'_, Self>,
+        x: &Self::Buffer<f32>,
+        stats: &Self::Buffer<f32>,
+        weight: &Self::Buffer<Self::Element>,
+        shape: NormShape,
+        accumulate: bool,
+    ) -> Result<()>;
+
+    /// Adds the gradient of [`Backend::rms_norm`] with respect to weight, rows ascending.
+    fn rms_norm_weight_gradient(
+        &self,
+        dweight: &mut Self::Buffer<f32>,
         dout: RowGradient<'_, Self>,
         x: &Self::Buffer<f32>,
         stats: &Self::Buffer<f32>,
@@ -329,6 +368,26 @@ pub trait Backend: Sized + 'static {
         len: usize,
     ) -> Result<()>;
 
+    /// SwiGLU (Shazeer 2020): `out = silu(x[.., ..F]) * x[.., F..]` with
+    /// `silu(a) = a / (1 + e^-a)`. `out [T, F]`, `x [T, 2 F]`.
+    fn swiglu(
+        &self,
+        out: &mut Self::Buffer<Self::Element>,
+        x: &Self::Buffer<Self::Element>,
+        rows: usize,
+        inner_hidden_size: usize,
+    ) -> Result<()>;
+
+    /// Gradient of [`Backend::swiglu`]: `dx [T, 2 F]` from `dout [T, F]` and `x [T, 2 F]`.
+    fn swiglu_backward(
+        &self,
+        dx: &mut Self::Buffer<Self::Element>,
+        dout: &Self::Buffer<Self::Element>,
+        x: &Self::Buffer<Self::Element>,
+        rows: usize,
+        inner_hidden_size: usize,
+    ) -> Result<()>;
+
     /// `x = tanh(x)`, in place.
     fn tanh(&self, x: &mut Self::Buffer<f32>, len: usize) -> Result<()>;
 
@@ -381,6 +440,24 @@ pub trait Backend: Sized + 'static {
         out: &mut Self::Buffer<f32>,
         terms: &[SumOf<'_, Self>],
         scale: f32,
+    ) -> Result<()>;
+
+    /// The weights that codes stand for: `out[o, i] = code[o, i] * scales[o]`, rounded to float16
+    /// whatever the storage type, as [`QuantisedMatrix::dequantised`] does.
+    ///
+    /// `out [O, I]`, `scales [O]`; `codes` as [`Bits`] packs them, `[O, I]` bytes or, with an even I,
+    /// `[O, I / 2]`.
+    ///
+    /// [`QuantisedMatrix::dequantised`]: crate::quant::QuantisedMatrix::dequantised
+    #[allow(clippy::too_many_arguments)]
+    fn dequantise(
+        &self,
+        out: &mut Self::Buffer<Self::Element>,
+        codes: &Self::Buffer<i8>,
+        scales: &Self::Buffer<f16>,
+        bits: Bits,
+        rows: usize,
+        cols: usize,
     ) -> Result<()>;
 
     /// One AdamW step (Loshchilov & Hutter 2019) on the f32 master values of each tensor, then on its

@@ -13,7 +13,7 @@ use crate::config::error::ConfigError;
 use crate::config::file::ConfigFile;
 use crate::config::layers::Layers;
 use crate::config::raw::RawConfig;
-use crate::config::run::{Device, Precision, RunConfig, TemplateKind};
+use crate::config::run::{Device, Precision, RotaryPrecision, RunConfig, TemplateKind};
 
 /// Model-parallel fine-tuning of ChatGLM-6B: LoRA, P-Tuning v2, whole model
 #[derive(Debug, Parser)]
@@ -129,6 +129,9 @@ pub(super) struct ModelArgs {
     /// Storage of weights and activations [f32 on cpu]
     #[arg(long, value_name = "f32|f16", hide_possible_values = true)]
     pub precision: Option<Precision>,
+    /// Rounding of the rotary tables; that of the training [original with f16]
+    #[arg(long, value_name = "original|f32", hide_possible_values = true)]
+    pub rotary_table: Option<RotaryPrecision>,
     /// CPU threads of all stages together [all cores]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4_096))]
     pub threads: Option<u32>,

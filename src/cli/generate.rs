@@ -106,9 +106,11 @@ pub(super) fn options(args: &ModelArgs, sampling: Sampling) -> Result<GenerateOp
         )));
     }
     let defaults = GenerateOptions::new(args.model.clone(), args.devices.clone());
+    let precision = args.precision.unwrap_or(defaults.precision);
     Ok(GenerateOptions {
         adapter: args.adapter.clone(),
-        precision: args.precision.unwrap_or(defaults.precision),
+        precision,
+        rotary_table: args.rotary_table.unwrap_or(precision.rotary_table()),
         balance: args
             .balance
             .as_ref()

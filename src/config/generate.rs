@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use super::resolve;
-use super::run::{Device, Precision, TemplateKind};
+use super::run::{Device, Precision, RotaryPrecision, TemplateKind};
 
 /// How to generate.
 #[derive(Clone, Debug, PartialEq)]
@@ -14,6 +14,8 @@ pub struct GenerateOptions {
     pub adapter: Option<PathBuf>,
     /// Storage type of weights and activations.
     pub precision: Precision,
+    /// Rounding of the rotary tables.
+    pub rotary_table: RotaryPrecision,
     /// One stage per entry.
     pub devices: Vec<Device>,
     /// Blocks per stage, as many as devices; chosen by cost when absent.
@@ -33,10 +35,12 @@ pub struct GenerateOptions {
 impl GenerateOptions {
     /// The defaults over `devices`: greedy, 128 new ids at most, ending at eop, all cores.
     pub fn new(model: PathBuf, devices: Vec<Device>) -> Self {
+        let precision = resolve::default_precision(&devices);
         GenerateOptions {
             model,
             adapter: None,
-            precision: resolve::default_precision(&devices),
+            precision,
+            rotary_table: precision.rotary_table(),
             devices,
             balance: None,
             threads: resolve::default_threads(),

@@ -2,7 +2,7 @@
 
 /// Every section with its keys, in the order in which they are printed.
 pub(super) const SECTIONS: &[(&str, &[&str])] = &[
-    ("model", &["path", "precision"]),
+    ("model", &["path", "precision", "rotary_table"]),
     (
         "adapter",
         &[

@@ -17,7 +17,7 @@ use super::byte_size::ByteSize;
 use super::paths::Paths;
 use super::run::{
     BadRowPolicy, Device, LossNormalisation, LrSchedule, Precision, Recompute, Resume,
-    ScheduleKind, TemplateKind,
+    RotaryPrecision, ScheduleKind, TemplateKind,
 };
 
 /// A run configuration as typed, in a file or as flags.
@@ -53,6 +53,9 @@ pub struct RawModel {
     /// Storage of weights and activations [f32 on cpu]
     #[arg(long, value_name = "f32|f16", hide_possible_values = true)]
     pub precision: Option<Precision>,
+    /// Rounding of the rotary tables: original as the model's own f16 code [original with f16]
+    #[arg(long, value_name = "original|f32", hide_possible_values = true)]
+    pub rotary_table: Option<RotaryPrecision>,
 }
 
 /// What is trained.

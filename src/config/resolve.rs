@@ -44,10 +44,14 @@ pub(super) fn resolve(typed: &Layers) -> Result<RunConfig, ConfigError> {
 }
 
 fn model(typed: &Layers, devices: &[Device]) -> Result<ModelSection, ConfigError> {
+    let precision = setting!(typed, model.precision)
+        .or(default_precision(devices))
+        .any();
     Ok(ModelSection {
         path: path(setting!(typed, model.path).required("\"models/chatglm-6b\"")?)?,
-        precision: setting!(typed, model.precision)
-            .or(default_precision(devices))
+        precision,
+        rotary_table: setting!(typed, model.rotary_table)
+            .or(precision.rotary_table())
             .any(),
     })
 }

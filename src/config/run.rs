@@ -59,6 +59,8 @@ pub struct ModelSection {
     pub path: PathBuf,
     /// Storage type of weights and activations.
     pub precision: Precision,
+    /// Rounding of the rotary tables.
+    pub rotary_table: RotaryPrecision,
 }
 
 /// Storage type of weights and activations; arithmetic is f32 either way.
@@ -70,6 +72,28 @@ pub enum Precision {
     F32,
     /// IEEE binary16, with dynamic loss scale.
     F16,
+}
+
+/// How the tables of the rotary embedding are rounded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+#[value(rename_all = "lowercase")]
+pub enum RotaryPrecision {
+    /// Angles, cosines and sines in f32, as the original computes them when the model runs in f32.
+    F32,
+    /// The angle rounded to f16 before cosine and sine, and these kept as f16, as the original
+    /// computes them when the model runs in half. Far positions drift; trained checkpoints know it.
+    Original,
+}
+
+impl Precision {
+    /// The tables that the original computes at this precision.
+    pub fn rotary_table(self) -> RotaryPrecision {
+        match self {
+            Precision::F32 => RotaryPrecision::F32,
+            Precision::F16 => RotaryPrecision::Original,
+        }
+    }
 }
 
 /// `[adapter]`: what is trained. `kind = "lora" | "prefix" | "full"`.

@@ -7,7 +7,7 @@ use serde::Serialize;
 use super::corpus::{self, Identity, Question, Who};
 use super::{DemoError, DemoOptions, rows};
 use crate::config::generate::GenerateOptions;
-use crate::config::run::{Device, Precision};
+use crate::config::run::{Device, Precision, RotaryPrecision};
 use crate::data::rows::PromptRow;
 use crate::data::tokenizer::{ConfigIds, TokenizerFiles};
 use crate::generate::Generator;
@@ -143,6 +143,7 @@ pub fn ask(
     let settings = GenerateOptions {
         adapter: adapter.map(Path::to_owned),
         precision: Precision::F32,
+        rotary_table: RotaryPrecision::F32,
         threads: options.threads,
         ..GenerateOptions::new(model.to_owned(), devices.to_vec())
     };

@@ -7,7 +7,7 @@ use super::files::Folder;
 use crate::config::run::{
     AdapterSection, DataSection, Device, FullSection, LoraSection, LossNormalisation, LrSchedule,
     ModelSection, OptimizerSection, PipelineSection, Precision, PrefixSection, Recompute, Resume,
-    RunConfig, RunSection, ScheduleKind,
+    RotaryPrecision, RunConfig, RunSection, ScheduleKind,
 };
 
 /// The three runs, each behind the one before it.
@@ -95,6 +95,7 @@ impl Run {
             model: ModelSection {
                 path: self.model,
                 precision: Precision::F32,
+                rotary_table: RotaryPrecision::F32,
             },
             adapter: self.adapter,
             data: DataSection::token_ids(self.rows, true),

@@ -88,6 +88,7 @@ impl Generator {
         let layout = Layout {
             devices: options.devices.clone(),
             precision: options.precision,
+            rotary_table: options.rotary_table,
             schedule: Schedule::build(ScheduleKind::OneForwardOneBackward, stages.len(), 1),
             recompute: vec![Recompute::Block; stages.len()],
             stages,

@@ -3,16 +3,7 @@
 use half::f16;
 
 use crate::backend::{Backend, BackendError};
-
-/// How the tables are rounded.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum RotaryPrecision {
-    /// Angles, cosines and sines in f32, as the original computes them when the model runs in f32.
-    F32,
-    /// The angle rounded to f16 before cosine and sine, and these kept as f16, as the original
-    /// computes them when the model runs in half. Far positions drift; trained checkpoints know it.
-    Original,
-}
+pub use crate::config::run::RotaryPrecision;
 
 /// Cosines and sines by position, `[positions, D / 4]` each.
 #[derive(Clone, Debug, PartialEq)]

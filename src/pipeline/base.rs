@@ -141,6 +141,8 @@ pub struct Layout {
     pub devices: Vec<Device>,
     /// Storage type.
     pub precision: Precision,
+    /// Rounding of the rotary tables.
+    pub rotary_table: RotaryPrecision,
     /// The stages.
     pub stages: Vec<StageSpec>,
     /// The order of actions.
@@ -339,10 +341,7 @@ impl Base {
             recompute: layout.recompute.clone(),
             max_rows: layout.max_rows,
             max_sequences: layout.max_sequences,
-            rotary: match layout.precision {
-                Precision::F32 => RotaryPrecision::F32,
-                Precision::F16 => RotaryPrecision::Original,
-            },
+            rotary: layout.rotary_table,
             // GPUs compute by themselves: no stage has to wait for a thread.
             threads: match on_gpus {
                 true => layout.stages.len(),

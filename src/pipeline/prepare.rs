@@ -76,6 +76,7 @@ impl Prepared {
         let mut layout = Layout {
             devices: pipeline.devices.clone(),
             precision: config.model.precision,
+            rotary_table: config.model.rotary_table,
             schedule: Schedule::build(pipeline.schedule, stages.len(), micro_batches),
             recompute: vec![pipeline.recompute; stages.len()],
             stages,

@@ -152,6 +152,11 @@ impl Resumed {
             &then.model.precision,
             &now.model.precision,
         );
+        fact(
+            "model.rotary_table",
+            &then.model.rotary_table,
+            &now.model.rotary_table,
+        );
         fact("data.shuffle", &then.data.shuffle, &now.data.shuffle);
         fact(
             "data.bucket_by_length",

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use mp_train::config::generate::GenerateOptions;
-use mp_train::config::run::{Device, Precision};
+use mp_train::config::run::{Device, Precision, RotaryPrecision};
 use mp_train::data::batch::MicroBatch;
 use mp_train::data::rows::PromptRow;
 use mp_train::generate::Generator;
@@ -169,6 +169,7 @@ fn alone(
     let options = GenerateOptions {
         adapter: adapter.cloned(),
         precision: Precision::F32,
+        rotary_table: RotaryPrecision::F32,
         ..GenerateOptions::new(family.model_folder(), vec![Device::Cpu])
     };
     let base = Base::open(&options.model)?;

@@ -17,9 +17,12 @@ pub fn cases<B: Backend>(b: &B, check: &mut Check) {
             pick(b, check, &mut numbers, rows, cols);
         }
     }
-    // More than one piece of work for the threads.
-    embed(b, check, &mut numbers, 97, 521);
-    pick(b, check, &mut numbers, 97, 521);
+    // Rows of whole 16-byte pieces; more than one piece of work for the threads; many rows, among
+    // which every id comes back often.
+    for (rows, cols) in [(3, 64), (97, 68), (97, 521), (2, 5_000), (700, 24)] {
+        embed(b, check, &mut numbers, rows, cols);
+        pick(b, check, &mut numbers, rows, cols);
+    }
     for dim in [16, 48, 80, 128] {
         for rows in SIZES {
             let layouts = [

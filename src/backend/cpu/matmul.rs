@@ -5,7 +5,7 @@
 //! f32 with one rounding at the end (the crate's own f16 path rounds partial sums).
 
 use super::threads::{Scattered, Threads};
-use crate::backend::Element;
+use crate::backend::{Element, LinearShape};
 
 /// Output tiles to choose from, rows and columns, large to small: the library packs its operands anew
 /// for every tile, so large ones are faster (512 rows instead of 128: 90 to 162 GFLOP/s on one thread
@@ -66,6 +66,67 @@ pub struct Extent {
     pub k: usize,
 }
 
+/// `out = scale * x weightᵀ + bias`, added to `out` when `accumulate`.
+#[allow(clippy::too_many_arguments)]
+pub fn linear<E: Element>(
+    threads: &Threads,
+    out: &mut [E],
+    x: &[E],
+    weight: &[E],
+    bias: Option<&[E]>,
+    shape: LinearShape,
+    scale: f32,
+    accumulate: bool,
+) {
+    let extent = Extent {
+        m: shape.rows,
+        n: shape.out_features,
+        k: shape.in_features,
+    };
+    let x = Matrix::rows(x, shape.in_features);
+    let weight = Matrix::transposed(weight, shape.in_features);
+    product(threads, out, extent, x, weight, bias, scale, accumulate);
+}
+
+/// `dx = scale * dout weight`, added to `dx` when `accumulate`.
+pub fn linear_backward<E: Element>(
+    threads: &Threads,
+    dx: &mut [E],
+    dout: &[E],
+    weight: &[E],
+    shape: LinearShape,
+    scale: f32,
+    accumulate: bool,
+) {
+    let extent = Extent {
+        m: shape.rows,
+        n: shape.in_features,
+        k: shape.out_features,
+    };
+    let dout = Matrix::rows(dout, shape.out_features);
+    let weight = Matrix::rows(weight, shape.in_features);
+    product(threads, dx, extent, dout, weight, None, scale, accumulate);
+}
+
+/// `dweight += scale * doutᵀ x`.
+pub fn weight_gradient<E: Element>(
+    threads: &Threads,
+    dweight: &mut [f32],
+    dout: &[E],
+    x: &[E],
+    shape: LinearShape,
+    scale: f32,
+) {
+    let extent = Extent {
+        m: shape.out_features,
+        n: shape.in_features,
+        k: shape.rows,
+    };
+    let dout = Matrix::transposed(dout, shape.out_features);
+    let x = Matrix::rows(x, shape.in_features);
+    product(threads, dweight, extent, dout, x, None, scale, true);
+}
+
 /// `out = scale * a b + (out if accumulate)` on f32 views, single-threaded.
 /// `out` has contiguous rows `out_stride` apart.
 pub fn multiply(
@@ -124,7 +185,7 @@ pub fn multiply(
 
 /// `out [m, n] = scale * a b + bias + (out if accumulate)`, rounded once to `O`.
 #[allow(clippy::too_many_arguments)]
-pub fn product<T: Element, O: Element>(
+fn product<T: Element, O: Element>(
     threads: &Threads,
     out: &mut [O],
     extent: Extent,

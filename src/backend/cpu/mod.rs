@@ -1,6 +1,7 @@
 //! The CPU backend: the readable reference, and what a person without a GPU runs.
 
 mod attention;
+mod buffer;
 mod dropout;
 mod elementwise;
 mod loss;
@@ -8,28 +9,29 @@ mod matmul;
 mod norm;
 mod optim;
 mod reduce;
+mod rms_norm;
 mod rotary;
 mod rows;
 mod threads;
 
 use std::marker::PhantomData;
 
+use half::f16;
+
 use self::attention::{Geometry, PrefixRows, Saved};
-use self::matmul::{Extent, Matrix};
+pub use self::buffer::CpuBuffer;
 use self::threads::Threads;
 use super::{
     AdamwStep, AdamwTensor, AttentionLayout, Backend, BackendError, Dropout, Element, LinearShape,
     NormShape, Plain, Prefix, RowGradient, Span, SumOf,
 };
+use crate::quant::Bits;
 
 /// The CPU, storing weights and activations as `E`, computing in f32.
 pub struct Cpu<E> {
     threads: Threads,
     element: PhantomData<E>,
 }
-
-/// Host memory.
-pub struct CpuBuffer<T>(Vec<T>);
 
 impl<E: Element> Cpu<E> {
     /// A CPU backend with its own `threads` compute threads.
@@ -46,7 +48,7 @@ impl<E: Element> Cpu<E> {
 
 fn rows_of<'a, E: Element>(prefix: &Prefix<'a, Cpu<E>>) -> PrefixRows<'a, E> {
     PrefixRows {
-        key_value: &prefix.key_value.0,
+        key_value: prefix.key_value,
         len: prefix.len,
         per_sequence: prefix.per_sequence,
     }
@@ -54,8 +56,8 @@ fn rows_of<'a, E: Element>(prefix: &Prefix<'a, Cpu<E>>) -> PrefixRows<'a, E> {
 
 fn gradient_of<'a, E: Element>(dout: RowGradient<'a, Cpu<E>>) -> norm::Gradient<'a, E> {
     norm::Gradient {
-        dout: &dout.dout.0,
-        residual: dout.residual.map(|(values, alpha)| (&values.0[..], alpha)),
+        dout: dout.dout,
+        residual: dout.residual.map(|(values, alpha)| (&values[..], alpha)),
     }
 }
 
@@ -66,44 +68,36 @@ impl<E: Element> Backend for Cpu<E> {
     type Buffer<T: Plain> = CpuBuffer<T>;
 
     fn zeros<T: Plain>(&self, len: usize) -> Result<CpuBuffer<T>, BackendError> {
-        let mut values = Vec::new();
-        values
-            .try_reserve_exact(len)
-            .map_err(|_| BackendError::OutOfMemory {
-                device: "cpu".to_owned(),
-                bytes: len.saturating_mul(std::mem::size_of::<T>()),
-            })?;
-        values.resize(len, T::zeroed());
-        Ok(CpuBuffer(values))
+        CpuBuffer::zeros(len)
     }
 
     fn upload<T: Plain>(&self, host: &[T]) -> Result<CpuBuffer<T>, BackendError> {
         let mut buffer = self.zeros(host.len())?;
-        buffer.0.copy_from_slice(host);
+        buffer.copy_from_slice(host);
         Ok(buffer)
     }
 
     fn write<T: Plain>(&self, out: &mut CpuBuffer<T>, host: &[T]) -> Done {
-        out.0[..host.len()].copy_from_slice(host);
+        out[..host.len()].copy_from_slice(host);
         Ok(())
     }
 
     fn read<T: Plain>(&self, x: &CpuBuffer<T>, len: usize) -> Result<Vec<T>, BackendError> {
-        Ok(x.0[..len].to_vec())
+        Ok(x[..len].to_vec())
     }
 
     fn clear<T: Plain>(&self, out: &mut CpuBuffer<T>, len: usize) -> Done {
-        out.0[..len].fill(T::zeroed());
+        out[..len].fill(T::zeroed());
         Ok(())
     }
 
     fn cast<T: Element>(&self, out: &mut CpuBuffer<T>, x: &CpuBuffer<f32>, len: usize) -> Done {
-        elementwise::cast(&self.threads, &mut out.0[..len], &x.0);
+        elementwise::cast(&self.threads, &mut out[..len], x);
         Ok(())
     }
 
     fn add(&self, out: &mut CpuBuffer<f32>, x: &CpuBuffer<f32>, len: usize) -> Done {
-        elementwise::add(&self.threads, &mut out.0[..len], &x.0);
+        elementwise::add(&self.threads, &mut out[..len], x);
         Ok(())
     }
 
@@ -115,14 +109,7 @@ impl<E: Element> Backend for Cpu<E> {
         rows: usize,
         hidden_size: usize,
     ) -> Done {
-        rows::embed(
-            &self.threads,
-            &mut out.0,
-            &table.0,
-            &ids.0,
-            rows,
-            hidden_size,
-        );
+        rows::embed(&self.threads, out, table, ids, rows, hidden_size);
         Ok(())
     }
 
@@ -134,14 +121,7 @@ impl<E: Element> Backend for Cpu<E> {
         rows: usize,
         hidden_size: usize,
     ) -> Done {
-        rows::embed_backward(
-            &self.threads,
-            &mut dtable.0,
-            &dout.0,
-            &ids.0,
-            rows,
-            hidden_size,
-        );
+        rows::embed_backward(&self.threads, dtable, dout, ids, rows, hidden_size);
         Ok(())
     }
 
@@ -154,13 +134,7 @@ impl<E: Element> Backend for Cpu<E> {
         rows: usize,
         cols: usize,
     ) -> Done {
-        rows::gather(
-            &self.threads,
-            &mut out.0,
-            &x.0,
-            &index.0[first..first + rows],
-            cols,
-        );
+        rows::gather(&self.threads, out, x, &index[first..first + rows], cols);
         Ok(())
     }
 
@@ -173,7 +147,7 @@ impl<E: Element> Backend for Cpu<E> {
         rows: usize,
         cols: usize,
     ) -> Done {
-        rows::scatter(&mut out.0, &x.0, &index.0[first..first + rows], cols);
+        rows::scatter(out, x, &index[first..first + rows], cols);
         Ok(())
     }
 
@@ -186,16 +160,7 @@ impl<E: Element> Backend for Cpu<E> {
         bias: &CpuBuffer<E>,
         shape: NormShape,
     ) -> Done {
-        let threads = &self.threads;
-        norm::layer_norm(
-            threads,
-            &mut out.0,
-            &mut stats.0,
-            &x.0,
-            &weight.0,
-            &bias.0,
-            shape,
-        );
+        norm::layer_norm(&self.threads, out, stats, x, weight, bias, shape);
         Ok(())
     }
 
@@ -209,15 +174,7 @@ impl<E: Element> Backend for Cpu<E> {
         shape: NormShape,
     ) -> Done {
         let dout = gradient_of(dout);
-        norm::layer_norm_backward(
-            &self.threads,
-            &mut dx.0,
-            dout,
-            &x.0,
-            &stats.0,
-            &weight.0,
-            shape,
-        );
+        norm::layer_norm_backward(&self.threads, dx, dout, x, stats, weight, shape);
         Ok(())
     }
 
@@ -231,15 +188,47 @@ impl<E: Element> Backend for Cpu<E> {
         shape: NormShape,
     ) -> Done {
         let dout = gradient_of(dout);
-        norm::layer_norm_weight_gradient(
-            &self.threads,
-            &mut dweight.0,
-            &mut dbias.0,
-            dout,
-            &x.0,
-            &stats.0,
-            shape,
-        );
+        norm::layer_norm_weight_gradient(&self.threads, dweight, dbias, dout, x, stats, shape);
+        Ok(())
+    }
+
+    fn rms_norm(
+        &self,
+        out: &mut CpuBuffer<E>,
+        stats: &mut CpuBuffer<f32>,
+        x: &CpuBuffer<f32>,
+        weight: &CpuBuffer<E>,
+        shape: NormShape,
+    ) -> Done {
+        rms_norm::rms_norm(&self.threads, out, stats, x, weight, shape);
+        Ok(())
+    }
+
+    fn rms_norm_backward(
+        &self,
+        dx: &mut CpuBuffer<E>,
+        dout: RowGradient<'_, Self>,
+        x: &CpuBuffer<f32>,
+        stats: &CpuBuffer<f32>,
+        weight: &CpuBuffer<E>,
+        shape: NormShape,
+        accumulate: bool,
+    ) -> Done {
+        let dout = gradient_of(dout);
+        rms_norm::backward(&self.threads, dx, dout, x, stats, weight, shape, accumulate);
+        Ok(())
+    }
+
+    fn rms_norm_weight_gradient(
+        &self,
+        dweight: &mut CpuBuffer<f32>,
+        dout: RowGradient<'_, Self>,
+        x: &CpuBuffer<f32>,
+        stats: &CpuBuffer<f32>,
+        shape: NormShape,
+    ) -> Done {
+        let dout = gradient_of(dout);
+        rms_norm::weight_gradient(&self.threads, dweight, dout, x, stats, shape);
         Ok(())
     }
 
@@ -253,18 +242,13 @@ impl<E: Element> Backend for Cpu<E> {
         scale: f32,
         accumulate: bool,
     ) -> Done {
-        let extent = Extent {
-            m: shape.rows,
-            n: shape.out_features,
-            k: shape.in_features,
-        };
-        matmul::product(
+        matmul::linear(
             &self.threads,
-            &mut out.0,
-            extent,
-            Matrix::rows(&x.0, shape.in_features),
-            Matrix::transposed(&weight.0, shape.in_features),
-            bias.map(|bias| &bias.0[..]),
+            out,
+            x,
+            weight,
+            bias.map(|bias| &bias[..]),
+            shape,
             scale,
             accumulate,
         );
@@ -280,21 +264,7 @@ impl<E: Element> Backend for Cpu<E> {
         scale: f32,
         accumulate: bool,
     ) -> Done {
-        let extent = Extent {
-            m: shape.rows,
-            n: shape.in_features,
-            k: shape.out_features,
-        };
-        matmul::product(
-            &self.threads,
-            &mut dx.0,
-            extent,
-            Matrix::rows(&dout.0, shape.out_features),
-            Matrix::rows(&weight.0, shape.in_features),
-            None,
-            scale,
-            accumulate,
-        );
+        matmul::linear_backward(&self.threads, dx, dout, weight, shape, scale, accumulate);
         Ok(())
     }
 
@@ -306,21 +276,7 @@ impl<E: Element> Backend for Cpu<E> {
         shape: LinearShape,
         scale: f32,
     ) -> Done {
-        let extent = Extent {
-            m: shape.out_features,
-            n: shape.in_features,
-            k: shape.rows,
-        };
-        matmul::product(
-            &self.threads,
-            &mut dweight.0,
-            extent,
-            Matrix::transposed(&dout.0, shape.out_features),
-            Matrix::rows(&x.0, shape.in_features),
-            None,
-            scale,
-            true,
-        );
+        matmul::weight_gradient(&self.threads, dweight, dout, x, shape, scale);
         Ok(())
     }
 
@@ -330,13 +286,7 @@ impl<E: Element> Backend for Cpu<E> {
         dout: &CpuBuffer<T>,
         shape: LinearShape,
     ) -> Done {
-        norm::column_sums(
-            &self.threads,
-            &mut dbias.0,
-            &dout.0,
-            shape.rows,
-            shape.out_features,
-        );
+        norm::column_sums(&self.threads, dbias, dout, shape.rows, shape.out_features);
         Ok(())
     }
 
@@ -351,20 +301,9 @@ impl<E: Element> Backend for Cpu<E> {
         rows: usize,
         inverse: bool,
     ) -> Done {
-        let table = rotary::Table {
-            cos: &cos.0,
-            sin: &sin.0,
-        };
-        let positions = [&position.0[..], &block_position.0[..]];
-        rotary::rotary(
-            &self.threads,
-            &mut x.0,
-            table,
-            positions,
-            layout,
-            rows,
-            inverse,
-        );
+        let table = rotary::Table { cos: cos, sin: sin };
+        let positions = [&position[..], &block_position[..]];
+        rotary::rotary(&self.threads, x, table, positions, layout, rows, inverse);
         Ok(())
     }
 
@@ -376,7 +315,7 @@ impl<E: Element> Backend for Cpu<E> {
         layout: &AttentionLayout,
         rows: usize,
     ) -> Done {
-        rows::store_key_value(&mut cache.0, &x.0, &slots.0, layout, rows);
+        rows::store_key_value(cache, x, slots, layout, rows);
         Ok(())
     }
 
@@ -398,10 +337,10 @@ impl<E: Element> Backend for Cpu<E> {
         };
         attention::attention(
             &self.threads,
-            &mut out.0,
-            &mut lse.0,
-            &query.0,
-            &key_value.0,
+            out,
+            lse,
+            query,
+            key_value,
             prefix.as_ref().map(rows_of),
             geometry,
         );
@@ -427,15 +366,15 @@ impl<E: Element> Backend for Cpu<E> {
             scale,
         };
         let saved = Saved {
-            dout: &dout.0,
-            out: &out.0,
-            lse: &lse.0,
-            qkv: &qkv.0,
+            dout: dout,
+            out: out,
+            lse: lse,
+            qkv: qkv,
         };
         attention::attention_backward(
             &self.threads,
-            &mut dqkv.0,
-            dprefix.map(|dprefix| &mut dprefix.0[..]),
+            dqkv,
+            dprefix.map(|dprefix| &mut dprefix[..]),
             saved,
             prefix.as_ref().map(rows_of),
             geometry,
@@ -452,8 +391,8 @@ impl<E: Element> Backend for Cpu<E> {
         prefix_len: usize,
         cols: usize,
     ) -> Done {
-        let out = &mut out.0[..sequences * prefix_len * cols];
-        dropout::prefix_dropout(&self.threads, out, &x.0, dropout, prefix_len, cols);
+        let out = &mut out[..sequences * prefix_len * cols];
+        dropout::prefix_dropout(&self.threads, out, x, dropout, prefix_len, cols);
         Ok(())
     }
 
@@ -466,8 +405,8 @@ impl<E: Element> Backend for Cpu<E> {
         prefix_len: usize,
         cols: usize,
     ) -> Done {
-        let dx = &mut dx.0[..prefix_len * cols];
-        dropout::prefix_gradient(&self.threads, dx, &dout.0, dropout, sequences, cols);
+        let dx = &mut dx[..prefix_len * cols];
+        dropout::prefix_gradient(&self.threads, dx, dout, dropout, sequences, cols);
         Ok(())
     }
 
@@ -479,7 +418,7 @@ impl<E: Element> Backend for Cpu<E> {
         spans: &[Span],
         cols: usize,
     ) -> Done {
-        dropout::dropout(&self.threads, &mut out.0, &x.0, dropout, spans, cols);
+        dropout::dropout(&self.threads, out, x, dropout, spans, cols);
         Ok(())
     }
 
@@ -491,27 +430,56 @@ impl<E: Element> Backend for Cpu<E> {
         spans: &[Span],
         cols: usize,
     ) -> Done {
-        dropout::dropout_backward(&self.threads, &mut dx.0, &dout.0, dropout, spans, cols);
+        dropout::dropout_backward(&self.threads, dx, dout, dropout, spans, cols);
         Ok(())
     }
 
     fn gelu(&self, out: &mut CpuBuffer<E>, x: &CpuBuffer<E>, len: usize) -> Done {
-        elementwise::gelu(&self.threads, &mut out.0[..len], &x.0);
+        elementwise::gelu(&self.threads, &mut out[..len], x);
         Ok(())
     }
 
     fn gelu_backward(&self, dx: &mut CpuBuffer<E>, x: &CpuBuffer<E>, len: usize) -> Done {
-        elementwise::gelu_backward(&self.threads, &mut dx.0[..len], &x.0);
+        elementwise::gelu_backward(&self.threads, &mut dx[..len], x);
+        Ok(())
+    }
+
+    fn swiglu(
+        &self,
+        out: &mut CpuBuffer<E>,
+        x: &CpuBuffer<E>,
+        rows: usize,
+        inner_hidden_size: usize,
+    ) -> Done {
+        elementwise::swiglu(
+            &self.threads,
+            &mut out[..rows * inner_hidden_size],
+            x,
+            inner_hidden_size,
+        );
+        Ok(())
+    }
+
+    fn swiglu_backward(
+        &self,
+        dx: &mut CpuBuffer<E>,
+        dout: &CpuBuffer<E>,
+        x: &CpuBuffer<E>,
+        rows: usize,
+        inner_hidden_size: usize,
+    ) -> Done {
+        let dx = &mut dx[..2 * rows * inner_hidden_size];
+        elementwise::swiglu_backward(&self.threads, dx, dout, x, inner_hidden_size);
         Ok(())
     }
 
     fn tanh(&self, x: &mut CpuBuffer<f32>, len: usize) -> Done {
-        elementwise::tanh(&self.threads, &mut x.0[..len]);
+        elementwise::tanh(&self.threads, &mut x[..len]);
         Ok(())
     }
 
     fn tanh_backward(&self, dx: &mut CpuBuffer<f32>, out: &CpuBuffer<f32>, len: usize) -> Done {
-        elementwise::tanh_backward(&self.threads, &mut dx.0[..len], &out.0);
+        elementwise::tanh_backward(&self.threads, &mut dx[..len], out);
         Ok(())
     }
 
@@ -523,7 +491,7 @@ impl<E: Element> Backend for Cpu<E> {
         branch: &CpuBuffer<E>,
         len: usize,
     ) -> Done {
-        elementwise::residual(&self.threads, &mut out.0[..len], &x.0, alpha, &branch.0);
+        elementwise::residual(&self.threads, &mut out[..len], x, alpha, branch);
         Ok(())
     }
 
@@ -539,9 +507,9 @@ impl<E: Element> Backend for Cpu<E> {
     ) -> Done {
         loss::cross_entropy(
             &self.threads,
-            &mut loss.0[first..first + rows],
-            &mut logits.0,
-            &ids.0[first..first + rows],
+            &mut loss[first..first + rows],
+            logits,
+            &ids[first..first + rows],
             vocab_size,
             scale,
         );
@@ -549,14 +517,34 @@ impl<E: Element> Backend for Cpu<E> {
     }
 
     fn sum(&self, out: &mut CpuBuffer<f32>, index: usize, x: &CpuBuffer<f32>, len: usize) -> Done {
-        out.0[index] = optim::sum(&self.threads, &x.0[..len]);
+        out[index] = optim::sum(&self.threads, &x[..len]);
+        Ok(())
+    }
+
+    fn dequantise(
+        &self,
+        out: &mut CpuBuffer<E>,
+        codes: &CpuBuffer<i8>,
+        scales: &CpuBuffer<f16>,
+        bits: Bits,
+        rows: usize,
+        cols: usize,
+    ) -> Done {
+        rows::dequantise(
+            &self.threads,
+            &mut out[..rows * cols],
+            codes,
+            scales,
+            bits,
+            cols,
+        );
         Ok(())
     }
 
     fn sum_squares(&self, out: &mut CpuBuffer<f32>, terms: &[SumOf<'_, Self>], scale: f32) -> Done {
         for term in terms {
-            let x = &term.x.0[..term.len];
-            out.0[term.index] = optim::sum_squares(&self.threads, x, scale);
+            let x = &term.x[..term.len];
+            out[term.index] = optim::sum_squares(&self.threads, x, scale);
         }
         Ok(())
     }
@@ -565,11 +553,11 @@ impl<E: Element> Backend for Cpu<E> {
         for tensor in tensors {
             let len = tensor.len;
             let slices = optim::Tensor {
-                working: &mut tensor.working.0[..len],
-                master: &mut tensor.master.0[..len],
-                exp_avg: &mut tensor.exp_avg.0[..len],
-                exp_avg_sq: &mut tensor.exp_avg_sq.0[..len],
-                gradient: &tensor.gradient.0[..len],
+                working: &mut tensor.working[..len],
+                master: &mut tensor.master[..len],
+                exp_avg: &mut tensor.exp_avg[..len],
+                exp_avg_sq: &mut tensor.exp_avg_sq[..len],
+                gradient: &tensor.gradient[..len],
             };
             optim::adamw(&self.threads, slices, tensor.weight_decay, step);
         }

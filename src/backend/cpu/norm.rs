@@ -14,13 +14,20 @@ pub struct Gradient<'a, E> {
 }
 
 impl<E: Element> Gradient<'_, E> {
-    fn row(&self, out: &mut [f32], start: usize) {
+    /// The values from `start` on.
+    pub fn row(&self, out: &mut [f32], start: usize) {
         E::widen(out, &self.dout[start..start + out.len()]);
         if let Some((residual, alpha)) = self.residual {
             for (out, residual) in out.iter_mut().zip(&residual[start..]) {
                 *out += alpha * residual.to_f32();
             }
         }
+    }
+
+    /// One value.
+    pub fn at(&self, place: usize) -> f32 {
+        let along = |(residual, alpha): (&[E], f32)| alpha * residual[place].to_f32();
+        self.dout[place].to_f32() + self.residual.map_or(0.0, along)
     }
 }
 
@@ -95,25 +102,18 @@ pub fn layer_norm_weight_gradient<E: Element>(
     shape: NormShape,
 ) {
     let NormShape { rows, cols, .. } = shape;
-    let at = |row: usize, col: usize| {
-        let place = row * cols + col;
-        let residual = dout
-            .residual
-            .map_or(0.0, |(residual, alpha)| alpha * residual[place].to_f32());
-        dout.dout[place].to_f32() + residual
-    };
     threads.pieces(&mut dweight[..cols], |start, dweight| {
         for row in 0..rows {
             let (mean, rstd) = (stats[row], stats[rows + row]);
             for (col, dweight) in (start..).zip(dweight.iter_mut()) {
-                *dweight += at(row, col) * (x[row * cols + col] - mean) * rstd;
+                *dweight += dout.at(row * cols + col) * (x[row * cols + col] - mean) * rstd;
             }
         }
     });
     threads.pieces(&mut dbias[..cols], |start, dbias| {
         for row in 0..rows {
             for (col, dbias) in (start..).zip(dbias.iter_mut()) {
-                *dbias += at(row, col);
+                *dbias += dout.at(row * cols + col);
             }
         }
     });

@@ -1,7 +1,10 @@
-//! Rows moved by index: embedding, gather, scatter, key/value cache.
+//! Rows moved by index: embedding, gather, scatter, key/value cache; rows of codes widened.
+
+use half::f16;
 
 use super::threads::{Scattered, Threads};
 use crate::backend::{AttentionLayout, Element};
+use crate::quant::Bits;
 
 pub fn embed<E: Element>(
     threads: &Threads,
@@ -71,4 +74,33 @@ pub fn store_key_value<E: Element>(
             }
         }
     }
+}
+
+pub fn dequantise<E: Element>(
+    threads: &Threads,
+    out: &mut [E],
+    codes: &[i8],
+    scales: &[f16],
+    bits: Bits,
+    cols: usize,
+) {
+    threads.rows(out, cols, |row, out| {
+        let scale = scales[row].to_f32();
+        // The product is exact in f32: 8 by 11 bits.
+        let weight = |code: i8| E::from_f32(f16::from_f32(f32::from(code) * scale).to_f32());
+        match bits {
+            Bits::Eight => {
+                for (out, &code) in out.iter_mut().zip(&codes[row * cols..]) {
+                    *out = weight(code);
+                }
+            }
+            Bits::Four => {
+                let (pairs, _) = out.as_chunks_mut::<2>();
+                for ([even, odd], &byte) in pairs.iter_mut().zip(&codes[row * cols / 2..]) {
+                    // Arithmetic shifts keep the sign of either half.
+                    (*even, *odd) = (weight(byte >> 4), weight((byte << 4) >> 4));
+                }
+            }
+        }
+    });
 }

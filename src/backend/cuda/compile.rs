@@ -5,6 +5,7 @@ use std::ffi::{CStr, CString, c_char};
 use cudarc::nvrtc::sys;
 
 use super::error::CudaError;
+use super::library;
 use super::source::{SourceFile, Sources};
 
 /// What machine code is made for.
@@ -73,6 +74,39 @@ impl Drop for Program {
     }
 }
 
+/// What the compiler made of one source file.
+pub struct Compiled {
+    /// As in `norm.cu`.
+    pub file: &'static str,
+    /// Machine code or PTX.
+    pub code: Vec<u8>,
+    /// The compiler's messages; with `--ptxas-options=-v` registers and spills of every kernel.
+    pub log: String,
+}
+
+/// Compiles every kernel for one architecture (`86`), with options beside those of a run. Needs NVRTC,
+/// but neither driver nor GPU.
+///
+/// # Errors
+/// NVRTC is missing, or a kernel does not compile.
+pub fn compile_kernels(arch: u32, options: &[&str]) -> Result<Vec<Compiled>, CudaError> {
+    library::open_nvrtc()?;
+    let sources = Sources::read()?;
+    let files = sources.modules.iter();
+    files
+        .map(|file| compile(file, &sources, Target::Cubin(arch), options))
+        .collect()
+}
+
+/// Version of NVRTC and the architectures it compiles for.
+///
+/// # Errors
+/// NVRTC is missing.
+pub fn nvrtc() -> Result<((i32, i32), Vec<u32>), CudaError> {
+    library::open_nvrtc()?;
+    Ok((library::nvrtc_version(), supported()))
+}
+
 /// Machine code of one source file.
 ///
 /// # Errors
@@ -81,7 +115,8 @@ pub(super) fn compile(
     file: &SourceFile,
     sources: &Sources,
     target: Target,
-) -> Result<Vec<u8>, CudaError> {
+    more_options: &[&str],
+) -> Result<Compiled, CudaError> {
     let refuse = |log: String| CudaError::Compile {
         file: file.name.to_owned(),
         arch: target.name(),
@@ -115,7 +150,7 @@ pub(super) fn compile(
         return Err(refuse(reason(created)));
     }
     let mut options = vec![text(&format!("--gpu-architecture={}", target.name()))?];
-    for option in OPTIONS {
+    for option in OPTIONS.iter().chain(more_options) {
         options.push(text(option)?);
     }
     let option_pointers = pointers(&options);
@@ -123,22 +158,26 @@ pub(super) fn compile(
     let compiled = unsafe {
         sys::nvrtcCompileProgram(program.0, options.len() as i32, option_pointers.as_ptr())
     };
+    let log = fetch(
+        &program,
+        sys::nvrtcGetProgramLogSize,
+        sys::nvrtcGetProgramLog,
+    )
+    .unwrap_or_else(reason_bytes);
+    let log = CStr::from_bytes_until_nul(&log).map(|log| log.to_string_lossy().into_owned());
+    let log = log.unwrap_or_default();
     if compiled != sys::nvrtcResult::NVRTC_SUCCESS {
-        let log = fetch(
-            &program,
-            sys::nvrtcGetProgramLogSize,
-            sys::nvrtcGetProgramLog,
-        )
-        .unwrap_or_else(reason_bytes);
-        let log = CStr::from_bytes_until_nul(&log).map(|log| log.to_string_lossy().into_owned());
-        let log = log.unwrap_or_default();
         return Err(refuse(format!("{}\n{log}", reason(compiled))));
     }
     let code = match target {
         Target::Cubin(_) => fetch(&program, sys::nvrtcGetCUBINSize, sys::nvrtcGetCUBIN),
         Target::Ptx(_) => fetch(&program, sys::nvrtcGetPTXSize, sys::nvrtcGetPTX),
     };
-    code.map_err(|code| refuse(reason(code)))
+    Ok(Compiled {
+        file: file.name,
+        code: code.map_err(|code| refuse(reason(code)))?,
+        log,
+    })
 }
 
 fn reason(code: sys::nvrtcResult) -> String {

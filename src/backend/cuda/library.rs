@@ -20,22 +20,42 @@ struct Wanted {
     present: fn() -> bool,
 }
 
-const WANTED: [Wanted; 2] = [
-    Wanted {
-        stem: "libnvrtc",
-        library: "libnvrtc.so.12",
-        wheel: "nvidia-cuda-nvrtc-cu12",
-        // SAFETY: loads the library and closes it again; NVRTC has no initialiser that does harm.
-        present: || unsafe { nvrtc::sys::is_culib_present() },
-    },
-    Wanted {
-        stem: "libcublasLt",
-        library: "libcublasLt.so.12",
-        wheel: "nvidia-cublas-cu12",
-        // SAFETY: as above, for cuBLASLt.
-        present: || unsafe { cublaslt::sys::is_culib_present() },
-    },
-];
+const NVRTC: Wanted = Wanted {
+    stem: "libnvrtc",
+    library: "libnvrtc.so.12",
+    wheel: "nvidia-cuda-nvrtc-cu12",
+    // SAFETY: loads the library and closes it again; NVRTC has no initialiser that does harm.
+    present: || unsafe { nvrtc::sys::is_culib_present() },
+};
+
+const CUBLASLT: Wanted = Wanted {
+    stem: "libcublasLt",
+    library: "libcublasLt.so.12",
+    wheel: "nvidia-cublas-cu12",
+    // SAFETY: as above, for cuBLASLt.
+    present: || unsafe { cublaslt::sys::is_culib_present() },
+};
+
+impl Wanted {
+    /// Finds the library where the loader looks, or else in the folders of wheels and toolkits.
+    fn open(&self) -> Result<(), CudaError> {
+        if (self.present)() || (load_from_folders(self.stem) && (self.present)()) {
+            return Ok(());
+        }
+        Err(CudaError::NoLibrary {
+            library: self.library,
+            wheel: self.wheel,
+        })
+    }
+}
+
+/// Opens NVRTC alone, for which no driver is needed.
+///
+/// # Errors
+/// It is missing.
+pub(super) fn open_nvrtc() -> Result<(), CudaError> {
+    NVRTC.open()
+}
 
 /// Lowest `cuDriverGetVersion` that runs what NVRTC 12 compiles: CUDA 12.0.
 const DRIVER_NEEDED: i32 = 12_000;
@@ -50,13 +70,8 @@ pub(super) fn open() -> Result<(), CudaError> {
         return Ok(());
     }
     open_driver()?;
-    for wanted in &WANTED {
-        if !(wanted.present)() && !(load_from_folders(wanted.stem) && (wanted.present)()) {
-            return Err(CudaError::NoLibrary {
-                library: wanted.library,
-                wheel: wanted.wheel,
-            });
-        }
+    for wanted in [&NVRTC, &CUBLASLT] {
+        wanted.open()?;
     }
     let (nvrtc, _) = nvrtc_version();
     let driver = driver_version()?;

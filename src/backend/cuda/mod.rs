@@ -27,19 +27,22 @@ mod source;
 mod spans;
 mod staging;
 mod survey;
+mod tiles;
 
 use std::rc::Rc;
 
 use half::f16;
 
+pub use compile::{Compiled, compile_kernels, nvrtc};
 pub use error::CudaError;
 pub use memory::CudaBuffer;
 pub use survey::{GpuInfo, Survey, check, free_memory, survey};
 
 use super::{
-    AdamwStep, AttentionLayout, Backend, BackendError, Dropout, Element, LinearShape, NormShape,
-    Plain, Prefix, RowGradient, Span,
+    AdamwStep, AdamwTensor, AttentionLayout, Backend, BackendError, Dropout, Element, LinearShape,
+    NormShape, Plain, Prefix, RowGradient, Span, SumOf,
 };
+use crate::quant::Bits;
 use device::{Device, Pointer};
 use memory::{Memory, Scratch};
 use module::Modules;
@@ -112,7 +115,7 @@ impl Cuda {
             linear: linear::Kernels::load(&modules)?,
             adapter: adapter::Kernels::load(&modules)?,
             rotary: rotary::Kernels::load(&modules)?,
-            attention: attention::Kernels::load(&modules)?,
+            attention: attention::Kernels::load(&modules, device.capability())?,
             dropout: dropout::Kernels::load(&modules)?,
             loss: loss::Kernels::load(&modules)?,
             optim: optim::Kernels::load(&modules)?,
@@ -285,6 +288,41 @@ impl Backend for Cuda {
         shape: NormShape,
     ) -> Result<()> {
         norm::layer_norm_weight_gradient(self, dweight, dbias, dout, x, stats, shape)
+    }
+
+    fn rms_norm(
+        &self,
+        out: &mut CudaBuffer<f16>,
+        stats: &mut CudaBuffer<f32>,
+        x: &CudaBuffer<f32>,
+        weight: &CudaBuffer<f16>,
+        shape: NormShape,
+    ) -> Result<()> {
+        norm::rms_norm(self, out, stats, x, weight, shape)
+    }
+
+    fn rms_norm_backward(
+        &self,
+        dx: &mut CudaBuffer<f16>,
+        dout: RowGradient<'_, Cuda>,
+        x: &CudaBuffer<f32>,
+        stats: &CudaBuffer<f32>,
+        weight: &CudaBuffer<f16>,
+        shape: NormShape,
+        accumulate: bool,
+    ) -> Result<()> {
+        norm::rms_norm_backward(self, dx, dout, x, stats, weight, shape, accumulate)
+    }
+
+    fn rms_norm_weight_gradient(
+        &self,
+        dweight: &mut CudaBuffer<f32>,
+        dout: RowGradient<'_, Cuda>,
+        x: &CudaBuffer<f32>,
+        stats: &CudaBuffer<f32>,
+        shape: NormShape,
+    ) -> Result<()> {
+        norm::rms_norm_weight_gradient(self, dweight, dout, x, stats, shape)
     }
 
     fn linear<T: Element>(
@@ -460,6 +498,27 @@ impl Backend for Cuda {
         elementwise::gelu_backward(self, dx, x, len)
     }
 
+    fn swiglu(
+        &self,
+        out: &mut CudaBuffer<f16>,
+        x: &CudaBuffer<f16>,
+        rows: usize,
+        inner_hidden_size: usize,
+    ) -> Result<()> {
+        elementwise::swiglu(self, out, x, rows, inner_hidden_size)
+    }
+
+    fn swiglu_backward(
+        &self,
+        dx: &mut CudaBuffer<f16>,
+        dout: &CudaBuffer<f16>,
+        x: &CudaBuffer<f16>,
+        rows: usize,
+        inner_hidden_size: usize,
+    ) -> Result<()> {
+        elementwise::swiglu_backward(self, dx, dout, x, rows, inner_hidden_size)
+    }
+
     fn tanh(&self, x: &mut CudaBuffer<f32>, len: usize) -> Result<()> {
         elementwise::tanh(self, x, len)
     }
@@ -510,26 +569,25 @@ impl Backend for Cuda {
     fn sum_squares(
         &self,
         out: &mut CudaBuffer<f32>,
-        index: usize,
-        x: &CudaBuffer<f32>,
-        len: usize,
+        terms: &[SumOf<'_, Cuda>],
         scale: f32,
     ) -> Result<()> {
-        optim::sum_squares(self, out, index, x, len, scale)
+        optim::sum_squares(self, out, terms, scale)
     }
 
-    fn adamw(
+    fn dequantise(
         &self,
-        working: &mut CudaBuffer<f16>,
-        master: &mut CudaBuffer<f32>,
-        exp_avg: &mut CudaBuffer<f32>,
-        exp_avg_sq: &mut CudaBuffer<f32>,
-        gradient: &CudaBuffer<f32>,
-        step: AdamwStep,
-        len: usize,
+        out: &mut CudaBuffer<f16>,
+        codes: &CudaBuffer<i8>,
+        scales: &CudaBuffer<f16>,
+        bits: Bits,
+        rows: usize,
+        cols: usize,
     ) -> Result<()> {
-        optim::adamw(
-            self, working, master, exp_avg, exp_avg_sq, gradient, step, len,
-        )
+        quant::dequantise(self, out, codes, scales, bits, rows, cols)
+    }
+
+    fn adamw(&self, tensors: &mut [AdamwTensor<'_, Cuda>], step: AdamwStep) -> Result<()> {
+        optim::adamw(self, tensors, step)
     }
 }

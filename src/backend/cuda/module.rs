@@ -33,7 +33,7 @@ impl Modules {
             modules: Vec::with_capacity(sources.modules.len()),
         };
         for file in &sources.modules {
-            let make = || compile::compile(file, &sources, target);
+            let make = || Ok(compile::compile(file, &sources, target, &[])?.code);
             let mut code = cache
                 .get(file, &sources, target, make)
                 .map_err(BackendError::Cuda)?;

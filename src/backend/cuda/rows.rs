@@ -2,17 +2,39 @@
 
 use half::f16;
 
+use super::device::{Geometry, Kernel};
 use super::memory::CudaBuffer;
 use super::module::Modules;
 use super::{Cuda, Result};
 
 /// Kernels of the family.
-pub(super) struct Kernels {}
+pub(super) struct Kernels {
+    embed: Kernel,
+    embed_backward: Kernel,
+    gather_rows: Kernel,
+    scatter_rows: Kernel,
+}
 
 impl Kernels {
-    pub fn load(_modules: &Modules) -> Result<Self> {
-        Ok(Kernels {})
+    pub fn load(modules: &Modules) -> Result<Self> {
+        let kernel = |name| modules.kernel("rows.cu", name);
+        Ok(Kernels {
+            embed: kernel("embed")?,
+            embed_backward: kernel("embed_backward")?,
+            gather_rows: kernel("gather_rows")?,
+            scatter_rows: kernel("scatter_rows")?,
+        })
     }
+}
+
+/// A block per row, whose threads take `width` columns at once where that fits.
+pub(super) fn row_blocks(rows: usize, cols: usize, width: usize) -> Geometry {
+    let pieces = match cols.is_multiple_of(width) {
+        true => cols / width,
+        false => cols,
+    };
+    let threads = pieces.next_multiple_of(32).clamp(32, 256);
+    Geometry::line(rows as u32, threads as u32)
 }
 
 pub(super) fn embed(
@@ -23,8 +45,10 @@ pub(super) fn embed(
     rows: usize,
     hidden_size: usize,
 ) -> Result<()> {
-    let _ = (cuda, out, table, ids, rows, hidden_size);
-    unimplemented!()
+    let geometry = row_blocks(rows, hidden_size, 4);
+    let cols = hidden_size as u32;
+    cuda.device
+        .launch(&cuda.rows.embed, geometry, &[out, table, ids, &cols])
 }
 
 pub(super) fn embed_backward(
@@ -35,8 +59,19 @@ pub(super) fn embed_backward(
     rows: usize,
     hidden_size: usize,
 ) -> Result<()> {
-    let _ = (cuda, dtable, dout, ids, rows, hidden_size);
-    unimplemented!()
+    const THREADS: u32 = 256;
+    let (rows, cols) = (rows as u32, hidden_size as u32);
+    // A thread keeps four pieces.
+    let width = if cols.is_multiple_of(4) { 4 } else { 1 };
+    let geometry = Geometry {
+        grid: [rows, cols.div_ceil(4 * width * THREADS), 1],
+        ..Geometry::line(0, THREADS)
+    };
+    cuda.device.launch(
+        &cuda.rows.embed_backward,
+        geometry,
+        &[dtable, dout, ids, &rows, &cols],
+    )
 }
 
 pub(super) fn gather_rows(
@@ -48,8 +83,10 @@ pub(super) fn gather_rows(
     rows: usize,
     cols: usize,
 ) -> Result<()> {
-    let _ = (cuda, out, x, index, first, rows, cols);
-    unimplemented!()
+    let geometry = row_blocks(rows, cols, 4);
+    let (index, cols) = (index.at_index(first), cols as u32);
+    cuda.device
+        .launch(&cuda.rows.gather_rows, geometry, &[out, x, &index, &cols])
 }
 
 pub(super) fn scatter_rows(
@@ -61,6 +98,8 @@ pub(super) fn scatter_rows(
     rows: usize,
     cols: usize,
 ) -> Result<()> {
-    let _ = (cuda, out, x, index, first, rows, cols);
-    unimplemented!()
+    let geometry = row_blocks(rows, cols, 8);
+    let (index, cols) = (index.at_index(first), cols as u32);
+    cuda.device
+        .launch(&cuda.rows.scatter_rows, geometry, &[out, x, &index, &cols])
 }

@@ -12,9 +12,10 @@ macro_rules! embedded {
 }
 
 /// Files that others include.
-const HEADERS: [(&str, &str); 6] = embedded![
+const HEADERS: [(&str, &str); 7] = embedded![
     "common.cuh",
     "half.cuh",
+    "pieces.cuh",
     "mma.cuh",
     "random.cuh",
     "spans.cuh",
