@@ -158,4 +158,3 @@ API int emulator_enqueue(void* stream, const char* label, void (*run)(void* data
 // Whether [address, address + bytes) lies inside one allocation of the current context's device.
 API int emulator_holds(const void* address, size_t bytes);
 API int emulator_planned_failure(const char* what);
-API int emulator_capability();
