@@ -203,6 +203,7 @@ API CUresult cuDevicePrimaryCtxRetain(Context** context, int device) {
     Context& c = context_of(device);
     if (c.references++ == 0) {
         c.error = success;
+        c.peers.clear();
         c.default_stream = std::make_shared<Stream>();
         c.default_stream->context = &c;
         c.default_stream->waits_for_default = false;
@@ -217,14 +218,12 @@ API CUresult cuDevicePrimaryCtxRelease_v2(int device) {
     {
         std::lock_guard<std::mutex> lock(state);
         if (c.references == 0) return invalid_context;
-        if (c.references > 1) {
-            c.references--;
-            return success;
-        }
+        if (--c.references > 0) return success;
     }
     finish(c);
-    std::lock_guard<std::mutex> lock(state);
-    c.references--;
+    unload_modules_of(c);
+    free_streams_of(c);
+    free_memory_of(c);
     return success;
 }
 
