@@ -92,12 +92,16 @@ impl Emulator {
         }
     }
 
-    /// The trainer's cache of compiled kernels must not outlive these libraries.
-    fn variables(&self) -> [(&'static str, PathBuf); 1] {
+    /// The trainer's cache of compiled kernels must not outlive these libraries; and the record of the
+    /// registers that each kernel takes.
+    fn variables(&self) -> [(&'static str, PathBuf); 2] {
         let sanitizer = std::env::var("EMULATOR_SANITIZE").unwrap_or_default();
         let flags = std::env::var("EMULATOR_CXXFLAGS").unwrap_or_default();
         let cache = format!("kernels-{sanitizer}-{:016x}", digest(flags.as_bytes()));
-        [("MP_TRAIN_KERNEL_CACHE", self.folder.join(cache))]
+        [
+            ("MP_TRAIN_KERNEL_CACHE", self.folder.join(cache)),
+            ("EMULATOR_REGISTERS", sources().join("registers.txt")),
+        ]
     }
 }
 
@@ -164,6 +168,10 @@ fn compiler_present() -> bool {
     asked.is_ok_and(|status| status.success())
 }
 
+fn sources() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cuda_emulator")
+}
+
 /// FNV-1a.
 fn digest(bytes: &[u8]) -> u64 {
     bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, &byte| {
@@ -173,7 +181,7 @@ fn digest(bytes: &[u8]) -> u64 {
 
 /// Builds into a folder named after the sources' contents, one process at a time.
 fn build() -> Emulator {
-    let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cuda_emulator");
+    let sources = sources();
     let mut files: Vec<PathBuf> = std::fs::read_dir(&sources)
         .unwrap()
         .map(|entry| entry.unwrap().path())

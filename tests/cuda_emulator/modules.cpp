@@ -167,26 +167,29 @@ static size_t own_shared(const Module& module, const char* kernel) {
     return sum;
 }
 
-// From the file that EMULATOR_REGISTERS names: lines of capability, kernel, registers per thread, bytes
-// of static shared memory. Without it a kernel is taken to use all registers that its launch bounds
-// leave, and the static shared memory that its own body declares.
+// Registers per thread from the file that EMULATOR_REGISTERS names: lines of architecture, kernel,
+// registers, as tests/kernel_code.rs writes them. A kernel that is not there is taken to use all that its
+// launch bounds leave.
 static Resources resources_of(const Module& module, const Kernel& kernel) {
-    static const std::map<std::pair<unsigned, std::string>, Resources> table = [] {
-        std::map<std::pair<unsigned, std::string>, Resources> table;
+    static const std::map<std::pair<unsigned, std::string>, int> table = [] {
+        std::map<std::pair<unsigned, std::string>, int> table;
         const char* path = getenv("EMULATOR_REGISTERS");
         FILE* file = path == nullptr ? nullptr : fopen(path, "r");
         if (file == nullptr) return table;
+        char line[512], name[256];
         unsigned capability;
-        char name[256];
-        Resources r;
-        while (fscanf(file, "%u %255s %d %zu", &capability, name, &r.registers, &r.static_shared) == 4) table[{capability, name}] = r;
+        int registers;
+        while (fgets(line, sizeof line, file) != nullptr) {
+            if (sscanf(line, "%u %255s %d", &capability, name, &registers) == 3) table[{capability, name}] = registers;
+        }
         fclose(file);
         return table;
     }();
+    const size_t shared = own_shared(module, kernel.name);
     const auto found = table.find({module.capability, kernel.name});
-    if (found != table.end()) return found->second;
+    if (found != table.end()) return {found->second, shared};
     const unsigned threads = kernel.max_threads == 0 ? 256 : std::max(32u, kernel.max_threads);
-    return {(int)std::min(255u, 65536 / threads), own_shared(module, kernel.name)};
+    return {(int)std::min(255u, 65536 / threads), shared};
 }
 
 // Unloads a module whose work is done. With `state` held.

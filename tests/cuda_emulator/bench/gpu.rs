@@ -3,7 +3,7 @@
 use std::ffi::{CStr, CString};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use cudarc::driver::{CudaContext, CudaFunction, CudaStream, DriverError, sys};
+use cudarc::driver::{CudaContext, CudaFunction, DriverError, sys};
 use cudarc::nvrtc::{Ptx, sys as nvrtc};
 
 use crate::cuda_emulator::{Emulator, Loaded, ORDERS, Order};
@@ -136,9 +136,4 @@ pub fn assert_error<T>(answer: Result<T, DriverError>, expected: sys::CUresult) 
 /// The bits of floats, to compare NaNs too.
 pub fn bits(values: &[f32]) -> Vec<u32> {
     values.iter().map(|value| value.to_bits()).collect()
-}
-
-/// Copies back and waits.
-pub fn fetch(stream: &Arc<CudaStream>, values: &cudarc::driver::CudaSlice<f32>) -> Vec<f32> {
-    stream.clone_dtoh(values).unwrap()
 }
