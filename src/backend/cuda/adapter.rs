@@ -3,7 +3,7 @@
 //! One side of the product, `low`, has at most [`MAX_RANK`] features, the other, `wide`, any number.
 //! Where both are that few, the smaller one is `low`.
 
-use super::device::{Geometry, Kernel, Pointer};
+use super::device::{Argument, Geometry, Kernel, Pointer};
 use super::module::Modules;
 use super::{Cuda, Result};
 use crate::backend::LinearShape;
@@ -61,10 +61,10 @@ fn ranks(modules: &Modules, [a, b, c, d, any]: [&'static str; 5]) -> Result<[Ker
 
 /// The kernel of an array that fits: rows of `wide` halves must start at multiples of 16 bytes, rows of
 /// `low` halves at multiples of 4, where 16 or 4 bytes are to be loaded at once.
-fn choose(kernels: &[Kernel; 5], wide: usize, low: usize) -> &Kernel {
+fn choose(kernels: &[Kernel; 5], wide: usize, low: usize) -> Kernel {
     let aligned = wide.is_multiple_of(8) && low.is_multiple_of(2);
     let index = RANKS.iter().position(|&rank| aligned && low <= rank);
-    &kernels[index.unwrap_or(RANKS.len())]
+    kernels[index.unwrap_or(RANKS.len())]
 }
 
 /// `out [T, O] = scale * x [T, I] weight [O, I]ᵀ`, added to `out` when `accumulate`; `operands` are out,
@@ -76,13 +76,8 @@ pub(super) fn forward(
     scale: f32,
     accumulate: bool,
 ) -> Result<()> {
-    let (wide, low) = (shape.in_features, shape.out_features);
-    let Kernels { down, up, .. } = &cuda.adapter;
-    let factors = (scale, accumulate);
-    match low <= wide {
-        true => launch_down(cuda, &down[0], operands, [shape.rows, wide, low], factors),
-        false => launch_up(cuda, &up[0], operands, [shape.rows, low, wide], factors),
-    }
+    let sizes = [shape.rows, shape.in_features, shape.out_features];
+    product(cuda, operands, sizes, false, scale, accumulate)
 }
 
 /// `dx [T, I] = scale * dout [T, O] weight [O, I]`, added to `dx` when `accumulate`; `operands` are dx,
@@ -94,13 +89,53 @@ pub(super) fn backward(
     scale: f32,
     accumulate: bool,
 ) -> Result<()> {
-    let (low, wide) = (shape.in_features, shape.out_features);
+    let sizes = [shape.rows, shape.out_features, shape.in_features];
+    product(cuda, operands, sizes, true, scale, accumulate)
+}
+
+/// `out [rows, outer] = scale * x [rows, inner] weight`, with weight `[outer, inner]`, or
+/// `[inner, outer]` when `transposed`.
+fn product(
+    cuda: &Cuda,
+    (out, x, weight): (Pointer, Pointer, Pointer),
+    [rows, inner, outer]: [usize; 3],
+    transposed: bool,
+    scale: f32,
+    accumulate: bool,
+) -> Result<()> {
     let Kernels { down, up, .. } = &cuda.adapter;
-    let factors = (scale, accumulate);
-    match low <= wide {
-        true => launch_down(cuda, &down[1], operands, [shape.rows, wide, low], factors),
-        false => launch_up(cuda, &up[1], operands, [shape.rows, low, wide], factors),
-    }
+    let kernels = |pair: &[[Kernel; 5]; 2]| pair[usize::from(transposed)];
+    let (is_down, rows) = (outer <= inner, rows as u32);
+    let (wide, low) = match is_down {
+        true => (inner, outer),
+        false => (outer, inner),
+    };
+    let kernel = choose(&kernels(if is_down { down } else { up }), wide, low);
+    // A warp of `up` loads its weights once per block: the more of them, the more rows it serves.
+    let block_rows: u32 = if low <= 16 { 64 } else { 128 };
+    let geometry = match is_down {
+        true => Geometry::line(rows.div_ceil(16), THREADS),
+        false => Geometry {
+            grid: [(wide as u32).div_ceil(256), rows.div_ceil(block_rows), 1],
+            threads: THREADS,
+            shared: 0,
+        },
+    };
+    let (wide, low, accumulate) = (wide as u32, low as u32, u32::from(accumulate));
+    let arguments: [&dyn Argument; 9] = [
+        &out,
+        &x,
+        &weight,
+        &rows,
+        &wide,
+        &low,
+        &scale,
+        &accumulate,
+        &block_rows,
+    ];
+    // `down` has no blocks of rows to be told of.
+    let count = arguments.len() - usize::from(is_down);
+    cuda.device.launch(&kernel, geometry, &arguments[..count])
 }
 
 /// `dweight [O, I] += scale * doutᵀ x`, f32; `operands` are dweight, dout and x.
@@ -116,7 +151,7 @@ pub(super) fn weight_gradient(
         false => (dout, x, shape.out_features, shape.in_features),
     };
     cuda.device.launch(
-        choose(&cuda.adapter.gradient, wide, low),
+        &choose(&cuda.adapter.gradient, wide, low),
         Geometry::line((wide as u32).div_ceil(32), THREADS),
         &[
             &dweight,
@@ -127,64 +162,6 @@ pub(super) fn weight_gradient(
             &(low as u32),
             &scale,
             &u32::from(low_major),
-        ],
-    )
-}
-
-fn launch_down(
-    cuda: &Cuda,
-    kernels: &[Kernel; 5],
-    (out, x, weight): (Pointer, Pointer, Pointer),
-    [rows, wide, low]: [usize; 3],
-    (scale, accumulate): (f32, bool),
-) -> Result<()> {
-    cuda.device.launch(
-        choose(kernels, wide, low),
-        Geometry::line((rows as u32).div_ceil(16), THREADS),
-        &[
-            &out,
-            &x,
-            &weight,
-            &(rows as u32),
-            &(wide as u32),
-            &(low as u32),
-            &scale,
-            &u32::from(accumulate),
-        ],
-    )
-}
-
-fn launch_up(
-    cuda: &Cuda,
-    kernels: &[Kernel; 5],
-    (out, x, weight): (Pointer, Pointer, Pointer),
-    [rows, low, wide]: [usize; 3],
-    (scale, accumulate): (f32, bool),
-) -> Result<()> {
-    // A warp loads its weights once per block: the more of them, the more rows it should serve.
-    let block_rows: u32 = if low <= 16 { 64 } else { 128 };
-    let geometry = Geometry {
-        grid: [
-            (wide as u32).div_ceil(256),
-            (rows as u32).div_ceil(block_rows),
-            1,
-        ],
-        threads: THREADS,
-        shared: 0,
-    };
-    cuda.device.launch(
-        choose(kernels, wide, low),
-        geometry,
-        &[
-            &out,
-            &x,
-            &weight,
-            &(rows as u32),
-            &(wide as u32),
-            &(low as u32),
-            &scale,
-            &u32::from(accumulate),
-            &block_rows,
         ],
     )
 }
