@@ -241,6 +241,7 @@ constexpr u32 PLAIN_DIM = 256;
 
 DEVICE float dot_rows(const half* a, const half* b, u32 head_dim) {
     float sum = 0.0f;
+#pragma unroll 2
     for (u32 d = 0; d < head_dim; d++) sum += to_float(a[d]) * to_float(b[d]);
     return sum;
 }

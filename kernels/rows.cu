@@ -72,7 +72,8 @@ DEVICE void add_rows(float* dtable, const half* dout, const u32* ids, u32 rows, 
     float sum[PIECES][W];
     load_span(sum, out, start, cols);
     for (u32 base = row; base < rows; base += EMBED_THREADS) {
-        // The rows among the next 256 that have the id, in order.
+        // The rows among the next 256 that have the id, in order. Two barriers do for both lists: each
+        // is read between the writing of the other and the one after.
         const u32 candidate = base + threadIdx.x;
         const bool same = candidate < rows && ids[candidate] == id;
         const u32 votes = __ballot_sync(FULL_WARP, same);
@@ -95,8 +96,6 @@ DEVICE void add_rows(float* dtable, const half* dout, const u32* ids, u32 rows, 
                 for (u32 j = 0; j < W; j++) sum[p][j] += g[p][j];
             }
         }
-        // Before the lists are written anew.
-        __syncthreads();
     }
     store_span(out, sum, start, cols);
 }

@@ -18,6 +18,8 @@ mod attention_exact;
 mod buffer;
 #[path = "ops/check.rs"]
 mod check;
+#[path = "cuda_emulator/mod.rs"]
+mod cuda_emulator;
 #[path = "ops/dropout.rs"]
 mod dropout;
 #[path = "ops/layouts.rs"]
@@ -50,8 +52,10 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use half::f16;
 use mp_train::backend::Backend;
 use mp_train::backend::cpu::Cpu;
+use mp_train::backend::cuda::Cuda;
 
 use check::{Check, Tolerance};
+use cuda_emulator::{Emulator, ORDERS};
 
 #[test]
 fn cpu_f32() {
@@ -63,6 +67,25 @@ fn cpu_f32() {
 fn cpu_f16() {
     let threads = [1, 2, 3].map(|threads| move || Cpu::<f16>::new(threads).unwrap());
     drive("cpu-f16", Tolerance::F16, threads);
+}
+
+/// Every order of the threads and blocks gives the same bits, on every generation of GPUs.
+#[test]
+fn cuda_emulated() {
+    let Some(emulator) = Emulator::build() else {
+        return;
+    };
+    let loaded = emulator.load_here();
+    for arch in ["75", "80", "86", "90"] {
+        loaded.set("EMULATOR_ARCH", arch);
+        let builds = ORDERS.map(|order| {
+            move || {
+                loaded.set_order(order);
+                Cuda::new(0).unwrap()
+            }
+        });
+        drive(&format!("cuda on sm_{arch}"), Tolerance::F16, builds);
+    }
 }
 
 /// All cases on a backend. The first of `builds` is held against the exact results, the others

@@ -134,9 +134,3 @@ API void emulator_reset_counters() {
     emulator::counters().clear();
     emulator::counters()["live_bytes"] = emulator::counters()["peak_bytes"] = live;
 }
-
-API void emulator_set_order(int order, unsigned long long seed) {
-    std::lock_guard<std::mutex> lock(emulator::state);
-    emulator::settings().schedule.order = static_cast<emulator::Order>(order);
-    emulator::settings().schedule.seed = seed;
-}

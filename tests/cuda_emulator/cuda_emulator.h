@@ -78,13 +78,13 @@ EMULATOR_VECTOR4(float, float4, 16)
 
 namespace emulator {
 
-// A place in a kernel source, for reports.
+// A place in a kernel source, for reports: as a default argument, that of the call.
 struct Site {
     const char* file;
     int line;
+    constexpr Site(const char* file = __builtin_FILE(), int line = __builtin_LINE()) : file(file), line(line) {}
 };
-#define EMULATOR_SITE \
-    emulator::Site site = emulator::Site { __builtin_FILE(), __builtin_LINE() }
+#define EMULATOR_SITE emulator::Site site = emulator::Site()
 
 struct Thread {
     uint3 index;

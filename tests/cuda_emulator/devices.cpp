@@ -22,39 +22,64 @@ static const Architecture architectures[] = {
     {120, "Emulated RTX 5090", 49152, 101376, 102400, 1536, 24, 170},
 };
 
-static std::string environment(const char* name, const char* otherwise) {
-    const char* value = getenv(name);
-    return value == nullptr || *value == 0 ? otherwise : value;
-}
-[[noreturn]] static void bad_setting(const char* name, const std::string& value, const char* choices) {
-    fprintf(stderr, "emulator: %s=%s: use %s\n", name, value.c_str(), choices);
+[[noreturn]] static void bad_setting(const std::string& name, const std::string& value, const char* choices) {
+    fprintf(stderr, "emulator: %s=%s: use %s\n", name.c_str(), value.c_str(), choices);
     abort();
 }
 
-static Settings read_settings() {
-    Settings s = {};
-    s.devices = atoi(environment("EMULATOR_DEVICES", "1").c_str());
-    if (s.devices < 0 || s.devices > 64) bad_setting("EMULATOR_DEVICES", std::to_string(s.devices), "0 to 64");
-    const std::string capability = environment("EMULATOR_ARCH", "80");
-    for (const Architecture& architecture : architectures) {
-        if (capability == std::to_string(architecture.capability)) s.architecture = &architecture;
+// One setting under the name of its environment variable. False for a name that is none.
+static bool set(Settings& s, const std::string& name, const std::string& value) {
+    const auto number = [&] { return strtoull(value.c_str(), nullptr, 10); };
+    if (name == "EMULATOR_DEVICES") {
+        if (number() > 64) bad_setting(name, value, "0 to 64");
+        s.devices = (int)number();
+    } else if (name == "EMULATOR_ARCH") {
+        const Architecture* chosen = nullptr;
+        for (const Architecture& a : architectures) {
+            if (value == std::to_string(a.capability)) chosen = &a;
+        }
+        if (chosen == nullptr) bad_setting(name, value, "75, 80, 86, 89, 90, 100 or 120");
+        s.architecture = chosen;
+    } else if (name == "EMULATOR_MEMORY") {
+        s.memory = number();
+    } else if (name == "EMULATOR_DRIVER_VERSION") {
+        s.driver_version = (int)number();
+    } else if (name == "EMULATOR_STREAMS") {
+        if (value != "late" && value != "early") bad_setting(name, value, "late or early");
+        s.late_streams = value == "late";
+    } else if (name == "EMULATOR_PEERS") {
+        s.peers = value == "1";
+    } else if (name == "EMULATOR_QUIET") {
+        s.quiet = value == "1";
+    } else if (name == "EMULATOR_ORDER") {
+        if (value == "forward") s.schedule.order = Order::forward;
+        else if (value == "reverse") s.schedule.order = Order::reverse;
+        else if (value == "random") s.schedule.order = Order::random;
+        else bad_setting(name, value, "forward, reverse or random");
+    } else if (name == "EMULATOR_SEED") {
+        s.schedule.seed = number();
+    } else if (name == "EMULATOR_THREADS") {
+        s.schedule.os_threads = (unsigned)number();
+    } else if (name == "EMULATOR_BLOCKS_APART") {
+        s.schedule.blocks_apart = value == "1";
+    } else {
+        return false;
     }
-    if (s.architecture == nullptr) bad_setting("EMULATOR_ARCH", capability, "75, 80, 86, 89, 90, 100 or 120");
-    s.memory = strtoull(environment("EMULATOR_MEMORY", "8589934592").c_str(), nullptr, 10);
-    s.driver_version = atoi(environment("EMULATOR_DRIVER_VERSION", "12080").c_str());
-    const std::string streams = environment("EMULATOR_STREAMS", "late");
-    if (streams != "late" && streams != "early") bad_setting("EMULATOR_STREAMS", streams, "late or early");
-    s.late_streams = streams == "late";
-    s.peers = environment("EMULATOR_PEERS", "1") == "1";
-    s.quiet = environment("EMULATOR_QUIET", "0") == "1";
-    const std::string order = environment("EMULATOR_ORDER", "forward");
-    if (order == "forward") s.schedule.order = Order::forward;
-    else if (order == "reverse") s.schedule.order = Order::reverse;
-    else if (order == "random") s.schedule.order = Order::random;
-    else bad_setting("EMULATOR_ORDER", order, "forward, reverse or random");
-    s.schedule.seed = strtoull(environment("EMULATOR_SEED", "1").c_str(), nullptr, 10);
-    s.schedule.os_threads = atoi(environment("EMULATOR_THREADS", "1").c_str());
-    s.schedule.blocks_apart = environment("EMULATOR_BLOCKS_APART", "0") == "1";
+    return true;
+}
+
+static Settings read_settings() {
+    static const char* const defaults[][2] = {
+        {"EMULATOR_DEVICES", "1"}, {"EMULATOR_ARCH", "80"}, {"EMULATOR_MEMORY", "8589934592"},
+        {"EMULATOR_DRIVER_VERSION", "12080"}, {"EMULATOR_STREAMS", "late"}, {"EMULATOR_PEERS", "1"},
+        {"EMULATOR_QUIET", "0"}, {"EMULATOR_ORDER", "forward"}, {"EMULATOR_SEED", "1"},
+        {"EMULATOR_THREADS", "1"}, {"EMULATOR_BLOCKS_APART", "0"},
+    };
+    Settings s = {};
+    for (const auto& [name, otherwise] : defaults) {
+        const char* value = getenv(name);
+        set(s, name, value == nullptr || *value == 0 ? otherwise : value);
+    }
     return s;
 }
 Settings& settings() {
@@ -163,7 +188,12 @@ API CUresult cuDeviceGetAttribute(int* value, int attribute, int device) {
     return success;
 }
 
-API int emulator_capability() { return settings().architecture->capability; }
+// Changes a setting of the environment in the running process; 0 for an unknown name. Devices and
+// architecture may change while no context is held.
+API int emulator_set(const char* name, const char* value) {
+    std::lock_guard<std::mutex> lock(state);
+    return set(settings(), name, value);
+}
 
 // ---- contexts
 
@@ -173,6 +203,7 @@ API CUresult cuDevicePrimaryCtxRetain(Context** context, int device) {
     Context& c = context_of(device);
     if (c.references++ == 0) {
         c.error = success;
+        c.peers.clear();
         c.default_stream = std::make_shared<Stream>();
         c.default_stream->context = &c;
         c.default_stream->waits_for_default = false;
@@ -187,14 +218,12 @@ API CUresult cuDevicePrimaryCtxRelease_v2(int device) {
     {
         std::lock_guard<std::mutex> lock(state);
         if (c.references == 0) return invalid_context;
-        if (c.references > 1) {
-            c.references--;
-            return success;
-        }
+        if (--c.references > 0) return success;
     }
     finish(c);
-    std::lock_guard<std::mutex> lock(state);
-    c.references--;
+    unload_modules_of(c);
+    free_streams_of(c);
+    free_memory_of(c);
     return success;
 }
 

@@ -124,6 +124,11 @@ extern std::mutex state;
 extern thread_local Context* current;
 Context& context_of(int device);
 
+// What ends with a context, once its work is done.
+void unload_modules_of(Context& context);
+void free_streams_of(Context& context);
+void free_memory_of(Context& context);
+
 // The error of the current context, or of there being none.
 CUresult usable();
 StreamRef find_stream(void* handle);
@@ -158,4 +163,3 @@ API int emulator_enqueue(void* stream, const char* label, void (*run)(void* data
 // Whether [address, address + bytes) lies inside one allocation of the current context's device.
 API int emulator_holds(const void* address, size_t bytes);
 API int emulator_planned_failure(const char* what);
-API int emulator_capability();

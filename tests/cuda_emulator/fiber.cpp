@@ -67,7 +67,6 @@ void prepare(Side& side, char* stack, size_t bytes, void (*entry)()) {
     side.bytes = bytes;
     side.fake_stack = nullptr;
     void** top = reinterpret_cast<void**>(stack + bytes);
-    *--top = nullptr;
     *--top = nullptr;  // the return address of entry(): the stack is as after a call
     *--top = reinterpret_cast<void*>(entry);
     for (int saved = 0; saved < 6; saved++) *--top = nullptr;

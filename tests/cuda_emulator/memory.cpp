@@ -48,6 +48,18 @@ static CUresult allocate(CUdeviceptr* address, size_t bytes, bool ready) {
     return success;
 }
 
+static CUresult release(CUdeviceptr address);
+void free_memory_of(Context& context) {
+    std::vector<CUdeviceptr> left;
+    {
+        std::lock_guard<std::mutex> lock(state);
+        for (const auto& [address, allocation] : allocations) {
+            if (allocation.residence == Residence::device && allocation.device == context.device) left.push_back(address);
+        }
+    }
+    for (const CUdeviceptr address : left) release(address);
+}
+
 static CUresult release(CUdeviceptr address) {
     size_t bytes;
     {

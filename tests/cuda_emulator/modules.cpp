@@ -7,7 +7,10 @@
 #include <fcntl.h>
 #include <link.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
+
+API CUresult cuInit(unsigned flags);
 
 namespace emulator {
 
@@ -93,13 +96,34 @@ static void read_shared_symbols(Module& module, int file) {
     munmap(start, (size_t)bytes);
 }
 
-static CUresult open_library(int file, Module& module) {
-    char path[64];
-    snprintf(path, sizeof path, "/proc/self/fd/%d", file);
-    module.library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
-    if (module.library == nullptr) return refuse(invalid_image, "cuModuleLoadData: %s", dlerror());
-    read_shared_symbols(module, file);
-    return success;
+static CUresult open_library(const std::string& path, Module& module) {
+    const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+    if (file < 0) return refuse(invalid_image, "cuModuleLoadData: %s: %s", path.c_str(), strerror(errno));
+    module.library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
+    if (module.library != nullptr) read_shared_symbols(module, file);
+    close(file);
+    return module.library != nullptr ? success : refuse(invalid_image, "cuModuleLoadData: %s", dlerror());
+}
+
+// Puts the library of an image beside the driver's own file, under a name of its contents: the loader
+// takes two files of one name for the same, and a sanitizer's report needs the file until the end.
+static bool unpack(std::string& path, const char* bytes, size_t size) {
+    uint64_t hash = 0xcbf29ce484222325ull;
+    for (size_t i = 0; i < size; i++) hash = (hash ^ (unsigned char)bytes[i]) * 0x100000001B3ull;
+    Dl_info info;
+    if (dladdr((void*)cuInit, &info) == 0) return false;
+    path = info.dli_fname;
+    path = path.substr(0, path.rfind('/') + 1) + "loaded";
+    mkdir(path.c_str(), 0777);
+    char name[64];
+    snprintf(name, sizeof name, "/%016llx-%zu.so", (unsigned long long)hash, size);
+    path += name;
+    if (access(path.c_str(), R_OK) == 0) return true;
+    const std::string unfinished = path + "." + std::to_string(getpid()) + "." + std::to_string((uintptr_t)&info);
+    FILE* file = fopen(unfinished.c_str(), "wb");
+    if (file == nullptr) return false;
+    const bool written = fwrite(bytes, 1, size, file) == size;
+    return fclose(file) == 0 && written && rename(unfinished.c_str(), path.c_str()) == 0;
 }
 
 static CUresult load(Module** result, const void* image) {
@@ -113,27 +137,16 @@ static CUresult load(Module** result, const void* image) {
     if (memcmp(image, "//emulator-ptx", 14) == 0) {
         if (sscanf(static_cast<const char*>(image), ptx_format, &module->capability, path) != 2) return invalid_ptx;
         if (module->capability > device) return refuse(invalid_ptx, "PTX of compute_%u on a device of capability %u", module->capability, device);
-        const int file = open(path, O_RDONLY | O_CLOEXEC);
-        if (file < 0) return refuse(invalid_ptx, "%s is gone", path);
-        const CUresult error = open_library(file, *module);
-        close(file);
-        if (error) return error;
+        if (const CUresult error = open_library(path, *module)) return error;
     } else {
         if (memcmp(image, image_magic, sizeof image_magic) != 0) return invalid_image;
         memcpy(&header, image, sizeof header);
         if (header.emulator != interface_version) return refuse(invalid_image, "the image was made for another version of the emulator");
         module->capability = header.capability;
         if (header.capability / 10 != device / 10 || header.capability > device) return refuse(no_binary_for_gpu, "CUBIN of sm_%u on a device of capability %u", header.capability, device);
-        const int file = memfd_create("kernels", MFD_CLOEXEC);
-        const char* bytes = static_cast<const char*>(image) + sizeof header;
-        for (uint64_t done = 0; done < header.bytes;) {
-            const ssize_t written = write(file, bytes + done, header.bytes - done);
-            if (written <= 0) return out_of_memory;
-            done += (uint64_t)written;
-        }
-        const CUresult error = open_library(file, *module);
-        close(file);
-        if (error) return error;
+        std::string unpacked;
+        if (!unpack(unpacked, static_cast<const char*>(image) + sizeof header, header.bytes)) return refuse(out_of_memory, "no room for the image in %s", unpacked.c_str());
+        if (const CUresult error = open_library(unpacked, *module)) return error;
     }
     find_static_shared(*module);
     count("modules");
@@ -154,26 +167,44 @@ static size_t own_shared(const Module& module, const char* kernel) {
     return sum;
 }
 
-// From the file that EMULATOR_REGISTERS names: lines of capability, kernel, registers per thread, bytes
-// of static shared memory. Without it a kernel is taken to use all registers that its launch bounds
-// leave, and the static shared memory that its own body declares.
+// Registers per thread from the file that EMULATOR_REGISTERS names: lines of architecture, kernel,
+// registers, as tests/kernel_code.rs writes them. A kernel that is not there is taken to use all that its
+// launch bounds leave.
 static Resources resources_of(const Module& module, const Kernel& kernel) {
-    static const std::map<std::pair<unsigned, std::string>, Resources> table = [] {
-        std::map<std::pair<unsigned, std::string>, Resources> table;
+    static const std::map<std::pair<unsigned, std::string>, int> table = [] {
+        std::map<std::pair<unsigned, std::string>, int> table;
         const char* path = getenv("EMULATOR_REGISTERS");
         FILE* file = path == nullptr ? nullptr : fopen(path, "r");
         if (file == nullptr) return table;
+        char line[512], name[256];
         unsigned capability;
-        char name[256];
-        Resources r;
-        while (fscanf(file, "%u %255s %d %zu", &capability, name, &r.registers, &r.static_shared) == 4) table[{capability, name}] = r;
+        int registers;
+        while (fgets(line, sizeof line, file) != nullptr) {
+            if (sscanf(line, "%u %255s %d", &capability, name, &registers) == 3) table[{capability, name}] = registers;
+        }
         fclose(file);
         return table;
     }();
+    const size_t shared = own_shared(module, kernel.name);
     const auto found = table.find({module.capability, kernel.name});
-    if (found != table.end()) return found->second;
+    if (found != table.end()) return {found->second, shared};
     const unsigned threads = kernel.max_threads == 0 ? 256 : std::max(32u, kernel.max_threads);
-    return {(int)std::min(255u, 65536 / threads), own_shared(module, kernel.name)};
+    return {(int)std::min(255u, 65536 / threads), shared};
+}
+
+// Unloads a module whose work is done. With `state` held.
+static void unload(Module* module) {
+    for (const auto& [name, function] : module->functions) functions.erase(function.get());
+    void* library = module->library;
+    modules.erase(module);
+    dlclose(library);
+}
+void unload_modules_of(Context& context) {
+    std::lock_guard<std::mutex> lock(state);
+    for (auto next = modules.begin(); next != modules.end();) {
+        Module* module = (next++)->second.get();
+        if (module->context == &context) unload(module);
+    }
 }
 
 static CUresult check_launch(const Function& f, dim3 grid, dim3 block, unsigned dynamic_bytes) {
@@ -283,10 +314,7 @@ API CUresult cuModuleUnload(Module* module) {
     }
     const CUresult error = finish(*module->context);
     std::lock_guard<std::mutex> lock(state);
-    for (const auto& [name, function] : module->functions) functions.erase(function.get());
-    void* library = module->library;
-    modules.erase(module);
-    dlclose(library);
+    unload(module);
     return error;
 }
 

@@ -112,6 +112,17 @@ CUresult finish(Context& context) {
     return context.error;
 }
 
+void free_streams_of(Context& context) {
+    std::lock_guard<std::mutex> lock(state);
+    for (const StreamRef& stream : context.streams) live_streams.erase(stream.get());
+    for (auto next = live_events.begin(); next != live_events.end();) {
+        const auto event = next++;
+        if (event->second->context == &context) live_events.erase(event);
+    }
+    context.streams.clear();
+    context.default_stream.reset();
+}
+
 static void count_synchronisation(const char* call) {
     count("synchronisations");
     trace("synchronise", "\"call\":" + json_text(call));

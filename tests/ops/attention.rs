@@ -51,6 +51,9 @@ pub fn cases<B: Backend>(b: &B, check: &mut Check) {
             );
         }
     }
+    tiles(b, check, &mut numbers);
+    odd_heads(b, check, &mut numbers);
+
     // Scores far apart: the largest has to be subtracted before the exponential.
     let steep = AttentionLayout::grouped_per_head(2, 16);
     whole(
@@ -64,20 +67,6 @@ pub fn cases<B: Backend>(b: &B, check: &mut Check) {
     );
 
     // Decoding from a cache: all at once, one query, some queries, in cache rows of any order.
-    let spans = |table: [(usize, usize, usize, usize); 4]| {
-        let mut q_start = 0;
-        table.map(|(q_len, kv_start, kv_len, context_length)| {
-            let span = Span {
-                q_start,
-                q_len,
-                kv_start,
-                kv_len,
-                context_length,
-            };
-            q_start += q_len;
-            span
-        })
-    };
     let tables = [
         [(1, 200, 66, 0), (1, 0, 1, 1), (1, 70, 97, 40), (1, 3, 3, 3)],
         [
@@ -88,7 +77,7 @@ pub fn cases<B: Backend>(b: &B, check: &mut Check) {
         ],
     ];
     for (index, table) in tables.into_iter().enumerate() {
-        for (step, dim) in [16, 48, 80, 128].into_iter().enumerate() {
+        for (step, dim) in [16, 48, 64, 80, 128].into_iter().enumerate() {
             let base = [
                 AttentionLayout::grouped_per_head(2, dim),
                 side_by_side(6, 2, dim),
@@ -96,12 +85,97 @@ pub fn cases<B: Backend>(b: &B, check: &mut Check) {
             for base in base {
                 let prefix = prefixes[(2 * index + step) % prefixes.len()];
                 let layout = base.with_cache();
-                cached(b, check, &mut numbers, &layout, &spans(table), prefix);
+                cached(b, check, &mut numbers, &layout, &decoding(table), prefix);
             }
         }
     }
 
     gradients(b, check, &mut numbers);
+}
+
+/// Sequences, contexts and prefixes that end on, before and behind the border of a tile of 64, or of
+/// several; many sequences.
+fn tiles<B: Backend>(b: &B, check: &mut Check, numbers: &mut Numbers) {
+    let borders = [
+        (64, 63),
+        (128, 64),
+        (130, 65),
+        (63, 0),
+        (129, 128),
+        (192, 1),
+    ];
+    for (index, sequence) in borders.into_iter().enumerate() {
+        let prefix = [None, Some((64, true)), Some((128, false))][index % 3];
+        let layout = side_by_side(4, 2, 64);
+        whole(
+            b,
+            check,
+            numbers,
+            &layout,
+            &flat(&[sequence]),
+            prefix,
+            0.125,
+        );
+    }
+    let layout = AttentionLayout::grouped_per_head(1, 128);
+    let spans = flat(&[(200, 70), (64, 64), (1, 0)]);
+    let prefix = Some((128, true));
+    whole(b, check, numbers, &layout, &spans, prefix, 0.09);
+    let lens: Vec<_> = (0..70).map(|i| (1 + i % 7, i % 3)).collect();
+    let layout = side_by_side(2, 1, 32);
+    for prefix in [None, Some((5, true))] {
+        whole(b, check, numbers, &layout, &flat(&lens), prefix, 0.2);
+    }
+}
+
+/// Heads that fill no row of a tensor core, start off its borders, or are wider than its tiles.
+fn odd_heads<B: Backend>(b: &B, check: &mut Check, numbers: &mut Numbers) {
+    for (index, dim) in [4, 6, 10, 24, 36, 136].into_iter().enumerate() {
+        let prefix = [Some((3, true)), None, Some((33, false))][index % 3];
+        let lens = [(35, 20), (1, 0), (66, 3)];
+        for layout in [
+            AttentionLayout::grouped_per_head(2, dim),
+            side_by_side(4, 2, dim),
+        ] {
+            let scale = 1.0 / (dim as f32).sqrt();
+            whole(b, check, numbers, &layout, &flat(&lens), prefix, scale);
+            let spans = [(2, 70, 9, 4), (33, 0, 66, 40)];
+            cached(
+                b,
+                check,
+                numbers,
+                &layout.with_cache(),
+                &decoding(spans),
+                prefix,
+            );
+        }
+    }
+    // A head that could be read by 16 bytes, in rows that start off them.
+    let mut shifted = side_by_side(2, 1, 16);
+    for part in [&mut shifted.query, &mut shifted.key, &mut shifted.value] {
+        part.offset += 3;
+    }
+    let spans = flat(&[(35, 20), (1, 0)]);
+    whole(b, check, numbers, &shifted, &spans, Some((3, false)), 0.25);
+    // Scores against their usual order.
+    let layout = side_by_side(2, 1, 16);
+    whole(b, check, numbers, &layout, &spans, Some((3, true)), -0.25);
+}
+
+/// Queries one behind the other, from (query length, first key, key length, context length).
+fn decoding<const S: usize>(table: [(usize, usize, usize, usize); S]) -> [Span; S] {
+    let mut q_start = 0;
+    table.map(|(q_len, kv_start, kv_len, context_length)| {
+        let span = Span {
+            q_start,
+            q_len,
+            kv_start,
+            kv_len,
+            context_length,
+        };
+        q_start += q_len;
+        span
+    })
 }
 
 /// Sequences one behind the other, from (length, context length).
@@ -199,6 +273,7 @@ fn whole<B: Backend>(
     });
     let (exact_out, exact_lse) = problem.forward(rows);
     check.expect(b, &got.out, || exact_out.clone());
+    check.part("lse");
     check.expect(b, &got.lse, || exact_lse.clone());
 
     // The backward pass gets the best out and lse that the storage types can hold.
@@ -284,6 +359,7 @@ fn cached<B: Backend>(
         exact_lse = lse;
         exact_out
     });
+    check.part("lse");
     check.expect(b, &got.lse, || exact_lse);
 }
 

@@ -189,6 +189,13 @@ impl Sums {
     }
 }
 
+/// What a backend may make of a probability, or of the gradient of a score, on its way into a product:
+/// rounded to f16, a value below f16's smallest normal number is off as if it were that large. To f32
+/// this means nothing.
+fn into_product(x: Exact) -> Exact {
+    Exact::new(x.value, x.magnitude + 1.0 / 16384.0)
+}
+
 impl Problem<'_> {
     /// Gradients of query, key and value heads in `dqkv`, and of the prefix of each sequence,
     /// `[S, P, 2, G, D]`.
@@ -211,10 +218,11 @@ impl Problem<'_> {
                 let p = (score.value - saved.lse[at]).exp();
                 let p = Exact::new(p, p * (1.0 + score.magnitude + saved.lse[at].abs()));
                 let dp = Exact::sum(dout.iter().zip(v).map(|(a, b)| a * b));
-                let ds = Exact::new(
-                    self.scale * p.value * (dp.value - delta.value),
-                    self.scale * p.magnitude * (dp.magnitude + delta.magnitude),
-                );
+                let ds = into_product(Exact::new(
+                    p.value * (dp.value - delta.value),
+                    p.magnitude * (dp.magnitude + delta.magnitude),
+                ));
+                let ds = Exact::new(self.scale * ds.value, self.scale.abs() * ds.magnitude);
                 dqkv.add(query_place, ds, k);
                 // Each sequence has a gradient of the prefix, shared or not.
                 let (sums, key_place, value_place) = match key {
@@ -230,7 +238,7 @@ impl Problem<'_> {
                     }
                 };
                 sums.add(key_place, ds, q);
-                sums.add(value_place, p, dout);
+                sums.add(value_place, into_product(p), dout);
             }
         }
         (dqkv.exact, dprefix.exact)

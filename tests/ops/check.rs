@@ -124,6 +124,14 @@ impl Check {
         }
     }
 
+    /// Gives an output of the op that ran last a line and a limit of its own, `op/part`.
+    pub fn part(&mut self, part: &str) {
+        self.op = format!("{}/{part}", self.op);
+        if self.first_build {
+            self.line(self.tolerance.noise_of(&self.op.clone())).cases += 1;
+        }
+    }
+
     /// Compares an output of the op that ran last: its first elements with `exact`, the others with
     /// what they were.
     pub fn expect<B: Backend, T: Element>(
