@@ -63,6 +63,7 @@ struct Worker {
     Side own;  // the OS thread itself
     char barriers[2], start, end;
     unsigned barrier_generation;
+    volatile unsigned inside;  // whether a CUDA thread is running
 
     uint64_t random();
 };
@@ -71,6 +72,8 @@ inline Fiber& this_fiber() { return *static_cast<Fiber*>(current_thread); }
 
 // Meets the other lanes of `mask`; the last to come carries the meeting out for all.
 void meet(Meeting meeting, unsigned mask, Site site);
+// Makes faults of kernels errors of their launch, for the calling OS thread.
+void catch_faults();
 // The products and loads of tensor_core.cpp, for a whole warp.
 void carry_out_tensor_core(Meeting meeting, Warp& warp);
 

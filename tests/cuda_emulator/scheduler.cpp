@@ -64,7 +64,9 @@ static void resume(Fiber& fiber) {
         prepare(fiber.side, stack, worker->stacks.bytes(), fiber_entry);
     }
     current_thread = &fiber;
+    worker->inside = 1;
     switch_sides(worker->own, fiber.side);
+    worker->inside = 0;
     if (fiber.state == State::done && !thread_sanitizer()) worker->free_stacks.push_back(fiber.stack);
 }
 
@@ -333,6 +335,7 @@ static void run_blocks(const Launch& launch, const Schedule& schedule, std::atom
     if (!kept) kept = std::make_unique<Worker>();
     Worker& w = *kept;
     worker = &w;
+    catch_faults();
     w.launch = &launch;
     w.schedule = schedule;
     if (thread_sanitizer()) w.own.race = __tsan_get_current_fiber();
