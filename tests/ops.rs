@@ -69,9 +69,26 @@ fn cpu_f16() {
     drive("cpu-f16", Tolerance::F16, threads);
 }
 
+/// `MP_TRAIN_TEST_GPU=1 cargo test --release --test ops cuda_on_this_gpu`; scripts/check_gpu.sh runs it.
+#[test]
+fn cuda_on_this_gpu() {
+    if !cuda_emulator::on_this_gpu() {
+        println!("skipped: MP_TRAIN_TEST_GPU is not 1");
+        return;
+    }
+    drive(
+        "cuda",
+        Tolerance::F16,
+        [(); 2].map(|()| || Cuda::new(0).unwrap()),
+    );
+}
+
 /// Every order of the threads and blocks gives the same bits, on every generation of GPUs.
 #[test]
 fn cuda_emulated() {
+    if cuda_emulator::on_this_gpu() {
+        return;
+    }
     let Some(emulator) = Emulator::build() else {
         return;
     };
