@@ -46,7 +46,10 @@ impl Emulator {
                 let required =
                     std::env::var("MP_TRAIN_REQUIRE_EMULATOR").is_ok_and(|value| value == "1");
                 if !compiler_present() {
-                    assert!(!required, "MP_TRAIN_REQUIRE_EMULATOR=1, and there is no g++");
+                    assert!(
+                        !required,
+                        "MP_TRAIN_REQUIRE_EMULATOR=1, and there is no g++"
+                    );
                     println!("skipped: needs g++");
                     return None;
                 }
@@ -196,7 +199,10 @@ fn build() -> Emulator {
             .output()
             .unwrap();
         let said = String::from_utf8_lossy(&built.stderr);
-        assert!(built.status.success(), "tests/cuda_emulator/build.sh:\n{said}");
+        assert!(
+            built.status.success(),
+            "tests/cuda_emulator/build.sh:\n{said}"
+        );
         File::create(folder.join("built")).unwrap();
     }
     Emulator { folder }

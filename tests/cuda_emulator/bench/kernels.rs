@@ -49,7 +49,10 @@ fn compiler_errors_are_in_the_log() {
     let Some(_bench) = bench(&[]) else { return };
     let wrong = "#include \"common.cuh\"\nKERNEL broken(float* out) { out[0] = missing; }\n";
     let log = compile(wrong, "sm_80").unwrap_err();
-    assert!(log.contains("program.cu:2") && log.contains("missing"), "{log}");
+    assert!(
+        log.contains("program.cu:2") && log.contains("missing"),
+        "{log}"
+    );
     let log = compile(wrong, "sm_33").unwrap_err();
     assert!(log.contains("--gpu-architecture"), "{log}");
 }
@@ -65,7 +68,11 @@ fn ptx_of_an_older_architecture_runs_its_code_path() {
     for (target, expected) in [("sm_90", 900), ("compute_75", 750), ("compute_80", 800)] {
         let code = compile(source, target).unwrap();
         let image = cudarc::nvrtc::Ptx::from_binary(code);
-        let function = context.load_module(image).unwrap().load_function("arch").unwrap();
+        let function = context
+            .load_module(image)
+            .unwrap()
+            .load_function("arch")
+            .unwrap();
         let mut out = stream.alloc_zeros::<u32>(1).unwrap();
         let mut launch = stream.launch_builder(&function);
         launch.arg(&mut out);
@@ -107,7 +114,10 @@ fn run_tile_product(context: &std::sync::Arc<CudaContext>, source: &str) -> Vec<
     let value = |i: usize| f16::from_f32(((i * 7 + i / 5) % 23) as f32 / 8.0 - 1.0);
     let a: Vec<f16> = (0..256).map(value).collect();
     let b: Vec<f16> = (256..384).map(value).collect();
-    let (a, b) = (stream.clone_htod(&a).unwrap(), stream.clone_htod(&b).unwrap());
+    let (a, b) = (
+        stream.clone_htod(&a).unwrap(),
+        stream.clone_htod(&b).unwrap(),
+    );
     let mut out = stream.alloc_zeros::<f32>(128).unwrap();
     let mut launch = stream.launch_builder(&function);
     launch.arg(&mut out).arg(&a).arg(&b);
@@ -148,7 +158,9 @@ fn a_copy_that_was_not_waited_for_is_found() {
 /// Runs `body` in two blocks of 64 threads on an array of 128 floats, in every order.
 fn run_body(body: &str) -> Option<Vec<Result<Vec<u32>, DriverError>>> {
     let bench = bench(&[])?;
-    let source = format!("#include \"common.cuh\"\nKERNEL __launch_bounds__(64) body(float* out) {{ const u32 i = threadIdx.x; (void)i; {body} }}\n");
+    let source = format!(
+        "#include \"common.cuh\"\nKERNEL __launch_bounds__(64) body(float* out) {{ const u32 i = threadIdx.x; (void)i; {body} }}\n"
+    );
     Some(bench.in_all_orders(|| {
         let context = bench.device(0);
         let (stream, function) = (context.default_stream(), kernel(&context, &source, "body"));
@@ -164,14 +176,18 @@ fn run_body(body: &str) -> Option<Vec<Result<Vec<u32>, DriverError>>> {
 
 #[track_caller]
 fn assert_orders_differ(body: &str) {
-    let Some(results) = run_body(body) else { return };
+    let Some(results) = run_body(body) else {
+        return;
+    };
     let results: Vec<_> = results.into_iter().map(Result::unwrap).collect();
     assert!(results.iter().any(|result| *result != results[0]), "{body}");
 }
 
 #[track_caller]
 fn assert_launch_fails(body: &str) {
-    let Some(results) = run_body(body) else { return };
+    let Some(results) = run_body(body) else {
+        return;
+    };
     for result in results {
         assert_error(result, CUDA_ERROR_LAUNCH_FAILED);
     }
@@ -181,7 +197,9 @@ fn assert_launch_fails(body: &str) {
 fn forgotten_barriers_and_unset_memory_make_orders_differ() {
     assert_orders_differ("__shared__ float x[64]; x[i] = i; out[i] = x[63 - i];");
     assert_orders_differ("DYNAMIC_SHARED(float, x); x[i] = i; out[i] = x[(i + 1) & 63];");
-    assert_orders_differ("__shared__ float x[64]; if (i < 63) x[i] = i; __syncthreads(); out[i] = x[63];");
+    assert_orders_differ(
+        "__shared__ float x[64]; if (i < 63) x[i] = i; __syncthreads(); out[i] = x[63];",
+    );
     assert_orders_differ("DYNAMIC_SHARED(float, x); out[i] = x[i];");
     assert_orders_differ("out[i] += 1.0f + blockIdx.x; out[i] *= 2.0f;");
     assert_orders_differ("__shared__ float x; x = i; __syncwarp(); out[i] = x;");
