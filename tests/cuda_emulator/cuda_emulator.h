@@ -139,6 +139,22 @@ template <class T> static inline T shuffle_value(unsigned mask, T value, unsigne
 static inline float max_float(float a, float b) { return a > b || b != b ? a : b; }
 static inline float min_float(float a, float b) { return a < b || b != b ? a : b; }
 
+#if defined(__SANITIZE_THREAD__)
+}  // namespace emulator
+#include <sys/mman.h>
+namespace emulator {
+// Maps the pages of a range anew with what they hold: the race detector then knows of no access to
+// them. It heeds the call only from code that it has instrumented, which is why this is not elsewhere.
+__attribute__((no_sanitize("thread"))) static inline void forget_accesses(char* start, char* stop) {
+    char* first = reinterpret_cast<char*>(reinterpret_cast<uintptr_t>(start) & ~uintptr_t(4095));
+    const size_t bytes = (size_t)(stop - first + 4095) & ~size_t(4095);
+    volatile char* copy = static_cast<char*>(__builtin_alloca(bytes));
+    for (size_t i = 0; i < bytes; i++) copy[i] = first[i];
+    mmap(first, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
+    for (size_t i = 0; i < bytes; i++) first[i] = copy[i];
+}
+#endif
+
 // ---- how a kernel is called: the table that fake NVRTC appends to a source
 
 struct Argument {

@@ -32,6 +32,7 @@ struct Module {
     void* (*anchor)();
     ptrdiff_t anchor_offset;  // of the anchor in the static shared memory
     size_t static_bytes;
+    void (*forget)();
     std::map<std::string, size_t> shared_symbols;  // names and sizes of its shared variables
     std::map<std::string, std::unique_ptr<Function>> functions;
 };
@@ -63,6 +64,7 @@ static int search_tls(dl_phdr_info* info, size_t, void* data) {
 static void find_static_shared(Module& module) {
     module.anchor = reinterpret_cast<void* (*)()>(dlsym(module.library, "emulator_anchor"));
     const auto bytes = static_cast<const size_t*>(dlsym(module.library, "emulator_static_bytes"));
+    module.forget = reinterpret_cast<void (*)()>(dlsym(module.library, "emulator_forget"));
     module.anchor_offset = 0;
     module.static_bytes = bytes == nullptr ? 0 : *bytes;
     if (bytes != nullptr) return;  // a section
@@ -243,7 +245,7 @@ static CUresult run_launch(Context& context, const Function& f, const Arguments&
         memcpy(&address, arguments.addresses[i], sizeof address);
         if (const CUresult error = check_kernel_pointer(context, address, kernel.name, i)) return error;
     }
-    Launch launch = {&kernel, const_cast<void**>(arguments.addresses.data()), grid, block, dynamic_bytes, {static_shared_of_this_thread, f.module, f.module->static_bytes}};
+    Launch launch = {&kernel, const_cast<void**>(arguments.addresses.data()), grid, block, dynamic_bytes, {static_shared_of_this_thread, f.module, f.module->static_bytes, f.module->forget}};
     Schedule schedule;
     {
         std::lock_guard<std::mutex> lock(state);

@@ -9,11 +9,13 @@ namespace emulator {
 
 enum class Order { forward = 0, reverse = 1, random = 2 };
 
-// Fills the static shared memory that belongs to the calling OS thread.
+// The static shared memory that belongs to the calling OS thread.
 struct StaticShared {
     void* (*of_this_thread)(void* module);
     void* module;
     size_t bytes;
+    // Makes the race detector forget who used it; null without one.
+    void (*forget)();
 };
 
 struct Launch {
@@ -28,8 +30,6 @@ struct Schedule {
     Order order = Order::forward;
     uint64_t seed = 1;
     unsigned os_threads = 1;
-    // Race detection across blocks: each thread of each block is a thread of its own to the detector.
-    bool blocks_apart = false;
 };
 
 // What fresh memory holds: differs between the orders, so that reading it shows as a difference.
