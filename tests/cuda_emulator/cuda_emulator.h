@@ -26,7 +26,7 @@
 // One block runs on one OS thread, so what is local to the OS thread is shared by the block. Address
 // sanitizer does not see the ends of thread-local arrays: its builds use plain variables.
 #if defined(EMULATOR_PLAIN_SHARED)
-#define __shared__ static __attribute__((section("emulator_shared")))
+#define __shared__ static
 #else
 #define __shared__ static thread_local
 #endif

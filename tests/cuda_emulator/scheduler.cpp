@@ -354,12 +354,6 @@ static void run_block(Worker& w, dim3 size) {
 
 // ---- one launch
 
-static void fill(void* memory, unsigned char value, size_t bytes) {
-    // Not memset: a sanitizer would look at the gaps between shared arrays.
-    volatile unsigned char* p = static_cast<unsigned char*>(memory);
-    for (size_t i = 0; i < bytes; i++) p[i] = value;
-}
-
 static void run_blocks(const Launch& launch, const Schedule& schedule, std::atomic<uint64_t>& next, std::atomic<bool>& stop, std::string& error) {
     static thread_local std::unique_ptr<Worker> kept;
     if (!kept) kept = std::make_unique<Worker>();
@@ -384,10 +378,8 @@ static void run_blocks(const Launch& launch, const Schedule& schedule, std::atom
             if (posix_memalign(&w.dynamic, 128, launch.dynamic_bytes) != 0) abort();
             memset(w.dynamic, fresh, launch.dynamic_bytes);
         }
-        if (launch.static_shared.bytes > 0) {
-            if (launch.static_shared.forget != nullptr) launch.static_shared.forget();
-            fill(launch.static_shared.of_this_thread(launch.static_shared.module), fresh, launch.static_shared.bytes);
-        }
+        launch.static_shared->forget();
+        launch.static_shared->fill(fresh);
         run_block(w, launch.block);
         if (thread_sanitizer()) {
             kept_shared.push_back(w.dynamic);  // two blocks must not get the same place

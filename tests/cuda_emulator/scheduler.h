@@ -9,13 +9,13 @@ namespace emulator {
 
 enum class Order { forward = 0, reverse = 1, random = 2 };
 
-// The static shared memory that belongs to the calling OS thread.
+// The static shared memory of a module, as the calling OS thread has it.
 struct StaticShared {
-    void* (*of_this_thread)(void* module);
-    void* module;
-    size_t bytes;
-    // Makes the race detector forget who used it; null without one.
-    void (*forget)();
+    virtual ~StaticShared() = default;
+    virtual void fill(unsigned char value) const = 0;
+    virtual bool holds(const void* p, size_t bytes) const = 0;
+    // Makes the race detector forget who used it.
+    virtual void forget() const = 0;
 };
 
 struct Launch {
@@ -23,7 +23,7 @@ struct Launch {
     void** arguments;
     dim3 grid, block;
     size_t dynamic_bytes;
-    StaticShared static_shared;
+    const StaticShared* static_shared;
 };
 
 struct Schedule {
