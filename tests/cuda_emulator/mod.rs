@@ -217,3 +217,15 @@ fn build() -> Emulator {
     }
     Emulator { folder }
 }
+
+/// Whether tests run on the GPU of this machine instead (`MP_TRAIN_TEST_GPU=1`). Where they do not, a
+/// test that only a GPU can pass is skipped, or fails with `MP_TRAIN_REQUIRE_GPU=1`.
+pub fn on_this_gpu() -> bool {
+    let is_set = |name| std::env::var(name).is_ok_and(|value| value == "1");
+    let asked = is_set("MP_TRAIN_TEST_GPU");
+    assert!(
+        asked || !is_set("MP_TRAIN_REQUIRE_GPU"),
+        "MP_TRAIN_REQUIRE_GPU=1, but MP_TRAIN_TEST_GPU is not 1"
+    );
+    asked
+}

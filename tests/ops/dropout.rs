@@ -82,6 +82,10 @@ pub fn cases<B: Backend>(b: &B, check: &mut Check) {
         }
     }
     activations(b, check, &mut numbers, &[65, 97], 509, keep_p());
+    // Rows that can be loaded 16 bytes at a time.
+    for (lens, cols) in [(&[3, 2][..], 8), (&[1, 3], 64), (&[2, 1], 2056)] {
+        activations(b, check, &mut numbers, lens, cols, keep_p());
+    }
     for sequences in [1, 3] {
         for len in [1, 3, 65] {
             for cols in [1, 3, 65, 97] {
@@ -90,6 +94,15 @@ pub fn cases<B: Backend>(b: &B, check: &mut Check) {
         }
     }
     prefixes(b, check, &mut numbers, [3, 65, 509]);
+    for sizes in [
+        [2, 3, 8],
+        [3, 2, 1028],
+        [2, 3, 2056],
+        [67, 2, 12],
+        [130, 1, 3],
+    ] {
+        prefixes(b, check, &mut numbers, sizes);
+    }
     statistics(b, check);
 }
 

@@ -19,6 +19,24 @@ const LARGE: [[usize; 3]; 6] = [
     [128, 512, 512],
 ];
 
+/// Products as LoRA has them: few features on one side, on the other a multiple of 8, so that rows can
+/// be loaded 16 bytes at a time; on both sides of the ranks and tiles of kernels/adapter.cu. Rows, the
+/// few, the many.
+const LOW_RANK: [[usize; 3]; 12] = [
+    [1, 2, 8],
+    [3, 8, 264],
+    [17, 8, 1032],
+    [130, 4, 40],
+    [97, 10, 72],
+    [65, 16, 328],
+    [33, 18, 520],
+    [129, 32, 72],
+    [3, 34, 1032],
+    [70, 64, 264],
+    [257, 64, 64],
+    [150, 66, 136],
+];
+
 pub fn cases<B: Backend>(b: &B, check: &mut Check) {
     all::<B, f32>(b, check);
     if <B::Element as Element>::NAME != f32::NAME {
@@ -45,6 +63,12 @@ fn all<B: Backend, T: Element>(b: &B, check: &mut Check) {
     }
     for (index, sizes) in LARGE.into_iter().enumerate() {
         shape::<B, T>(b, check, &mut numbers, sizes, index);
+    }
+    for (index, [rows, few, many]) in LOW_RANK.into_iter().enumerate() {
+        for (sizes, variant) in [([rows, few, many], index), ([rows, many, few], index + 4)] {
+            // Bias aside: with one the product is not a LoRA's.
+            shape::<B, T>(b, check, &mut numbers, sizes, variant & !2);
+        }
     }
     for variant in 0..8 {
         shape::<B, T>(b, check, &mut numbers, [65, 97, 65], variant);

@@ -301,7 +301,7 @@ impl<E: Element> Backend for Cpu<E> {
         rows: usize,
         inverse: bool,
     ) -> Done {
-        let table = rotary::Table { cos: cos, sin: sin };
+        let table = rotary::Table { cos, sin };
         let positions = [&position[..], &block_position[..]];
         rotary::rotary(&self.threads, x, table, positions, layout, rows, inverse);
         Ok(())
@@ -366,10 +366,10 @@ impl<E: Element> Backend for Cpu<E> {
             scale,
         };
         let saved = Saved {
-            dout: dout,
-            out: out,
-            lse: lse,
-            qkv: qkv,
+            dout,
+            out,
+            lse,
+            qkv,
         };
         attention::attention_backward(
             &self.threads,
