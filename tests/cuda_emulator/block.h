@@ -39,7 +39,7 @@ struct Warp {
     unsigned ready;    // can run
     unsigned waiting;  // in a meeting
     unsigned gone;     // exited, or never existed
-    char ordered;      // what __syncwarp orders, for the race detector
+    char ordered[2];   // what __syncwarp orders, for the race detector
 
     // What the lanes bring to a meeting, and take away from it.
     uint64_t words[32];
@@ -64,8 +64,12 @@ struct Worker {
     std::vector<size_t> free_stacks;
     size_t stacks_made;
     Side own;  // the OS thread itself
-    char barriers[2], start, end;
     unsigned barrier_generation;
+    // For the race detector. Blocks in turn are run by one of two sets of its threads, which nothing
+    // orders against each other before the launch ends: so it sees what two blocks do to one place.
+    unsigned turn;
+    std::vector<void*> race_threads[2];
+    char barriers[2][2], start, end;
     volatile unsigned inside;  // whether a CUDA thread is running
     bool direct;               // threads hand over to one another without the scheduler
 

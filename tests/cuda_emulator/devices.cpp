@@ -60,8 +60,6 @@ static bool set(Settings& s, const std::string& name, const std::string& value) 
         s.schedule.seed = number();
     } else if (name == "EMULATOR_THREADS") {
         s.schedule.os_threads = (unsigned)number();
-    } else if (name == "EMULATOR_BLOCKS_APART") {
-        s.schedule.blocks_apart = value == "1";
     } else {
         return false;
     }
@@ -73,7 +71,7 @@ static Settings read_settings() {
         {"EMULATOR_DEVICES", "1"}, {"EMULATOR_ARCH", "80"}, {"EMULATOR_MEMORY", "8589934592"},
         {"EMULATOR_DRIVER_VERSION", "12080"}, {"EMULATOR_STREAMS", "late"}, {"EMULATOR_PEERS", "1"},
         {"EMULATOR_QUIET", "0"}, {"EMULATOR_ORDER", "forward"}, {"EMULATOR_SEED", "1"},
-        {"EMULATOR_THREADS", "1"}, {"EMULATOR_BLOCKS_APART", "0"},
+        {"EMULATOR_THREADS", "1"},
     };
     Settings s = {};
     for (const auto& [name, otherwise] : defaults) {

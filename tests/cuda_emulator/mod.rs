@@ -162,6 +162,7 @@ fn compiler_present() -> bool {
     let compiler = std::env::var("EMULATOR_CXX").unwrap_or_else(|_| "g++".to_owned());
     let asked = Command::new(compiler)
         .arg("--version")
+        .env_remove("LD_PRELOAD")
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         .status();
@@ -204,6 +205,7 @@ fn build() -> Emulator {
         let built = Command::new("sh")
             .arg(sources.join("build.sh"))
             .arg(&folder)
+            .env_remove("LD_PRELOAD") // a sanitizer is for this process alone
             .output()
             .unwrap();
         let said = String::from_utf8_lossy(&built.stderr);

@@ -37,8 +37,10 @@ static void fiber_entry();
 static void start(Fiber& fiber) {
     fiber.started = true;
     if (thread_sanitizer()) {
-        fiber.stack = fiber.linear;
-        if (fiber.side.race == nullptr) fiber.side.race = __tsan_create_fiber(0);
+        auto& threads = worker->race_threads[worker->turn];
+        while (threads.size() <= fiber.linear) threads.push_back(__tsan_create_fiber(0));  // takes long
+        fiber.side.race = threads[fiber.linear];
+        fiber.stack = 2 * fiber.linear + worker->turn;
     } else if (worker->free_stacks.empty()) {
         fiber.stack = worker->stacks_made++;
     } else {
@@ -138,7 +140,7 @@ void sync_block(Site site) {
     fiber.site = site;
     block(fiber, State::at_barrier);
     worker->at_barrier++;
-    char* ordered = &worker->barriers[worker->barrier_generation & 1];
+    char* ordered = &worker->barriers[worker->turn][worker->barrier_generation & 1];
     race_release(ordered);
     yield();
     race_acquire(ordered);
@@ -191,7 +193,7 @@ void meet(Meeting meeting, unsigned mask, Site site) {
     fiber.meeting = meeting;
     fiber.mask = mask;
     fiber.site = site;
-    if (meeting == Meeting::sync) race_release(&warp.ordered);
+    if (meeting == Meeting::sync) race_release(&warp.ordered[worker->turn]);
     if (const unsigned others = mask & warp.waiting) check_agreement(fiber, *warp.lanes[__builtin_ctz(others)]);
     warp.waiting |= 1u << fiber.lane;
     if (mask & ~warp.waiting) {
@@ -204,7 +206,7 @@ void meet(Meeting meeting, unsigned mask, Site site) {
         warp.ready |= mask;
         if (worker->schedule.order == Order::random && (worker->random() & 1)) yield();
     }
-    if (meeting == Meeting::sync) race_acquire(&warp.ordered);
+    if (meeting == Meeting::sync) race_acquire(&warp.ordered[worker->turn]);
 }
 
 void sync_warp(unsigned mask, Site site) { meet(Meeting::sync, mask, site); }
@@ -231,9 +233,6 @@ unsigned ballot(unsigned mask, bool predicate, Site site) {
 static void start_block(Worker& w, dim3 size) {
     const unsigned threads = size.x * size.y * size.z;
     if (w.fibers.size() != threads) {
-        for (Fiber& fiber : w.fibers) {
-            if (fiber.side.race != nullptr) __tsan_destroy_fiber(fiber.side.race);
-        }
         w.fibers.clear();
         w.fibers.resize(threads);
         w.warps.assign((threads + 31) / 32, Warp());
@@ -351,24 +350,9 @@ static void run_block(Worker& w, dim3 size) {
             report_deadlock(w);
         }
     }
-    if (w.schedule.blocks_apart && thread_sanitizer()) {
-        for (Fiber& fiber : w.fibers) {
-            if (fiber.side.race != nullptr) __tsan_destroy_fiber(fiber.side.race);
-            fiber.side.race = nullptr;
-        }
-        w.stacks.release();  // unmapping makes the detector forget what the fibers did there
-    } else {
-        race_acquire(&w.end);
-    }
 }
 
 // ---- one launch
-
-static void fill(void* memory, unsigned char value, size_t bytes) {
-    // Not memset: a sanitizer would look at the gaps between shared arrays.
-    volatile unsigned char* p = static_cast<unsigned char*>(memory);
-    for (size_t i = 0; i < bytes; i++) p[i] = value;
-}
 
 static void run_blocks(const Launch& launch, const Schedule& schedule, std::atomic<uint64_t>& next, std::atomic<bool>& stop, std::string& error) {
     static thread_local std::unique_ptr<Worker> kept;
@@ -394,12 +378,12 @@ static void run_blocks(const Launch& launch, const Schedule& schedule, std::atom
             if (posix_memalign(&w.dynamic, 128, launch.dynamic_bytes) != 0) abort();
             memset(w.dynamic, fresh, launch.dynamic_bytes);
         }
-        if (launch.static_shared.bytes > 0) {
-            fill(launch.static_shared.of_this_thread(launch.static_shared.module), fresh, launch.static_shared.bytes);
-        }
+        launch.static_shared->forget();
+        launch.static_shared->fill(fresh);
         run_block(w, launch.block);
-        if (schedule.blocks_apart) {
-            kept_shared.push_back(w.dynamic);
+        if (thread_sanitizer()) {
+            kept_shared.push_back(w.dynamic);  // two blocks must not get the same place
+            w.turn ^= 1;
         } else {
             free(w.dynamic);
         }

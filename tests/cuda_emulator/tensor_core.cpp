@@ -85,10 +85,7 @@ void mma_m16n8k8(float (&d)[4], unsigned a0, unsigned a1, unsigned b0, Site site
 static bool inside_shared(const void* p) {
     const char *at = static_cast<const char*>(p), *start = static_cast<const char*>(worker->dynamic);
     if (start != nullptr && at >= start && at + 16 <= start + worker->launch->dynamic_bytes) return true;
-    const StaticShared& shared = worker->launch->static_shared;
-    if (shared.bytes == 0) return false;
-    start = static_cast<const char*>(shared.of_this_thread(shared.module));
-    return at >= start && at + 16 <= start + shared.bytes;
+    return worker->launch->static_shared->holds(p, 16);
 }
 static void check_shared(const void* p, const char* what, Site site) {
     if ((uintptr_t)p & 15) fail("%s:%d: %s: the shared address is not a multiple of 16", site.file, site.line, what);
