@@ -126,7 +126,7 @@ DEVICE KeyValue key_value_of(const half* key_value, const half* prefix, const At
 // ---- tiles in shared memory: rows of WIDTH halves, 16 bytes apart in their banks, so that eight rows
 // of a fragment lie in different banks
 
-constexpr u32 pitch(u32 width) { return width + 8; }
+DEVICE constexpr u32 pitch(u32 width) { return width + 8; }
 
 // Copies rows first .. first + ROWS into a tile; columns from head_dim on and rows behind the last
 // become zero. Asynchronous where cp.async is.

@@ -18,7 +18,7 @@
 // one tile, 6 KiB (D = 16), 18 KiB (64), 34 KiB (128; sm_75: 17 KiB).
 // Bound by tensor cores from about 200 visible keys on, by memory below.
 
-template <u32 WIDTH> constexpr u32 forward_keys() {
+template <u32 WIDTH> DEVICE constexpr u32 forward_keys() {
 #if __CUDA_ARCH__ >= 800
     return 64;
 #else

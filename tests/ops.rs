@@ -79,7 +79,7 @@ fn cuda_on_this_gpu() {
     }
     drive(
         "cuda",
-        Tolerance::F16,
+        Tolerance::CUDA,
         [(); 2].map(|()| || Cuda::new(0).unwrap()),
     );
 }
@@ -104,7 +104,7 @@ fn cuda_emulated() {
                 Cuda::new(0).unwrap()
             }
         });
-        return drive(&format!("cuda on sm_{arch}"), Tolerance::F16, builds);
+        return drive(&format!("cuda on sm_{arch}"), Tolerance::CUDA, builds);
     }
     let children = ["75", "80", "86", "90"].map(|arch| {
         std::thread::spawn(move || {

@@ -96,11 +96,16 @@ impl ConfigArgs {
 
     pub fn resolve(&self) -> Result<RunConfig, ConfigError> {
         let file = self.config.as_deref().map(ConfigFile::read).transpose()?;
-        Layers {
-            flags: self.flags.clone(),
-            file,
+        let mut flags = self.flags.clone();
+        let in_file = file.as_ref().map(|file| &file.raw);
+        if flags.pipeline.devices.is_none()
+            && in_file.is_none_or(|raw| raw.pipeline.devices.is_none())
+        {
+            let in_file = in_file.and_then(|raw| raw.model.precision);
+            let precision = flags.model.precision.or(in_file);
+            flags.pipeline.devices = super::devices::visible_gpus(precision);
         }
-        .resolve()
+        Layers { flags, file }.resolve()
     }
 }
 
@@ -119,14 +124,9 @@ pub(super) struct ModelArgs {
     /// Go on after the end-of-answer id
     #[arg(long)]
     pub no_stop_at_eop: bool,
-    /// One stage each: cpu, or a CUDA number
-    #[arg(
-        long,
-        value_name = "D,D,..",
-        value_delimiter = ',',
-        default_value = "cpu"
-    )]
-    pub devices: Vec<Device>,
+    /// One stage each: cpu, or a CUDA number [all GPUs, else cpu]
+    #[arg(long, value_name = "D,D,..", value_delimiter = ',')]
+    pub devices: Option<Vec<Device>>,
     /// Blocks per stage [by cost]
     #[arg(long, value_name = "N,N,..", value_delimiter = ',',
         value_parser = clap::value_parser!(u32).range(1..=1_000_000))]

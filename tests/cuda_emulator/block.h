@@ -8,7 +8,7 @@
 namespace emulator {
 
 enum class State : uint8_t { ready, at_barrier, in_warp, done };
-enum class Meeting : uint8_t { none, sync, shuffle, ballot, mma_k16, mma_k8, ldmatrix };
+enum class Meeting : uint8_t { none, sync, shuffle, ballot, mma_k16, mma_k8, ldmatrix, ldmatrix_transposed };
 
 // A copy that cp.async has started and nothing has waited for.
 struct PendingCopy {
@@ -25,26 +25,29 @@ struct Fiber : Thread {
     bool started;
     Meeting meeting;
     unsigned linear;
+    unsigned mask;
+    Site site;
     size_t stack;
     Warp* warp;
-    Site site;
-    unsigned mask;
-    // What the lane brings to a meeting of its warp, and takes away from it.
-    uint64_t word;
-    unsigned source;
-    float d[4];
-    unsigned a[4], b[2];
-    uint16_t row[8];
-    bool transposed;
     std::vector<PendingCopy> copies;
     int copy_group;
 };
 
+// Masks have a bit per lane.
 struct Warp {
     Fiber* lanes[32];
-    unsigned waiting;  // lanes in a meeting
-    unsigned gone;     // lanes that have exited or never existed
+    unsigned ready;    // can run
+    unsigned waiting;  // in a meeting
+    unsigned gone;     // exited, or never existed
     char ordered;      // what __syncwarp orders, for the race detector
+
+    // What the lanes bring to a meeting, and take away from it.
+    uint64_t words[32];
+    unsigned sources[32];
+    alignas(16) float d[32][4];
+    alignas(16) unsigned a[32][4];
+    unsigned b[32][2];
+    alignas(16) uint16_t rows[32][8];
 };
 
 // One OS thread that runs blocks.
@@ -64,6 +67,7 @@ struct Worker {
     char barriers[2], start, end;
     unsigned barrier_generation;
     volatile unsigned inside;  // whether a CUDA thread is running
+    bool direct;               // threads hand over to one another without the scheduler
 
     uint64_t random();
 };

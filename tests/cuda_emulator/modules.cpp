@@ -249,7 +249,10 @@ static CUresult run_launch(Context& context, const Function& f, const Arguments&
         std::lock_guard<std::mutex> lock(state);
         schedule = settings().schedule;
     }
+    const auto start = std::chrono::steady_clock::now();
     const std::string error = run(launch, schedule);
+    const auto duration = std::chrono::duration_cast<std::chrono::microseconds>(std::chrono::steady_clock::now() - start);
+    count(std::string("microseconds:") + kernel.name, duration.count());
     if (error.empty()) return success;
     return refuse(launch_failed, "%s: %s", kernel.name, error.c_str());
 }

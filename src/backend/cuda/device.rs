@@ -17,7 +17,6 @@ pub(super) struct Device {
     name: String,
     /// Compute capability times ten: 86.
     capability: u32,
-    multiprocessors: u32,
     device: sys::CUdevice,
     stream: sys::CUstream,
 }
@@ -119,10 +118,6 @@ impl Device {
         survey::check([ordinal])?;
         let device = cu_device::get(ordinal as i32).map_err(call("cuDeviceGet"))?;
         let name = cu_device::get_name(device).map_err(call("cuDeviceGetName"))?;
-        let processors = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
-        // SAFETY: `device` was returned by the driver.
-        let multiprocessors = unsafe { cu_device::get_attribute(device, processors) }
-            .map_err(call("cuDeviceGetAttribute"))?;
         let capability = survey::capability(ordinal, device)?;
         // SAFETY: `device` was returned by the driver; released when `Device` is dropped.
         let context =
@@ -135,7 +130,6 @@ impl Device {
             ordinal,
             name,
             capability,
-            multiprocessors: multiprocessors as u32,
             device,
             stream,
         })
@@ -149,11 +143,6 @@ impl Device {
     /// Compute capability times ten: 86.
     pub fn capability(&self) -> u32 {
         self.capability
-    }
-
-    /// Number of streaming multiprocessors.
-    pub fn multiprocessors(&self) -> u32 {
-        self.multiprocessors
     }
 
     /// The stream that everything runs on.
@@ -233,11 +222,6 @@ impl Device {
         // SAFETY: callers give places inside their own allocations.
         let done = unsafe { result::memset_d8_async(at.0, 0, bytes, self.stream) };
         self.check("cuMemsetD8Async", done)
-    }
-
-    /// Memory that is free and memory there is, in bytes.
-    pub fn memory(&self) -> Result<(usize, usize)> {
-        self.check("cuMemGetInfo", result::mem_get_info())
     }
 }
 

@@ -36,7 +36,7 @@ use half::f16;
 pub use compile::{Compiled, compile_kernels, nvrtc};
 pub use error::CudaError;
 pub use memory::CudaBuffer;
-pub use survey::{GpuInfo, Survey, check, free_memory, survey};
+pub use survey::{GpuInfo, Survey, check, free_memory, survey, visible};
 
 use super::{
     AdamwStep, AdamwTensor, AttentionLayout, Backend, BackendError, Dropout, Element, LinearShape,

@@ -90,6 +90,31 @@ pub fn check(ordinals: impl IntoIterator<Item = u32>) -> Result<(), CudaError> {
     Ok(())
 }
 
+/// Ordinals of the GPUs that can be used; none on a machine without driver or GPU.
+///
+/// # Errors
+/// There are GPUs, but driver or libraries are missing or too old.
+pub fn visible() -> Result<Vec<u32>, CudaError> {
+    match library::open_driver() {
+        Ok(()) => {}
+        Err(CudaError::NoDriver | CudaError::NoDevice) => return Ok(Vec::new()),
+        Err(error) => return Err(error),
+    }
+    let count = count()?;
+    if count == 0 {
+        return Ok(Vec::new());
+    }
+    library::open()?;
+    let mut usable = Vec::new();
+    for ordinal in 0..count {
+        let device = cu_device::get(ordinal as i32).map_err(call(ordinal, "cuDeviceGet"))?;
+        if capability(ordinal, device)? >= LOWEST_CAPABILITY {
+            usable.push(ordinal);
+        }
+    }
+    Ok(usable)
+}
+
 /// Everything there is to say about the GPUs of this machine.
 ///
 /// # Errors
