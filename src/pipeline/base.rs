@@ -79,8 +79,10 @@ pub enum StartError {
     GpuPrecision,
     /// Not enough memory for any choice of recomputation.
     #[error(
-        "stage {rank} needs {needed} bytes even with recomputation of whole blocks, and {budget} are \
-         available: use more devices, a smaller micro_batch_size or shorter rows"
+        "stage {rank} needs {:.1} MiB even with recomputation of whole blocks, and {:.1} MiB are \
+         available: use more devices, a smaller micro_batch_size or shorter rows",
+        *needed as f64 / f64::from(1 << 20),
+        *budget as f64 / f64::from(1 << 20)
     )]
     Memory {
         /// The stage.
@@ -238,7 +240,12 @@ impl Layout {
     }
 
     /// Every linear layer that stage `rank` computes.
-    fn linear_work(&self, config: &ModelConfig, full: bool, rank: usize) -> Vec<LinearWork> {
+    fn linear_work(
+        &self,
+        config: &ModelConfig,
+        trainables: &Trainables,
+        rank: usize,
+    ) -> Vec<LinearWork> {
         let spec = &self.stages[rank];
         let (h, f) = (config.hidden_size, config.inner_hidden_size);
         let work = |in_features, out_features, bias, max_rows| LinearWork {
@@ -247,7 +254,8 @@ impl Layout {
             bias,
             max_rows,
             backward: true,
-            weight_gradient: full,
+            weight_gradient: trainables.is_full(),
+            single: false,
         };
         let mut all = vec![
             work(h, 3 * h, true, self.max_rows),
@@ -258,6 +266,15 @@ impl Layout {
         if spec.head {
             let rows = chunk_rows(config.vocab_size, self.max_rows);
             all.push(work(h, config.vocab_size, false, rows));
+        }
+        if let Some(AdapterSection::Prefix(prefix)) = &trainables.adapter
+            && prefix.prefix_projection
+        {
+            all.extend([h, 2 * h].map(|width| LinearWork {
+                weight_gradient: true,
+                single: true,
+                ..work(h, width, true, prefix.pre_seq_len)
+            }));
         }
         all
     }
@@ -342,7 +359,7 @@ impl Base {
                 ordinal: layout.devices[rank].ordinal(),
                 bytes: bytes.total(),
                 batch: layout.largest_batch(&self.config, &trainables),
-                work: layout.linear_work(&self.config, trainables.is_full(), rank),
+                work: layout.linear_work(&self.config, &trainables, rank),
             }
         };
         let planned: Vec<StagePlan> = (0..layout.stages.len()).map(planned).collect();

@@ -102,6 +102,24 @@ pub(super) fn driver_reason(error: DriverError) -> String {
     }
 }
 
+/// Whether an error comes from work that was queued before; every later call returns it again.
+fn is_lost(error: DriverError) -> bool {
+    use sys::CUresult as Result;
+    matches!(
+        error.0,
+        Result::CUDA_ERROR_ILLEGAL_ADDRESS
+            | Result::CUDA_ERROR_LAUNCH_TIMEOUT
+            | Result::CUDA_ERROR_ASSERT
+            | Result::CUDA_ERROR_HARDWARE_STACK_ERROR
+            | Result::CUDA_ERROR_ILLEGAL_INSTRUCTION
+            | Result::CUDA_ERROR_MISALIGNED_ADDRESS
+            | Result::CUDA_ERROR_INVALID_ADDRESS_SPACE
+            | Result::CUDA_ERROR_INVALID_PC
+            | Result::CUDA_ERROR_LAUNCH_FAILED
+            | Result::CUDA_ERROR_ECC_UNCORRECTABLE
+    )
+}
+
 impl Device {
     /// Opens a GPU for the thread that calls.
     ///
@@ -162,10 +180,18 @@ impl Device {
         answer: std::result::Result<T, DriverError>,
     ) -> Result<T> {
         answer.map_err(|error| {
-            BackendError::Cuda(CudaError::Call {
-                ordinal: self.ordinal,
-                call,
-                reason: driver_reason(error),
+            let (ordinal, reason) = (self.ordinal, driver_reason(error));
+            BackendError::Cuda(match is_lost(error) {
+                true => CudaError::Lost {
+                    ordinal,
+                    noticed: call,
+                    reason,
+                },
+                false => CudaError::Call {
+                    ordinal,
+                    call,
+                    reason,
+                },
             })
         })
     }

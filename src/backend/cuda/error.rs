@@ -110,8 +110,22 @@ pub enum CudaError {
         /// Name and text of the error.
         reason: String,
     },
+    /// Work that was queued failed, and nothing more can be done on the device by this process.
+    #[error(
+        "CUDA device {ordinal} failed: {reason}; noticed at {noticed}, which may come some work behind \
+         the cause: CUDA_LAUNCH_BLOCKING=1 names the kernel, and the system's log an Xid where the \
+         hardware is at fault"
+    )]
+    Lost {
+        /// The device.
+        ordinal: u32,
+        /// The call, or the kernel, that brought the error.
+        noticed: &'static str,
+        /// Name and text of the error.
+        reason: String,
+    },
     /// cuBLASLt has no algorithm for a product.
-    #[error("CUDA device {ordinal}: cuBLASLt cannot do the product {shape}: {reason}")]
+    #[error("CUDA device {ordinal}: cuBLASLt cannot do a product ({shape}): {reason}")]
     Product {
         /// The device.
         ordinal: u32,
@@ -136,6 +150,7 @@ impl CudaError {
             | CudaError::OldDevice { .. }
             | CudaError::Compile { .. }
             | CudaError::Call { .. }
+            | CudaError::Lost { .. }
             | CudaError::Product { .. } => true,
         }
     }

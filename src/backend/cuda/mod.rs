@@ -70,6 +70,8 @@ pub struct LinearWork {
     pub backward: bool,
     /// Whether the gradient of its weight is computed.
     pub weight_gradient: bool,
+    /// Whether everything about it is f32, as in the projection of a prefix.
+    pub single: bool,
 }
 
 /// The largest micro-batch of a run, and what else decides the room that ops need beside their buffers.
