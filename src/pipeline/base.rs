@@ -11,12 +11,12 @@ use super::partition::{self, PartitionError, StageSpec};
 use super::schedule::Schedule;
 use crate::backend::BackendError;
 use crate::backend::cpu::Cpu;
-use crate::backend::cuda::{self, Cuda, CudaError, LinearWork};
+use crate::backend::cuda::{self, Cuda, CudaError, LargestBatch, LinearWork};
 use crate::checkpoint::{CheckpointError, ModelFolder, TensorSource};
 use crate::comm::in_process;
 use crate::config::error::ConfigError;
 use crate::config::model::ModelConfig;
-use crate::config::run::{Device, Precision, Recompute};
+use crate::config::run::{AdapterSection, Device, Precision, Recompute};
 use crate::data::DataError;
 use crate::data::tokenizer::TokenizerError;
 use crate::model::ModelError;
@@ -223,6 +223,20 @@ impl Layout {
         Ok(free.map(|bytes| bytes / sharing.count() as u64))
     }
 
+    /// What a GPU makes room for beside the buffers of a stage.
+    fn largest_batch(&self, config: &ModelConfig, trainables: &Trainables) -> LargestBatch {
+        LargestBatch {
+            rows: self.max_rows,
+            sequences: self.max_sequences,
+            heads: config.num_attention_heads,
+            hidden_size: config.hidden_size,
+            prefix_len: match &trainables.adapter {
+                Some(AdapterSection::Prefix(prefix)) => prefix.pre_seq_len,
+                _ => 0,
+            },
+        }
+    }
+
     /// Every linear layer that stage `rank` computes.
     fn linear_work(&self, config: &ModelConfig, full: bool, rank: usize) -> Vec<LinearWork> {
         let spec = &self.stages[rank];
@@ -263,6 +277,7 @@ fn free_host_memory() -> Option<u64> {
 struct StagePlan {
     ordinal: Option<u32>,
     bytes: u64,
+    batch: LargestBatch,
     work: Vec<LinearWork>,
 }
 
@@ -270,6 +285,7 @@ impl StagePlan {
     /// The GPU with the stage's memory reserved and its products prepared.
     fn open(&self) -> Result<Cuda, BackendError> {
         let cuda = Cuda::new(self.ordinal.unwrap_or_default())?;
+        cuda.prepare_batches(&self.batch)?;
         cuda.reserve(self.bytes)?;
         cuda.prepare_products(&self.work)?;
         Ok(cuda)
@@ -325,6 +341,7 @@ impl Base {
             StagePlan {
                 ordinal: layout.devices[rank].ordinal(),
                 bytes: bytes.total(),
+                batch: layout.largest_batch(&self.config, &trainables),
                 work: layout.linear_work(&self.config, trainables.is_full(), rank),
             }
         };

@@ -13,6 +13,7 @@ static bool initialized;
 // CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; the number of
 // multiprocessors is that of a usual card.
 static const Architecture architectures[] = {
+    {70, "Emulated V100", 49152, 98304, 98304, 2048, 32, 80},  // too old, for those who refuse it
     {75, "Emulated T4", 49152, 65536, 65536, 1024, 16, 40},
     {80, "Emulated A100", 49152, 166912, 167936, 2048, 32, 108},
     {86, "Emulated RTX 3090", 49152, 101376, 102400, 1536, 16, 82},
@@ -38,7 +39,7 @@ static bool set(Settings& s, const std::string& name, const std::string& value) 
         for (const Architecture& a : architectures) {
             if (value == std::to_string(a.capability)) chosen = &a;
         }
-        if (chosen == nullptr) bad_setting(name, value, "75, 80, 86, 89, 90, 100 or 120");
+        if (chosen == nullptr) bad_setting(name, value, "70, 75, 80, 86, 89, 90, 100 or 120");
         s.architecture = chosen;
     } else if (name == "EMULATOR_MEMORY") {
         s.memory = number();

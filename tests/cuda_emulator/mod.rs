@@ -136,7 +136,7 @@ impl Loaded {
     }
 
     /// A counter: `allocations`, `live_bytes`, `peak_bytes`, `launches`, `launch:KERNEL`, `products`,
-    /// `synchronisations`, `copy_to_device`, `copy_to_host`, `copy_on_device`, `fills`.
+    /// `synchronisations`, `algorithms`, `copy_to_device`, `copy_to_host`, `copy_on_device`, `fills`.
     pub fn counter(&self, name: &str) -> i64 {
         let name = CString::new(name).unwrap();
         type Counter = unsafe extern "C" fn(*const c_char) -> c_longlong;

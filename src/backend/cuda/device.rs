@@ -6,7 +6,7 @@ use cudarc::driver::result::{DriverError, device as cu_device, primary_ctx, stre
 use cudarc::driver::{result, sys};
 
 use super::error::CudaError;
-use super::survey::{self, LOWEST_CAPABILITY};
+use super::survey;
 use crate::backend::BackendError;
 
 type Result<T> = std::result::Result<T, BackendError>;
@@ -119,14 +119,6 @@ impl Device {
         let device = cu_device::get(ordinal as i32).map_err(call("cuDeviceGet"))?;
         let name = cu_device::get_name(device).map_err(call("cuDeviceGetName"))?;
         let capability = survey::capability(ordinal, device)?;
-        if capability < LOWEST_CAPABILITY {
-            return Err(CudaError::OldDevice {
-                ordinal,
-                name,
-                major: capability / 10,
-                minor: capability % 10,
-            });
-        }
         // SAFETY: `device` was returned by the driver; released when `Device` is dropped.
         let context =
             unsafe { primary_ctx::retain(device) }.map_err(call("cuDevicePrimaryCtxRetain"))?;

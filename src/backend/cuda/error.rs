@@ -13,8 +13,8 @@ pub enum CudaError {
     NoDriver,
     /// A library beside the driver is not there.
     #[error(
-        "{library} was not found: `pip install {wheel}` (the folder is found by itself in a virtual \
-         environment or in MP_TRAIN_CUDA_LIBRARIES), or install the CUDA 12 toolkit"
+        "{library} was not found: `pip install {wheel}` brings it, in the active virtual environment or \
+         with --user; so does the CUDA 12 toolkit. MP_TRAIN_CUDA_LIBRARIES names any other folder"
     )]
     NoLibrary {
         /// As in `libnvrtc.so.12`.
@@ -46,7 +46,8 @@ pub enum CudaError {
     NoDevice,
     /// There is no such GPU.
     #[error(
-        "there is no CUDA device {ordinal}: this machine has {count}, counted from 0; `mp-train devices` lists them"
+        "there is no CUDA device {ordinal}: this machine has {count}, counted from 0; \
+         `mp-train devices` lists them"
     )]
     NoSuchDevice {
         /// As asked for.
