@@ -1,34 +1,159 @@
-//! Every reference case of a family folder, by the engine.
+//! Every reference case of a family folder, by the engine, on every backend.
 //!
 //! `GOLDEN_DIR=<folder> cargo test --release --test golden`; without it, tests/golden/chatglm-6b. The
 //! folder's README says what each case is; sizes, ids, ranks, lengths and steps are read from its
 //! files. One line per case and variant: `case max_error limit ok|FAIL`, with the tensor that comes
 //! closest to its limit.
+//!
+//! `GOLDEN_BACKEND=cpu-f32 | cpu-f16 | cuda` runs one backend alone. `cuda` is an emulated GPU, and skipped
+//! on a machine without g++; with `MP_TRAIN_TEST_GPU=1` it is the first GPU of the machine.
+//! `GOLDEN_CASES=lora_qkv,rotary` runs these cases alone.
 #![allow(clippy::unwrap_used)]
 
+mod cuda_emulator;
 mod golden_cases;
 
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
+use half::f16;
 use mp_train::backend::cpu::Cpu;
+use mp_train::backend::cuda::Cuda;
 use mp_train::checkpoint::HostTensor;
 use mp_train::checkpoint::safetensors::{SafetensorsFile, write_safetensors};
 use serde_json::{Value, json};
+
+use cuda_emulator::{Emulator, Order};
+use golden_cases::{Errors, Golden, Scope, Verdict, parity};
 
 /// The folder that comes with the crate.
 fn own_family() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/chatglm-6b")
 }
 
+fn family() -> PathBuf {
+    std::env::var_os("GOLDEN_DIR").map_or_else(own_family, PathBuf::from)
+}
+
+/// Whether a backend is to be run.
+fn wanted<B: Golden>() -> bool {
+    let known = [Cpu::<f32>::NAME, Cpu::<f16>::NAME, Cuda::NAME];
+    match std::env::var("GOLDEN_BACKEND") {
+        Ok(name) => {
+            assert!(
+                known.contains(&&name[..]),
+                "GOLDEN_BACKEND={name}: {known:?}"
+            );
+            name == B::NAME
+        }
+        Err(_) => true,
+    }
+}
+
+fn on_a_gpu() -> bool {
+    std::env::var("MP_TRAIN_TEST_GPU").is_ok_and(|value| value == "1")
+}
+
+/// All cases on one backend.
+struct Run {
+    lines: Vec<String>,
+    verdict: Verdict,
+}
+
+impl Run {
+    fn of<B: Golden>(cpu_errors: Option<&Errors>) -> Run {
+        let mut lines = Vec::new();
+        let mut say = |line: &str| lines.push(line.to_owned());
+        let (folder, cases) = (family(), std::env::var("GOLDEN_CASES").ok());
+        let scope = Scope {
+            folder: &folder,
+            cases: cases.as_deref(),
+            cpu_errors,
+        };
+        let verdict = golden_cases::run::<B>(scope, &mut say).unwrap();
+        Run { lines, verdict }
+    }
+
+    /// The runs of one process are shared by its tests.
+    fn on_cpu_f32() -> &'static Run {
+        static RUN: OnceLock<Run> = OnceLock::new();
+        RUN.get_or_init(|| Run::of::<Cpu<f32>>(None))
+    }
+
+    fn on_cpu_f16() -> &'static Run {
+        static RUN: OnceLock<Run> = OnceLock::new();
+        RUN.get_or_init(|| Run::of::<Cpu<f16>>(None))
+    }
+
+    /// Held against the errors of the CPU in f16. `None` without a GPU to emulate or to use.
+    fn on_cuda() -> Option<&'static Run> {
+        static RUN: OnceLock<Option<Run>> = OnceLock::new();
+        let run = RUN.get_or_init(|| {
+            if !on_a_gpu() {
+                let loaded = Emulator::build()?.load_here();
+                loaded.set("EMULATOR_ARCH", "80");
+                loaded.set_order(Order::Forward);
+            }
+            let cpu_errors = &Run::on_cpu_f16().verdict.errors;
+            Some(Run::of::<Cuda>(Some(cpu_errors)))
+        });
+        run.as_ref()
+    }
+
+    /// Says how it went, past the capture of the test harness: the lines are the point.
+    fn finish(&self) {
+        writeln!(std::io::stdout().lock(), "{}", self.lines.join("\n")).unwrap();
+        let failed = &self.verdict.failed;
+        assert!(failed.is_empty(), "failed: {}", failed.join(", "));
+    }
+}
+
 #[test]
-fn golden() {
-    let family = std::env::var_os("GOLDEN_DIR").map_or_else(own_family, PathBuf::from);
-    // Past the capture of the test harness: the lines are the point.
-    let mut say = |line: &str| writeln!(std::io::stdout().lock(), "{line}").unwrap();
-    let failed = golden_cases::run::<Cpu<f32>>(&family, &mut say).unwrap();
-    assert!(failed.is_empty(), "failed: {}", failed.join(", "));
+fn golden_cpu_f32() {
+    if wanted::<Cpu<f32>>() {
+        Run::on_cpu_f32().finish();
+    }
+}
+
+#[test]
+fn golden_cpu_f16() {
+    if wanted::<Cpu<f16>>() {
+        Run::on_cpu_f16().finish();
+    }
+}
+
+#[test]
+fn golden_cuda() {
+    if wanted::<Cuda>()
+        && let Some(run) = Run::on_cuda()
+    {
+        run.finish();
+    }
+}
+
+/// docs/golden-parity.md lists these cases under these limits; `UPDATE_SNAPSHOTS=1` writes it anew.
+#[test]
+fn parity_page() {
+    let all = wanted::<Cpu<f32>>() && wanted::<Cpu<f16>>() && wanted::<Cuda>();
+    let changed = ["GOLDEN_DIR", "GOLDEN_CASES"];
+    let changed = changed.iter().any(|name| std::env::var_os(name).is_some());
+    if !all || changed || on_a_gpu() {
+        return;
+    }
+    let Some(cuda) = Run::on_cuda() else {
+        return;
+    };
+    let runs = [Run::on_cpu_f32(), Run::on_cpu_f16(), cuda];
+    let page = parity::page(&family(), runs.map(|run| &run.verdict.errors)).unwrap();
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/golden-parity.md");
+    if std::env::var_os("UPDATE_SNAPSHOTS").is_some() {
+        fs::write(&path, &page).unwrap();
+    }
+    let stored = fs::read_to_string(&path).unwrap_or_default();
+    let note = "the page is not up to date; UPDATE_SNAPSHOTS=1 writes it anew";
+    assert_eq!(parity::outline(&stored), parity::outline(&page), "{note}");
 }
 
 /// A folder with the rotary case alone, changed by `change`, and what the run says of it.
@@ -50,8 +175,13 @@ fn tampered(change: impl FnOnce(&Path, &mut Value)) -> (Vec<String>, String) {
     fs::write(path, manifest.to_string()).unwrap();
     let mut lines = String::new();
     let mut say = |line: &str| lines += &format!("{line}\n");
-    let failed = golden_cases::run::<Cpu<f32>>(folder.path(), &mut say).unwrap();
-    (failed, lines)
+    let scope = Scope {
+        folder: folder.path(),
+        cases: None,
+        cpu_errors: None,
+    };
+    let verdict = golden_cases::run::<Cpu<f32>>(scope, &mut say).unwrap();
+    (verdict.failed, lines)
 }
 
 /// Rewrites a tensor of the rotary case, or adds one.

@@ -90,7 +90,8 @@ impl Family {
 
     /// Opens a case and checks that its file holds what the manifest says.
     pub fn case(&self, name: &str) -> Outcome<Case> {
-        let entry = &self.manifest["cases"][name];
+        let entry = self.manifest["cases"].get(name);
+        let entry = entry.ok_or("no case of this name")?;
         let text = |key: &str| entry[key].as_str().ok_or(format!("no `{key}`"));
         let source = SafetensorsFile::open(&self.folder.join(text("file")?))?;
         let listed = entry["tensors"].as_object().ok_or("no `tensors`")?;
@@ -189,6 +190,12 @@ impl Tensor {
             shape: tensor.shape.clone(),
             values,
         })
+    }
+
+    /// The largest absolute value.
+    pub fn largest(&self) -> f64 {
+        let sizes = self.values.iter().map(|value| value.abs());
+        sizes.fold(0.0, f64::max)
     }
 }
 

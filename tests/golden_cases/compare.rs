@@ -2,9 +2,11 @@
 
 use std::collections::BTreeMap;
 
+use mp_train::config::run::Precision;
+
 use super::Outcome;
 use super::case::{Case, Tensor};
-use super::limits::Limit;
+use super::limits::{Kind, Limit};
 
 /// A tensor as the engine has it, laid out as the reference stores it.
 pub struct Found {
@@ -43,9 +45,30 @@ impl Found {
 /// Tensors by the names of the reference.
 pub type FoundTensors = BTreeMap<String, Found>;
 
+/// A GPU rounds where the CPU does in f16, but sums in another order: its error may be so many times
+/// the CPU's.
+const OF_CPU: f64 = 4.0;
+
+/// The error of each tensor of a run, by case, variant and name.
+#[derive(Default)]
+pub struct Errors(BTreeMap<[String; 3], f64>);
+
+impl Errors {
+    /// The largest error of a case among tensors of one kind.
+    pub fn largest(&self, case: &str, kind: Kind) -> Option<f64> {
+        let of_case = self.0.iter().filter(|([name, ..], _)| name == case);
+        let of_kind = of_case.filter(|([_, _, tensor], _)| Kind::of(tensor) == Some(kind));
+        of_kind.map(|(_, &error)| error).reduce(f64::max)
+    }
+}
+
 /// The lines of one case.
-pub struct Report {
+pub struct Report<'a> {
     case: String,
+    precision: Precision,
+    /// Of the CPU in f16, for a GPU.
+    cpu_errors: Option<&'a Errors>,
+    errors: Errors,
     lines: Vec<String>,
     failed: bool,
 }
@@ -67,10 +90,15 @@ impl Worst {
     }
 }
 
-impl Report {
-    pub fn new(case: &str) -> Report {
+impl<'a> Report<'a> {
+    /// For a backend that stores activations so, and that is held against `cpu_errors` where there are
+    /// some.
+    pub fn new(case: &str, precision: Precision, cpu_errors: Option<&'a Errors>) -> Report<'a> {
         Report {
             case: case.to_owned(),
+            precision,
+            cpu_errors,
+            errors: Errors::default(),
             lines: Vec::new(),
             failed: false,
         }
@@ -82,6 +110,11 @@ impl Report {
 
     pub fn failed(&self) -> bool {
         self.failed
+    }
+
+    /// Hands the errors over.
+    pub fn into_errors(mut self, all: &mut Errors) {
+        all.0.append(&mut self.errors.0);
     }
 
     /// Fails the case as a whole.
@@ -112,17 +145,21 @@ impl Report {
             if !case.expects(name) {
                 continue;
             }
-            let limit = Limit::of(name).ok_or(format!("no limit is known for `{name}`"))?;
+            let kind = Kind::of(name).ok_or(format!("no limit is known for `{name}`"))?;
+            let limit = kind.limit(self.precision);
             let expected = case.expected(name)?;
             let error = largest_error(limit, &expected, found)
                 .map_err(|why| format!("{variant}: `{name}`: {why}"))?;
+            let key = [&self.case[..], variant, name].map(str::to_owned);
+            let limit_value = self.limit_value(limit, &key, &expected)?;
+            self.errors.0.insert(key, error);
             if found.recomputed {
                 recomputed.push(name.as_str());
             }
             let this = Worst {
                 tensor: name.clone(),
                 error,
-                limit: limit.value(),
+                limit: limit_value,
             };
             if worst
                 .as_ref()
@@ -147,9 +184,24 @@ impl Report {
         self.lines.push(line);
         Ok(())
     }
+
+    /// The limit, or what the CPU's error leaves of it.
+    fn limit_value(&self, limit: Limit, key: &[String; 3], expected: &Tensor) -> Outcome<f64> {
+        let Some(cpu) = self.cpu_errors else {
+            return Ok(limit.value());
+        };
+        let cpu = cpu.0.get(key).ok_or(format!("the CPU has no {key:?}"))?;
+        let least = limit.half_step(expected.largest());
+        // What is exact stays so, and what is not compared is not compared here.
+        Ok(limit.value().min(match limit {
+            Limit::Finite => f64::INFINITY,
+            _ => OF_CPU * cpu.max(least),
+        }))
+    }
 }
 
-fn number(value: f64) -> String {
+/// Two digits of an error.
+pub fn number(value: f64) -> String {
     match value {
         0.0 => "0".to_owned(),
         value => format!("{value:.1e}"),
@@ -166,10 +218,7 @@ fn largest_error(limit: Limit, expected: &Tensor, found: &Found) -> Result<f64, 
             expected.shape, found.shape
         ));
     }
-    let largest = expected
-        .values
-        .iter()
-        .fold(0.0, |max: f64, v| max.max(v.abs()));
+    let largest = expected.largest();
     let (mut worst, mut compared) = (0.0, 0);
     for (expected, found) in expected.values.iter().zip(&found.values) {
         let Some(found) = found else { continue };

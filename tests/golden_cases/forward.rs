@@ -21,7 +21,11 @@ pub fn found<B: Golden>(parts: &Parts<'_>, batch: &Batch) -> Outcome<FoundTensor
 }
 
 /// Mask and positions by the model's own rule; padding on the right.
-pub fn right_padded<B: Golden>(family: &Family, case: &Case, report: &mut Report) -> Outcome<()> {
+pub fn right_padded<B: Golden>(
+    family: &Family,
+    case: &Case,
+    report: &mut Report<'_>,
+) -> Outcome<()> {
     let (stored, none) = (Stored::of(case)?, Adapter::none());
     for padding in Padding::BOTH {
         let batch = stored.right_padded(family, padding)?;
@@ -32,7 +36,11 @@ pub fn right_padded<B: Golden>(family: &Family, case: &Case, report: &mut Report
 }
 
 /// Mask and positions passed in, padding on the left cut off.
-pub fn left_padded<B: Golden>(family: &Family, case: &Case, report: &mut Report) -> Outcome<()> {
+pub fn left_padded<B: Golden>(
+    family: &Family,
+    case: &Case,
+    report: &mut Report<'_>,
+) -> Outcome<()> {
     let (stored, none) = (Stored::of(case)?, Adapter::none());
     let batch = stored.masked(case, &stored.non_pad(case)?)?;
     let found = found::<B>(&Parts::new(family, &none), &batch)?;
@@ -40,7 +48,11 @@ pub fn left_padded<B: Golden>(family: &Family, case: &Case, report: &mut Report)
 }
 
 /// Mask and positions passed in, rows cut behind their last label.
-pub fn explicit_mask<B: Golden>(family: &Family, case: &Case, report: &mut Report) -> Outcome<()> {
+pub fn explicit_mask<B: Golden>(
+    family: &Family,
+    case: &Case,
+    report: &mut Report<'_>,
+) -> Outcome<()> {
     let (stored, none) = (Stored::of(case)?, Adapter::none());
     let batch = stored.masked(case, &stored.until_last_label())?;
     let found = found::<B>(&Parts::new(family, &none), &batch)?;

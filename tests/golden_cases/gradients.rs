@@ -24,7 +24,11 @@ pub fn found<B: Golden>(parts: &Parts<'_>, batch: &Batch) -> Outcome<FoundTensor
     Ok(found)
 }
 
-fn both_paddings<B: Golden>(parts: &Parts<'_>, case: &Case, report: &mut Report) -> Outcome<()> {
+fn both_paddings<B: Golden>(
+    parts: &Parts<'_>,
+    case: &Case,
+    report: &mut Report<'_>,
+) -> Outcome<()> {
     let stored = Stored::of(case)?;
     for padding in Padding::BOTH {
         let batch = stored.right_padded(parts.family, padding)?;
@@ -35,13 +39,13 @@ fn both_paddings<B: Golden>(parts: &Parts<'_>, case: &Case, report: &mut Report)
 }
 
 /// The adapter of a PEFT folder.
-pub fn lora<B: Golden>(family: &Family, case: &Case, report: &mut Report) -> Outcome<()> {
+pub fn lora<B: Golden>(family: &Family, case: &Case, report: &mut Report<'_>) -> Outcome<()> {
     let adapter = Adapter::lora(case.folder()?)?;
     both_paddings::<B>(&Parts::new(family, &adapter), case, report)
 }
 
 /// The prefix of a THUDM folder, whose weights stand in the case once more.
-pub fn prefix<B: Golden>(family: &Family, case: &Case, report: &mut Report) -> Outcome<()> {
+pub fn prefix<B: Golden>(family: &Family, case: &Case, report: &mut Report<'_>) -> Outcome<()> {
     let adapter = Adapter::prefix(case.folder()?)?;
     for name in case.inputs_under("weight.") {
         let stored = case.input_values(name)?;
@@ -52,13 +56,13 @@ pub fn prefix<B: Golden>(family: &Family, case: &Case, report: &mut Report) -> O
 }
 
 /// Every parameter, embedding and head apart.
-pub fn full<B: Golden>(family: &Family, case: &Case, report: &mut Report) -> Outcome<()> {
+pub fn full<B: Golden>(family: &Family, case: &Case, report: &mut Report<'_>) -> Outcome<()> {
     let adapter = Adapter::full(&family.model, &family.head_source);
     both_paddings::<B>(&Parts::new(family, &adapter), case, report)
 }
 
 /// Every parameter, the embedding used for the head too.
-pub fn tied<B: Golden>(family: &Family, case: &Case, report: &mut Report) -> Outcome<()> {
+pub fn tied<B: Golden>(family: &Family, case: &Case, report: &mut Report<'_>) -> Outcome<()> {
     let head_source = family.tied_to_embedding();
     let adapter = Adapter::full(&family.model, &head_source);
     let parts = Parts {

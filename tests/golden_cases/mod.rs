@@ -8,8 +8,9 @@ mod engine;
 mod forward;
 mod generate;
 mod gradients;
-mod limits;
+pub mod limits;
 mod observed;
+pub mod parity;
 mod quantised;
 mod rotary;
 mod single;
@@ -18,10 +19,14 @@ mod training;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
+use half::f16;
 use mp_train::backend::cpu::Cpu;
-use mp_train::backend::{Backend, BackendError, Element};
+use mp_train::backend::cuda::Cuda;
+use mp_train::backend::{Backend, BackendError};
+use mp_train::config::run::{Device, Precision};
 
 use case::{Case, Family};
+pub use compare::Errors;
 use compare::Report;
 
 /// Whatever goes wrong outside of a comparison; it fails the case.
@@ -29,22 +34,56 @@ type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
 
 /// A backend that the cases run on.
 pub trait Golden: Backend + Sized {
-    /// For the heading.
+    /// As `GOLDEN_BACKEND` has it.
     const NAME: &'static str;
+    /// How it stores activations: what limits hold.
+    const PRECISION: Precision;
+    /// Where the program finds it.
+    const DEVICE: Device;
 
     /// The device, with `threads` compute threads where it has such.
     fn open(threads: usize) -> Result<Self, BackendError>;
+
+    /// Factor on the loss. Gradients of half precision would else be rounded where numbers are sparse.
+    fn loss_scale() -> f32 {
+        match Self::PRECISION {
+            Precision::F32 => 1.0,
+            Precision::F16 => 1024.0,
+        }
+    }
 }
 
-impl<E: Element> Golden for Cpu<E> {
-    const NAME: &'static str = "cpu";
+impl Golden for Cpu<f32> {
+    const NAME: &'static str = "cpu-f32";
+    const PRECISION: Precision = Precision::F32;
+    const DEVICE: Device = Device::Cpu;
 
     fn open(threads: usize) -> Result<Self, BackendError> {
         Cpu::new(threads)
     }
 }
 
-type Procedure = fn(&Family, &Case, &mut Report) -> Outcome<()>;
+impl Golden for Cpu<f16> {
+    const NAME: &'static str = "cpu-f16";
+    const PRECISION: Precision = Precision::F16;
+    const DEVICE: Device = Device::Cpu;
+
+    fn open(threads: usize) -> Result<Self, BackendError> {
+        Cpu::new(threads)
+    }
+}
+
+impl Golden for Cuda {
+    const NAME: &'static str = "cuda";
+    const PRECISION: Precision = Precision::F16;
+    const DEVICE: Device = Device::Cuda(0);
+
+    fn open(_threads: usize) -> Result<Self, BackendError> {
+        Cuda::new(0)
+    }
+}
+
+type Procedure = fn(&Family, &Case, &mut Report<'_>) -> Outcome<()>;
 
 /// The procedure of a case, by its name.
 fn procedure<B: Golden>(case: &str) -> Option<Procedure> {
@@ -66,23 +105,50 @@ fn procedure<B: Golden>(case: &str) -> Option<Procedure> {
     })
 }
 
-/// Runs all cases of a folder, hands each line to `say`, and returns the names of those that failed.
-pub fn run<B: Golden>(folder: &Path, say: &mut dyn FnMut(&str)) -> Outcome<Vec<String>> {
-    let family = Family::open(folder)?;
+/// How a folder's cases went on a backend.
+pub struct Verdict {
+    /// The names of the cases that failed.
+    pub failed: Vec<String>,
+    /// Of every tensor.
+    pub errors: Errors,
+}
+
+/// What is run, and against what.
+#[derive(Clone, Copy)]
+pub struct Scope<'a> {
+    /// The family.
+    pub folder: &'a Path,
+    /// These cases, separated by commas, instead of all.
+    pub cases: Option<&'a str>,
+    /// The errors of the same cases on the CPU in f16, which a GPU is held against.
+    pub cpu_errors: Option<&'a Errors>,
+}
+
+/// Runs the cases of a folder and hands each line to `say`.
+pub fn run<B: Golden>(scope: Scope<'_>, say: &mut dyn FnMut(&str)) -> Outcome<Verdict> {
+    let Scope {
+        folder,
+        cases,
+        cpu_errors,
+    } = scope;
+    let mut family = Family::open(folder)?;
+    if let Some(cases) = cases {
+        family.cases = cases.split(',').map(str::to_owned).collect();
+    }
     say(&format!(
-        "\n{}: {} cases on {} in {}",
+        "\n{}: {} cases on {}",
         folder.display(),
         family.cases.len(),
-        B::NAME,
-        B::Element::NAME
+        B::NAME
     ));
-    let mut failed = Vec::new();
+    let report = |case: &str| Report::new(case, B::PRECISION, cpu_errors);
+    let (mut failed, mut errors) = (Vec::new(), Errors::default());
     if family.cases.is_empty() {
         say("FAIL: the manifest has no case");
         failed.push("manifest".to_owned());
     }
     for name in &family.cases {
-        let mut report = Report::new(name);
+        let mut report = report(name);
         if let Err(error) = run_case::<B>(&family, name, &mut report) {
             report.fail(error.to_string());
         }
@@ -90,8 +156,9 @@ pub fn run<B: Golden>(folder: &Path, say: &mut dyn FnMut(&str)) -> Outcome<Vec<S
         if report.failed() {
             failed.push(name.clone());
         }
+        report.into_errors(&mut errors);
     }
-    let mut report = Report::new("model_bin");
+    let mut report = report("model_bin");
     report.same("as_model", family.model_bin_difference()?);
     report.lines().iter().for_each(|line| say(line));
     if report.failed() {
@@ -101,10 +168,10 @@ pub fn run<B: Golden>(folder: &Path, say: &mut dyn FnMut(&str)) -> Outcome<Vec<S
         say(&format!("{file} - - FAIL (no case of the manifest)"));
         failed.push(file);
     }
-    Ok(failed)
+    Ok(Verdict { failed, errors })
 }
 
-fn run_case<B: Golden>(family: &Family, name: &str, report: &mut Report) -> Outcome<()> {
+fn run_case<B: Golden>(family: &Family, name: &str, report: &mut Report<'_>) -> Outcome<()> {
     let procedure = procedure::<B>(name).ok_or("no procedure for a case of this name")?;
     let case = family.case(name)?;
     let ran = catch_unwind(AssertUnwindSafe(|| procedure(family, &case, report)));

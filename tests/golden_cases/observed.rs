@@ -5,11 +5,11 @@ use mp_train::backend::{Backend, Element};
 use mp_train::model::activations::Slot;
 use mp_train::model::head::LogitsRows;
 
-use super::Outcome;
 use super::batch::Batch;
 use super::case::Family;
 use super::compare::{Found, FoundTensors};
 use super::single::Single;
+use super::{Golden, Outcome};
 
 fn widened<E: Element>(values: Vec<E>) -> Vec<f64> {
     values
@@ -163,8 +163,8 @@ pub fn loss<B: Backend>(
     Ok(())
 }
 
-/// Gradients by name, parts put together, after [`Single::complete`].
-pub fn gradients<B: Backend>(single: &mut Single<B>, found: &mut FoundTensors) -> Outcome<()> {
+/// Gradients by name, parts put together and the loss scale taken out, after [`Single::backward`].
+pub fn gradients<B: Golden>(single: &mut Single<B>, found: &mut FoundTensors) -> Outcome<()> {
     let mut whole = std::collections::BTreeMap::new();
     for parameter in single.stage.parameters() {
         if !parameter.written() {
@@ -177,10 +177,9 @@ pub fn gradients<B: Backend>(single: &mut Single<B>, found: &mut FoundTensors) -
                 vec![f32::NAN; spec.shape.iter().product()],
             )
         });
-        spec.paste(
-            values,
-            &single.backend.read(parameter.gradient(), spec.len())?,
-        );
+        let mut part = single.backend.read(parameter.gradient(), spec.len())?;
+        part.iter_mut().for_each(|value| *value /= B::loss_scale());
+        spec.paste(values, &part);
     }
     for (name, (shape, values)) in whole {
         found.insert(format!("grad.{name}"), Found::whole(shape, &values));

@@ -61,7 +61,7 @@ impl TensorSource for Quantised {
     }
 }
 
-pub fn run<B: Golden>(family: &Family, case: &Case, report: &mut Report) -> Outcome<()> {
+pub fn run<B: Golden>(family: &Family, case: &Case, report: &mut Report<'_>) -> Outcome<()> {
     let bits = match case.hyper::<u32>("bits")? {
         8 => Bits::Eight,
         4 => Bits::Four,

@@ -8,7 +8,7 @@ use super::compare::{Found, FoundTensors, Report};
 
 /// Every table that the case stores, by its name: `{sizes}.inv_freq`, `{sizes}.{f32|f16}.{cos|sin}` at
 /// `positions`, `{case}.{cos|sin}` from position 0 on. Sizes and head_dim are read off the widths.
-pub fn run(family: &Family, case: &Case, report: &mut Report) -> Outcome<()> {
+pub fn run(family: &Family, case: &Case, report: &mut Report<'_>) -> Outcome<()> {
     let (_, positions) = case.input("positions")?;
     let positions: Vec<usize> = positions
         .iter()

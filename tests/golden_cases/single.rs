@@ -99,10 +99,11 @@ impl<B: Golden> Single<B> {
         Ok(stage.forward(backend, 0, None)?)
     }
 
-    /// The mean loss of the micro-batch and its gradient at the last block.
+    /// The mean loss of the micro-batch and its gradient at the last block, times the backend's loss
+    /// scale.
     pub fn loss(&mut self, micro: &MicroBatch) -> Outcome<()> {
         let Single { backend, stage, .. } = self;
-        Ok(stage.loss(backend, 0, 1.0 / micro.targets.len() as f32)?)
+        Ok(stage.loss(backend, 0, B::loss_scale() / micro.targets.len() as f32)?)
     }
 
     /// Backward, up to gradients that need nothing more.

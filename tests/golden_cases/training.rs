@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use mp_train::adapter::{ParameterState, files};
 use mp_train::config::run::{
-    LossNormalisation, LrSchedule, OptimizerSection, Recompute, ScheduleKind,
+    Device, LossNormalisation, LrSchedule, OptimizerSection, Precision, Recompute, ScheduleKind,
 };
 use mp_train::data::batch::MicroBatch;
 use mp_train::optim::curve::learning_rate;
@@ -20,25 +20,25 @@ use super::single::Parts;
 use super::{Golden, Outcome, gradients};
 
 /// From the LoRA of a PEFT folder.
-pub fn lora<B: Golden>(family: &Family, case: &Case, report: &mut Report) -> Outcome<()> {
+pub fn lora<B: Golden>(family: &Family, case: &Case, report: &mut Report<'_>) -> Outcome<()> {
     let adapter = Adapter::lora(case.folder()?)?;
     train::<B>(&Parts::new(family, &adapter), case, report)
 }
 
 /// From the prefix of a THUDM folder.
-pub fn prefix<B: Golden>(family: &Family, case: &Case, report: &mut Report) -> Outcome<()> {
+pub fn prefix<B: Golden>(family: &Family, case: &Case, report: &mut Report<'_>) -> Outcome<()> {
     let adapter = Adapter::prefix(case.folder()?)?;
     train::<B>(&Parts::new(family, &adapter), case, report)
 }
 
 /// Every parameter, embedding and head apart.
-pub fn full<B: Golden>(family: &Family, case: &Case, report: &mut Report) -> Outcome<()> {
+pub fn full<B: Golden>(family: &Family, case: &Case, report: &mut Report<'_>) -> Outcome<()> {
     let adapter = Adapter::full(&family.model, &family.head_source);
     train::<B>(&Parts::new(family, &adapter), case, report)
 }
 
 /// Every parameter, embedding and head being one: a gradient first, then steps.
-pub fn tied<B: Golden>(family: &Family, case: &Case, report: &mut Report) -> Outcome<()> {
+pub fn tied<B: Golden>(family: &Family, case: &Case, report: &mut Report<'_>) -> Outcome<()> {
     gradients::tied::<B>(family, case, report)?;
     let head_source = family.tied_to_embedding();
     let adapter = Adapter::full(&family.model, &head_source);
@@ -49,22 +49,27 @@ pub fn tied<B: Golden>(family: &Family, case: &Case, report: &mut Report) -> Out
     train::<B>(&parts, case, report)
 }
 
-fn train<B: Golden>(parts: &Parts<'_>, case: &Case, report: &mut Report) -> Outcome<()> {
+fn train<B: Golden>(parts: &Parts<'_>, case: &Case, report: &mut Report<'_>) -> Outcome<()> {
     let mut unpadded = None;
-    for padding in Padding::BOTH {
+    for &padding in paddings::<B>() {
         let job = Job::new(parts, case, padding)?;
         let run = job.run::<B>(Configuration::PLAIN, None, job.steps.len())?;
         let variant = format!("train/{}", padding.name());
         report.compare(case, &variant, &job.found(&run)?)?;
         unpadded = Some((job, run));
     }
-    let (job, reference) = unpadded.ok_or("no run")?;
-    let counts = engine::stage_counts(parts.family.config.num_layers);
+    let (job, run) = unpadded.ok_or("no run")?;
+    let layouts = Layouts::of::<B>(&job);
+    let reference = match layouts.steps == job.steps.len() {
+        true => run,
+        false => job.run::<B>(Configuration::PLAIN, None, layouts.steps)?,
+    };
+    let counts = engine::stage_counts::<B>(parts.family.config.num_layers);
     for stages in counts.clone() {
-        for schedule in [ScheduleKind::OneForwardOneBackward, ScheduleKind::Gpipe] {
+        for &schedule in layouts.schedules {
             let mut differs = None;
-            for configuration in configurations(stages, schedule) {
-                let run = job.run::<B>(configuration, None, job.steps.len())?;
+            for configuration in layouts.configurations(stages, schedule) {
+                let run = job.run::<B>(configuration, None, layouts.steps)?;
                 let difference = run.difference(&reference);
                 differs = differs.or(difference.map(|what| format!("{configuration:?}: {what}")));
             }
@@ -73,18 +78,27 @@ fn train<B: Golden>(parts: &Parts<'_>, case: &Case, report: &mut Report) -> Outc
     }
     for stages in counts.clone() {
         let other = stages % counts.end() + 1;
-        let half = job.steps.len() / 2;
+        let half = layouts.steps / 2;
         let on = |stages| Configuration {
             stages,
             threads: 2,
             ..Configuration::PLAIN
         };
         let mut run = job.run::<B>(on(stages), None, half)?;
-        run.then(job.run::<B>(on(other), Some((half, &run.states)), job.steps.len())?);
+        run.then(job.run::<B>(on(other), Some((half, &run.states)), layouts.steps)?);
         let variant = format!("bits/{stages}_then_{other}_stages");
         report.same(&variant, run.difference(&reference));
     }
     Ok(())
+}
+
+/// What is done with padding. Emulated GPUs are slow: they train without any, as the program does, and
+/// see it where a single step is compared.
+fn paddings<B: Golden>() -> &'static [Padding] {
+    match B::DEVICE {
+        Device::Cpu => &Padding::BOTH,
+        Device::Cuda(_) => &[Padding::Removed],
+    }
 }
 
 fn name(schedule: ScheduleKind) -> &'static str {
@@ -94,17 +108,47 @@ fn name(schedule: ScheduleKind) -> &'static str {
     }
 }
 
-/// Every recomputation with every number of threads.
-fn configurations(stages: usize, schedule: ScheduleKind) -> impl Iterator<Item = Configuration> {
-    let recompute = [Recompute::None, Recompute::AttentionFree, Recompute::Block];
-    recompute.into_iter().flat_map(move |recompute| {
-        (1..=3).map(move |threads| Configuration {
-            stages,
-            schedule,
-            recompute,
-            threads,
+/// The layouts that must give the same bits, and over how many steps.
+struct Layouts {
+    steps: usize,
+    schedules: &'static [ScheduleKind],
+    threads: std::ops::RangeInclusive<usize>,
+}
+
+impl Layouts {
+    /// Every schedule, recomputation and number of threads in f32, over all steps; in f16 every
+    /// recomputation, over the steps that it takes to have moments to go on from.
+    fn of<B: Golden>(job: &Job<'_>) -> Layouts {
+        match B::PRECISION {
+            Precision::F32 => Layouts {
+                steps: job.steps.len(),
+                schedules: &[ScheduleKind::OneForwardOneBackward, ScheduleKind::Gpipe],
+                threads: 1..=3,
+            },
+            Precision::F16 => Layouts {
+                steps: job.steps.len().min(3),
+                schedules: &[ScheduleKind::OneForwardOneBackward],
+                threads: 2..=2,
+            },
+        }
+    }
+
+    fn configurations(
+        &self,
+        stages: usize,
+        schedule: ScheduleKind,
+    ) -> impl Iterator<Item = Configuration> {
+        let recompute = [Recompute::None, Recompute::AttentionFree, Recompute::Block];
+        let threads = self.threads.clone();
+        recompute.into_iter().flat_map(move |recompute| {
+            threads.clone().map(move |threads| Configuration {
+                stages,
+                schedule,
+                recompute,
+                threads,
+            })
         })
-    })
+    }
 }
 
 /// A training run of the reference.
@@ -205,7 +249,7 @@ impl<'a> Job<'a> {
                 step: step as u64,
                 updates: step as u64,
                 learning_rate: rate,
-                loss_scale: 1.0,
+                loss_scale: B::loss_scale(),
                 micro_batches: micro_batches.clone(),
                 target_weights: weights.clone(),
                 optimizer: self.optimizer.clone(),

@@ -1,0 +1,77 @@
+//! The page that shows how far each backend is from the reference.
+
+use std::fmt::Write;
+use std::path::Path;
+
+use mp_train::config::run::Precision;
+
+use super::Outcome;
+use super::case::Family;
+use super::compare::{Errors, number};
+use super::limits::Kind;
+
+/// What the page lists.
+const KINDS: [(Kind, &str); 6] = [
+    (Kind::Logits, "logits"),
+    (Kind::Loss, "loss"),
+    (Kind::TokenLoss, "loss of a token"),
+    (Kind::Gradient, "gradients"),
+    (Kind::GradNorm, "grad norm"),
+    (Kind::TrainingLoss, "training loss"),
+];
+
+/// Columns of measured numbers, which differ from machine to machine.
+const MEASURED: std::ops::RangeInclusive<usize> = 3..=5;
+
+const HEAD: &str = "\
+# The golden cases on three backends
+
+The largest error of each case against the reference, by kind of tensor, over all its variants, and what is
+allowed. `cuda` is an emulated GPU (sm_80), running the kernels and the launch code that a GPU runs.
+
+Written by
+
+    UPDATE_SNAPSHOTS=1 cargo test --release --test golden
+
+on one machine; others sum in another order. The test itself holds every tensor, these and those that are
+not listed, to its limit (tests/golden_cases/limits.rs), and on `cuda` also to four times the error on
+`cpu-f16`, or four steps of float16 where that is more. Errors of gradients are shares of the tensor's
+largest entry; those of the grad norm are absolute in f32 and shares of the norm in f16. In f16 the
+reference's tokens are fed (`generate_greedy`), the loss is scaled by 1024, and final weights are not
+compared.
+
+| case | of | cpu-f32 | cpu-f16 | cuda | limit in f32 | limit in f16 |
+| --- | --- | --- | --- | --- | --- | --- |
+";
+
+/// The page, from the errors on cpu-f32, cpu-f16 and cuda.
+pub fn page(folder: &Path, errors: [&Errors; 3]) -> Outcome<String> {
+    let mut page = HEAD.to_owned();
+    for case in Family::open(folder)?.cases {
+        for (kind, words) in KINDS {
+            let [Some(single), Some(half), Some(cuda)] =
+                errors.map(|errors| errors.largest(&case, kind))
+            else {
+                continue;
+            };
+            let [single, half, cuda] = [single, half, cuda].map(number);
+            let [in_single, in_half] =
+                [Precision::F32, Precision::F16].map(|precision| kind.limit(precision));
+            writeln!(
+                page,
+                "| {case} | {words} | {single} | {half} | {cuda} | {in_single} | {in_half} |"
+            )?;
+        }
+    }
+    Ok(page)
+}
+
+/// A page but for its measured numbers.
+pub fn outline(page: &str) -> Vec<String> {
+    let without_numbers = |line: &str| {
+        let cells = line.split('|').enumerate();
+        let kept = cells.filter(|(index, _)| !MEASURED.contains(index));
+        kept.map(|(_, cell)| cell).collect::<Vec<_>>().join("|")
+    };
+    page.lines().map(without_numbers).collect()
+}
