@@ -50,6 +50,13 @@ DEVICE u32 visible(const Span& span, u32 i) {
     return seen < span.kv_len ? seen : span.kv_len;
 }
 
+// Keys of the sequence that some query of a warp sees, whose queries begin at i; 0 behind the last.
+DEVICE u32 visible_to_warp(const Span& span, u32 i) {
+    if (i >= span.q_len) return 0;
+    const u32 last = i + WARP_ROWS < span.q_len ? i + WARP_ROWS : span.q_len;
+    return visible(span, last - 1);
+}
+
 // First query that sees key k.
 DEVICE u32 first_observer(const Span& span, u32 k) {
     const u32 before = span.kv_len - span.q_len;
@@ -119,7 +126,7 @@ DEVICE KeyValue key_value_of(const half* key_value, const half* prefix, const At
 // ---- tiles in shared memory: rows of WIDTH halves, 16 bytes apart in their banks, so that eight rows
 // of a fragment lie in different banks
 
-constexpr u32 pitch(u32 width) { return width + 8; }
+DEVICE constexpr u32 pitch(u32 width) { return width + 8; }
 
 // Copies rows first .. first + ROWS into a tile; columns from head_dim on and rows behind the last
 // become zero. Asynchronous where cp.async is.
@@ -241,7 +248,7 @@ constexpr u32 PLAIN_DIM = 256;
 
 DEVICE float dot_rows(const half* a, const half* b, u32 head_dim) {
     float sum = 0.0f;
-#pragma unroll 2
+#pragma unroll 1
     for (u32 d = 0; d < head_dim; d++) sum += to_float(a[d]) * to_float(b[d]);
     return sum;
 }
@@ -249,6 +256,7 @@ DEVICE float dot_rows(const half* a, const half* b, u32 head_dim) {
 // sums[i] += sum over lanes j < count of factor_j * row_j[lane + 32 i], lanes ascending.
 DEVICE void add_rows(float (&sums)[PLAIN_DIM / 32], float factor, const half* rows, u64 step, u32 count, u32 head_dim) {
     const u32 lane = threadIdx.x & 31;
+#pragma unroll 1
     for (u32 j = 0; j < count; j++) {
         const float of_row = __shfl_sync(FULL_WARP, factor, j);
         const half* row = rows + j * step;

@@ -112,7 +112,7 @@ DEVICE void attention_backward_query(half* dqkv, const half* dout, const float* 
     }
     const u32 end = first + TILE_ROWS < span.q_len ? first + TILE_ROWS : span.q_len;
     const u32 prefix_tiles = ceil_div(shape.prefix_len, KEYS);
-    const u32 seen_by_all = visible(span, first);
+    const u32 seen_by_all = visible(span, first), seen_by_warp = visible_to_warp(span, first + own_row);
     const float factor = shape.scale * LOG2_E;
     float sums[WIDTH / 8][4];
     set_zero(sums);
@@ -125,6 +125,10 @@ DEVICE void attention_backward_query(half* dqkv, const half* dout, const float* 
         load_tile<WIDTH, KEYS>(place + PLACE, either(in_prefix, rows.prefix_value, rows.value), first_key, shape.head_dim);
     };
     auto use = [&](u32 n, u32 stage) {
+        const bool in_prefix = n < prefix_tiles;
+        const u32 first_key = (in_prefix ? n : n - prefix_tiles) * KEYS;
+        // A warp has nothing to do with keys that none of its queries sees.
+        if (seen_by_warp <= (in_prefix ? 0 : first_key)) return;
         const half* keys = shared + stage * 2 * PLACE;
         const half* values = keys + PLACE;
         float scores[KEYS / 8][4], dp[KEYS / 8][4];
@@ -133,8 +137,6 @@ DEVICE void attention_backward_query(half* dqkv, const half* dout, const float* 
         multiply_by_rows<WIDTH>(scores, queries, keys);
         multiply_by_rows<WIDTH>(dp, douts, values);
 
-        const bool in_prefix = n < prefix_tiles;
-        const u32 first_key = (in_prefix ? n : n - prefix_tiles) * KEYS;
         const bool masked = first_key + KEYS > (in_prefix ? shape.prefix_len : seen_by_all);
 #pragma unroll
         for (u32 i = 0; i < KEYS / 8; i++)
@@ -208,6 +210,9 @@ DEVICE void attention_backward_key(half* dqkv, float* dprefix, const half* dout,
     };
     auto use = [&](u32 n, u32 stage) {
         const u32 query = first_query + n % query_tiles * QUERIES;
+        // A warp has nothing to do with queries that see none of its keys.
+        const u32 last = query + QUERIES < span.q_len ? query + QUERIES : span.q_len;
+        if (first + own_row >= (in_prefix ? shape.prefix_len : visible(span, last - 1))) return;
         const bool masked = first + TILE_ROWS > (in_prefix ? shape.prefix_len : visible(span, query));
 #pragma unroll 1
         for (u32 part = 0; part < QUERIES; part += AT_ONCE) {

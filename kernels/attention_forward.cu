@@ -18,7 +18,7 @@
 // one tile, 6 KiB (D = 16), 18 KiB (64), 34 KiB (128; sm_75: 17 KiB).
 // Bound by tensor cores from about 200 visible keys on, by memory below.
 
-template <u32 WIDTH> constexpr u32 forward_keys() {
+template <u32 WIDTH> DEVICE constexpr u32 forward_keys() {
 #if __CUDA_ARCH__ >= 800
     return 64;
 #else
@@ -56,11 +56,13 @@ DEVICE void attention_forward(half* out, float* lse, const half* query, const ha
     const u32 all_tiles = prefix_tiles + ceil_div(visible(span, end - 1), KEYS);
     const u32 seen_by_all = visible(span, first);
     const u32 seen[2] = {visible(span, first + own_row + result_row(0)), visible(span, first + own_row + result_row(2))};
+    const u32 seen_by_warp = visible_to_warp(span, first + own_row);
     const float factor = shape.scale * LOG2_E;
 
     float sums[WIDTH / 8][4];
     set_zero(sums);
-    float top[2] = {-INFINITE, -INFINITE}, total[2] = {0.0f, 0.0f};
+    // Largest score so far, -log2 of what the exponentials are divided by, and their sum.
+    float top[2] = {-INFINITE, -INFINITE}, minus[2] = {INFINITE, INFINITE}, total[2] = {0.0f, 0.0f};
 
     // Tile n of the keys or values, that is of the prefix or of the sequence.
     auto load = [&](half* place, Rows<const half> of_prefix, Rows<const half> of_sequence, u32 n) {
@@ -76,54 +78,57 @@ DEVICE void attention_forward(half* out, float* lse, const half* query, const ha
         __syncthreads();
         load(value_tile, rows.prefix_value, rows.value, n);
 
-        float scores[KEYS / 8][4];
-        set_zero(scores);
-        multiply_by_rows<WIDTH>(scores, queries, key_tile);
-
         const bool in_prefix = n < prefix_tiles;
         const u32 first_key = (in_prefix ? n : n - prefix_tiles) * KEYS;
-        if (first_key + KEYS > (in_prefix ? shape.prefix_len : seen_by_all)) {
+        // A warp has nothing to do with keys that none of its queries sees.
+        const bool sees = seen_by_warp > (in_prefix ? 0 : first_key);
+        float scores[KEYS / 8][4];
+        if (sees) {
+            set_zero(scores);
+            multiply_by_rows<WIDTH>(scores, queries, key_tile);
+
+            if (first_key + KEYS > (in_prefix ? shape.prefix_len : seen_by_all)) {
+#pragma unroll
+                for (u32 i = 0; i < KEYS / 8; i++)
+#pragma unroll
+                    for (u32 c = 0; c < 4; c++) {
+                        const u32 key = first_key + result_column(i, c);
+                        if (key >= (in_prefix ? shape.prefix_len : seen[c >> 1])) scores[i][c] = -INFINITE;
+                    }
+            }
+
+            // Every query sees a key of the first tile, so that `top` is a number from there on.
+#pragma unroll
+            for (u32 half_row = 0; half_row < 2; half_row++) {
+                float& most = top[half_row];
+#pragma unroll
+                for (u32 i = 0; i < KEYS / 8; i++) most = fmaxf(most, fmaxf(scores[i][2 * half_row], scores[i][2 * half_row + 1]));
+                most = fmaxf(most, __shfl_xor_sync(FULL_WARP, most, 1));
+                most = fmaxf(most, __shfl_xor_sync(FULL_WARP, most, 2));
+                const float before = minus[half_row];
+                minus[half_row] = -most * factor;
+                const float shrink = exp2f(minus[half_row] - before);
+                total[half_row] *= shrink;
+#pragma unroll
+                for (u32 i = 0; i < WIDTH / 8; i++) {
+                    sums[i][2 * half_row] *= shrink;
+                    sums[i][2 * half_row + 1] *= shrink;
+                }
+            }
 #pragma unroll
             for (u32 i = 0; i < KEYS / 8; i++)
 #pragma unroll
                 for (u32 c = 0; c < 4; c++) {
-                    const u32 key = first_key + result_column(i, c);
-                    if (key >= (in_prefix ? shape.prefix_len : seen[c >> 1])) scores[i][c] = -INFINITE;
+                    scores[i][c] = exp2f(scores[i][c] * factor + minus[c >> 1]);
+                    total[c >> 1] += scores[i][c];
                 }
         }
-
-        // Every query sees a key of the first tile, so that `top` is a number from there on.
-        float minus[2];
-#pragma unroll
-        for (u32 half_row = 0; half_row < 2; half_row++) {
-            float most = top[half_row];
-#pragma unroll
-            for (u32 i = 0; i < KEYS / 8; i++) most = fmaxf(most, fmaxf(scores[i][2 * half_row], scores[i][2 * half_row + 1]));
-            most = fmaxf(most, __shfl_xor_sync(FULL_WARP, most, 1));
-            most = fmaxf(most, __shfl_xor_sync(FULL_WARP, most, 2));
-            minus[half_row] = -most * factor;
-            const float shrink = exp2f(top[half_row] * factor + minus[half_row]);
-            top[half_row] = most;
-            total[half_row] *= shrink;
-#pragma unroll
-            for (u32 i = 0; i < WIDTH / 8; i++) {
-                sums[i][2 * half_row] *= shrink;
-                sums[i][2 * half_row + 1] *= shrink;
-            }
-        }
-#pragma unroll
-        for (u32 i = 0; i < KEYS / 8; i++)
-#pragma unroll
-            for (u32 c = 0; c < 4; c++) {
-                scores[i][c] = exp2f(scores[i][c] * factor + minus[c >> 1]);
-                total[c >> 1] += scores[i][c];
-            }
 
         // The values are here, and no warp uses the keys any more.
         cp_async_wait<0>();
         __syncthreads();
         if (n + 1 < all_tiles) load(key_tile, rows.prefix_key, rows.key, n + 1);
-        multiply_by_columns<WIDTH>(sums, scores, value_tile);
+        if (sees) multiply_by_columns<WIDTH>(sums, scores, value_tile);
     }
 
     float inverse[2];
@@ -134,7 +139,7 @@ DEVICE void attention_forward(half* out, float* lse, const half* query, const ha
         inverse[half_row] = 1.0f / total[half_row];
         const u32 i = first + own_row + result_row(2 * half_row);
         if ((threadIdx.x & 3) == 0 && i < span.q_len)
-            lse[(u64)(span.q_start + i) * shape.heads + head] = top[half_row] * shape.scale + logf(total[half_row]);
+            lse[(u64)(span.q_start + i) * shape.heads + head] = logf(total[half_row]) - minus[half_row] * LN_2;
     }
     __syncthreads();
     store_rows<WIDTH>(packed_rows(out, shape, head, span.q_start, span.q_len), first + own_row, shape.head_dim, sums, inverse[0],

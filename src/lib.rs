@@ -15,6 +15,8 @@ pub mod generate;
 
 pub mod plan;
 
+pub mod bench;
+
 pub mod report;
 
 pub mod pipeline;

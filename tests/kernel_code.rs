@@ -13,7 +13,7 @@ use mp_train::backend::cuda;
 
 /// T4, A100, 3090, 4090, H100.
 const ARCHITECTURES: [u32; 5] = [75, 80, 86, 89, 90];
-/// B200 and 5090, where NVRTC knows them.
+/// B200 and 5090, where NVRTC knows them: every kernel compiles; what spills there is on record.
 const NEWER: [u32; 2] = [100, 120];
 
 /// What the record was made with.
@@ -52,10 +52,14 @@ fn every_kernel_compiles_for_every_architecture_and_does_not_spill() {
             );
             for usage in usages {
                 if usage.spilled_bytes > 0 || usage.stack_bytes > 0 {
-                    wrong.push(format!(
-                        "{} for sm_{arch}: {} bytes spilled, {} bytes of stack",
+                    let what = format!(
+                        "{arch} {}: {} bytes spilled, {} bytes of stack",
                         usage.kernel, usage.spilled_bytes, usage.stack_bytes
-                    ));
+                    );
+                    match ARCHITECTURES.contains(&arch) {
+                        true => wrong.push(what),
+                        false => writeln!(record, "# {what}").unwrap(),
+                    }
                 }
                 writeln!(record, "{arch} {} {}", usage.kernel, usage.registers).unwrap();
             }

@@ -48,6 +48,7 @@ mod rows;
 mod swiglu;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::process::Command;
 
 use half::f16;
 use mp_train::backend::Backend;
@@ -55,7 +56,7 @@ use mp_train::backend::cpu::Cpu;
 use mp_train::backend::cuda::Cuda;
 
 use check::{Check, Tolerance};
-use cuda_emulator::{Emulator, ORDERS};
+use cuda_emulator::{Emulator, Order};
 
 #[test]
 fn cpu_f32() {
@@ -69,24 +70,65 @@ fn cpu_f16() {
     drive("cpu-f16", Tolerance::F16, threads);
 }
 
-/// Every order of the threads and blocks gives the same bits, on every generation of GPUs.
+/// `MP_TRAIN_TEST_GPU=1 cargo test --release --test ops cuda_on_this_gpu`; scripts/check_gpu.sh runs it.
+#[test]
+fn cuda_on_this_gpu() {
+    if !cuda_emulator::on_this_gpu() {
+        println!("skipped: MP_TRAIN_TEST_GPU is not 1");
+        return;
+    }
+    drive(
+        "cuda",
+        Tolerance::CUDA,
+        [(); 2].map(|()| || Cuda::new(0).unwrap()),
+    );
+}
+
+/// Every order of the threads and blocks gives the same bits, on every generation of GPUs. Each
+/// generation has a process of its own, as the emulated one is for the whole process.
 #[test]
 fn cuda_emulated() {
+    if cuda_emulator::on_this_gpu() {
+        return;
+    }
     let Some(emulator) = Emulator::build() else {
         return;
     };
-    let loaded = emulator.load_here();
-    for arch in ["75", "80", "86", "90"] {
-        loaded.set("EMULATOR_ARCH", arch);
-        let builds = ORDERS.map(|order| {
+    if let Ok(arch) = std::env::var(ARCH_OF_CHILD) {
+        let loaded = emulator.load_here();
+        loaded.set("EMULATOR_ARCH", &arch);
+        let mut orders = vec![Order::Forward, Order::Reverse, Order::Random(1)];
+        // One order is enough for a sanitizer.
+        if std::env::var_os("EMULATOR_SANITIZE").is_some() {
+            orders = vec![Order::Forward];
+        }
+        let builds = orders.into_iter().map(|order| {
             move || {
                 loaded.set_order(order);
                 Cuda::new(0).unwrap()
             }
         });
-        drive(&format!("cuda on sm_{arch}"), Tolerance::F16, builds);
+        return drive(&format!("cuda on sm_{arch}"), Tolerance::CUDA, builds);
     }
+    let children = ["75", "80", "86", "90"].map(|arch| {
+        std::thread::spawn(move || {
+            Command::new(std::env::current_exe().unwrap())
+                .args(["--exact", "cuda_emulated", "--nocapture"])
+                .env(ARCH_OF_CHILD, arch)
+                .output()
+                .unwrap()
+        })
+    });
+    let ended = children.map(|child| child.join().unwrap());
+    for child in &ended {
+        print!("{}", String::from_utf8_lossy(&child.stdout));
+        eprint!("{}", String::from_utf8_lossy(&child.stderr));
+    }
+    assert!(ended.iter().all(|child| child.status.success()));
 }
+
+/// Tells a child of `cuda_emulated` its generation.
+const ARCH_OF_CHILD: &str = "OPS_EMULATED_ARCH";
 
 /// All cases on a backend. The first of `builds` is held against the exact results, the others
 /// (more threads, say) must repeat its results bit for bit.
@@ -95,10 +137,16 @@ fn drive<B: Backend, F: Fn() -> B>(
     tolerance: Tolerance,
     builds: impl IntoIterator<Item = F>,
 ) {
+    // `OPS_FAMILIES=attention,norm` runs some of the families.
+    let chosen = std::env::var("OPS_FAMILIES").unwrap_or_default();
+    let only: Vec<&str> = chosen.split(',').filter(|name| !name.is_empty()).collect();
     let mut check = Check::new(name, tolerance);
     for build in builds {
         let backend = build();
         for (family, cases) in families::<B>() {
+            if !only.is_empty() && !only.contains(&family) {
+                continue;
+            }
             // A family that panics leaves the others their say.
             if catch_unwind(AssertUnwindSafe(|| cases(&backend, &mut check))).is_err() {
                 check.fail(&format!("panicked in the cases of {family}"));
@@ -106,7 +154,11 @@ fn drive<B: Backend, F: Fn() -> B>(
         }
         check.next_build();
     }
-    check.finish(&ops_of_the_trait());
+    let expected = match only.is_empty() {
+        true => ops_of_the_trait(),
+        false => Vec::new(),
+    };
+    check.finish(&expected);
 }
 
 type Cases<B> = fn(&B, &mut Check);

@@ -29,7 +29,11 @@ pub use shapes::{
 #[derive(Debug, thiserror::Error)]
 pub enum BackendError {
     /// Memory for a buffer could not be had.
-    #[error("{device}: no memory for {bytes} bytes more")]
+    #[error(
+        "{device}: no memory for {:.1} MiB more: use more devices, a smaller micro_batch_size, shorter \
+         rows or recompute = \"block\"; `mp-train plan` shows what each stage takes",
+        *bytes as f64 / f64::from(1 << 20)
+    )]
     OutOfMemory {
         /// The device, in words.
         device: String,
@@ -47,6 +51,16 @@ pub enum BackendError {
     /// A CUDA device, its driver or its libraries.
     #[error(transparent)]
     Cuda(#[from] cuda::CudaError),
+}
+
+impl BackendError {
+    /// Whether the machine or a bug is to blame, not what was asked for.
+    pub fn is_machine(&self) -> bool {
+        match self {
+            BackendError::OutOfMemory { .. } | BackendError::Threads { .. } => true,
+            BackendError::Cuda(error) => error.is_machine(),
+        }
+    }
 }
 
 type Result<T> = std::result::Result<T, BackendError>;

@@ -23,6 +23,7 @@ pub mod model_folder;
 pub mod prefix_files;
 pub mod run_state;
 pub mod safetensors;
+pub mod synthetic;
 mod tensor;
 pub mod torch_bin;
 

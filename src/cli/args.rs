@@ -9,11 +9,14 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::bench::ModelSize;
 use crate::config::error::ConfigError;
 use crate::config::file::ConfigFile;
 use crate::config::layers::Layers;
-use crate::config::raw::RawConfig;
-use crate::config::run::{Device, Precision, RotaryPrecision, RunConfig, TemplateKind};
+use crate::config::raw::{AdapterKind, RawConfig};
+use crate::config::run::{
+    Device, Precision, Recompute, RotaryPrecision, RunConfig, ScheduleKind, TemplateKind,
+};
 
 /// Model-parallel fine-tuning of ChatGLM-6B: LoRA, P-Tuning v2, whole model
 #[derive(Debug, Parser)]
@@ -57,6 +60,8 @@ pub(super) enum Command {
     Chat(ChatArgs),
     /// Teach a tiny model who it is, from nothing, in about a minute
     Demo(DemoArgs),
+    /// Measure tokens per second and memory with made-up weights of a named size
+    Bench(BenchArgs),
     /// List GPUs, driver and libraries, and what this build can do with them
     Devices,
 }
@@ -91,11 +96,16 @@ impl ConfigArgs {
 
     pub fn resolve(&self) -> Result<RunConfig, ConfigError> {
         let file = self.config.as_deref().map(ConfigFile::read).transpose()?;
-        Layers {
-            flags: self.flags.clone(),
-            file,
+        let mut flags = self.flags.clone();
+        let in_file = file.as_ref().map(|file| &file.raw);
+        if flags.pipeline.devices.is_none()
+            && in_file.is_none_or(|raw| raw.pipeline.devices.is_none())
+        {
+            let in_file = in_file.and_then(|raw| raw.model.precision);
+            let precision = flags.model.precision.or(in_file);
+            flags.pipeline.devices = super::devices::visible_gpus(precision);
         }
-        .resolve()
+        Layers { flags, file }.resolve()
     }
 }
 
@@ -114,14 +124,9 @@ pub(super) struct ModelArgs {
     /// Go on after the end-of-answer id
     #[arg(long)]
     pub no_stop_at_eop: bool,
-    /// One stage each: cpu, or a CUDA number
-    #[arg(
-        long,
-        value_name = "D,D,..",
-        value_delimiter = ',',
-        default_value = "cpu"
-    )]
-    pub devices: Vec<Device>,
+    /// One stage each: cpu, or a CUDA number [all GPUs, else cpu]
+    #[arg(long, value_name = "D,D,..", value_delimiter = ',')]
+    pub devices: Option<Vec<Device>>,
     /// Blocks per stage [by cost]
     #[arg(long, value_name = "N,N,..", value_delimiter = ',',
         value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
@@ -190,6 +195,85 @@ pub(super) struct ChatArgs {
     pub max_new_tokens: Option<u32>,
     #[command(flatten)]
     pub sampling: SamplingArgs,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct BenchArgs {
+    /// chatglm-6b, small or tiny
+    #[arg(
+        long,
+        value_name = "SIZE",
+        default_value = "chatglm-6b",
+        hide_possible_values = true
+    )]
+    pub size: ModelSize,
+    /// lora, prefix or full
+    #[arg(
+        long,
+        value_name = "KIND",
+        default_value = "lora",
+        hide_possible_values = true
+    )]
+    pub adapter: AdapterKind,
+    /// LoRA rank
+    #[arg(long, value_name = "N", default_value_t = 8,
+        value_parser = clap::value_parser!(u32).range(1..=4_096))]
+    pub r: u32,
+    /// Prefix length
+    #[arg(long, value_name = "N", default_value_t = 128,
+        value_parser = clap::value_parser!(u32).range(1..=4_096))]
+    pub pre_seq_len: u32,
+    /// One stage each: cpu, or a CUDA number
+    #[arg(
+        long,
+        value_name = "D,D,..",
+        value_delimiter = ',',
+        default_value = "0"
+    )]
+    pub devices: Vec<Device>,
+    /// Storage of weights and activations [f32 on cpu]
+    #[arg(long, value_name = "f32|f16", hide_possible_values = true)]
+    pub precision: Option<Precision>,
+    /// Rows of a micro-batch
+    #[arg(long, value_name = "N", default_value_t = 1,
+        value_parser = clap::value_parser!(u32).range(1..=4_096))]
+    pub micro_batch_size: u32,
+    /// Tokens of a row, half of them with a target
+    #[arg(long, value_name = "N", default_value_t = 512)]
+    pub sequence_length: u32,
+    /// Micro-batches of a step
+    #[arg(long, value_name = "N", default_value_t = 8,
+        value_parser = clap::value_parser!(u32).range(1..=4_096))]
+    pub gradient_accumulation: u32,
+    /// none, attention_free, block or auto
+    #[arg(
+        long,
+        value_name = "WHAT",
+        default_value = "auto",
+        hide_possible_values = true
+    )]
+    pub recompute: Recompute,
+    /// 1f1b or gpipe
+    #[arg(
+        long,
+        value_name = "NAME",
+        default_value = "1f1b",
+        hide_possible_values = true
+    )]
+    pub schedule: ScheduleKind,
+    /// Steps before the measured ones
+    #[arg(long, value_name = "N", default_value_t = 2)]
+    pub warm_up: u32,
+    /// Measured steps
+    #[arg(long, value_name = "N", default_value_t = 5,
+        value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    pub steps: u32,
+    /// CPU threads of all stages together [all cores]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4_096))]
+    pub threads: Option<u32>,
+    /// Print one line of JSON
+    #[arg(long)]
+    pub json: bool,
 }
 
 #[derive(Debug, Args)]

@@ -1,10 +1,33 @@
 //! `mp-train devices`: the GPUs of this machine and what this build can do with them.
 
-use std::fmt::Write;
+use std::fmt::Write as _;
+use std::io::Write as _;
 
 use super::failure::{Failure, FailureClass};
 use super::print;
 use crate::backend::cuda::{self, CudaError, GpuInfo, Survey};
+use crate::config::run::{Device, Precision};
+
+/// The GPUs to use where nothing was said: all that can be used; nothing where there is none, or
+/// where the precision asked for is not theirs. GPUs that cannot be used for want of a library are
+/// worth a warning.
+pub(super) fn visible_gpus(precision: Option<Precision>) -> Option<Vec<Device>> {
+    if precision == Some(Precision::F32) {
+        return None;
+    }
+    match cuda::visible() {
+        Ok(ordinals) if ordinals.is_empty() => None,
+        Ok(ordinals) => Some(ordinals.into_iter().map(Device::Cuda).collect()),
+        Err(error) => {
+            // Nobody is left to warn when standard error is closed.
+            let _ = writeln!(
+                std::io::stderr(),
+                "warning: the GPUs are not used, the CPU computes: {error}"
+            );
+            None
+        }
+    }
+}
 
 pub(super) fn run() -> Result<(), Failure> {
     match cuda::survey() {

@@ -9,6 +9,7 @@ use super::failure::{Failure, FailureClass};
 use super::prompts::{self, Answers};
 use super::signals;
 use crate::config::generate::{GenerateOptions, Sampling};
+use crate::config::run::Device;
 use crate::generate::template_file::Asking;
 use crate::generate::{Answer, GenerateError, Notice, Outcome};
 
@@ -94,7 +95,12 @@ pub(super) fn sampling(args: &SamplingArgs, defaults: Sampling) -> Result<Sampli
 
 /// What the flags say about the model, with the defaults for the rest.
 pub(super) fn options(args: &ModelArgs, sampling: Sampling) -> Result<GenerateOptions, Failure> {
-    let stages = args.devices.len();
+    let devices = args
+        .devices
+        .clone()
+        .or_else(|| super::devices::visible_gpus(args.precision))
+        .unwrap_or_else(|| vec![Device::Cpu]);
+    let stages = devices.len();
     if let Some(balance) = args
         .balance
         .as_ref()
@@ -105,7 +111,7 @@ pub(super) fn options(args: &ModelArgs, sampling: Sampling) -> Result<GenerateOp
             "--balance has {found} numbers for {stages} devices"
         )));
     }
-    let defaults = GenerateOptions::new(args.model.clone(), args.devices.clone());
+    let defaults = GenerateOptions::new(args.model.clone(), devices);
     let precision = args.precision.unwrap_or(defaults.precision);
     Ok(GenerateOptions {
         adapter: args.adapter.clone(),

@@ -10,6 +10,7 @@ use args::{Cli, Command};
 use failure::{Failure, FailureClass};
 
 mod args;
+mod bench;
 mod chat;
 mod demo;
 mod devices;
@@ -44,6 +45,7 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Some(Command::Generate(args)) => generate::run(&args),
         Some(Command::Chat(args)) => chat::run(&args),
         Some(Command::Demo(args)) => demo::run(&args),
+        Some(Command::Bench(args)) => bench::run(&args),
         Some(Command::Devices) => devices::run(),
     };
     match result {

@@ -65,6 +65,11 @@ impl From<TrainError> for Failure {
                 }
                 _ => failure,
             },
+            TrainError::Failure(stage) if stage.step.is_some() && stage.is_machine() => failure
+                .hint(
+                    "checkpoints that were saved are whole: the same command with --resume goes on \
+                     from the last",
+                ),
             _ => failure,
         }
     }

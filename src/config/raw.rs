@@ -208,7 +208,7 @@ pub struct RawOptimizer {
 #[serde(deny_unknown_fields, default)]
 #[command(next_help_heading = "Pipeline")]
 pub struct RawPipeline {
-    /// One stage each: cpu, or a CUDA number [cpu]
+    /// One stage each: cpu, or a CUDA number [all GPUs, else cpu]
     #[arg(long, value_name = "D,D,..", value_delimiter = ',')]
     pub devices: Option<Vec<Device>>,
     /// Blocks per stage [by cost]

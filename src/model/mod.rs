@@ -112,7 +112,8 @@ impl ModelError {
     /// Whether the machine or a bug is to blame, not the user's files or settings.
     pub fn is_machine(&self) -> bool {
         match self {
-            ModelError::Backend(_) | ModelError::TooLong { .. } => true,
+            ModelError::TooLong { .. } => true,
+            ModelError::Backend(error) => error.is_machine(),
             ModelError::Adapter(error) => error.is_machine(),
             ModelError::Checkpoint(error) => error.is_machine(),
             _ => false,

@@ -11,12 +11,12 @@ use super::partition::{self, PartitionError, StageSpec};
 use super::schedule::Schedule;
 use crate::backend::BackendError;
 use crate::backend::cpu::Cpu;
-use crate::backend::cuda::{self, Cuda, CudaError, LinearWork};
+use crate::backend::cuda::{self, Cuda, CudaError, LargestBatch, LinearWork};
 use crate::checkpoint::{CheckpointError, ModelFolder, TensorSource};
 use crate::comm::in_process;
 use crate::config::error::ConfigError;
 use crate::config::model::ModelConfig;
-use crate::config::run::{Device, Precision, Recompute};
+use crate::config::run::{AdapterSection, Device, Precision, Recompute};
 use crate::data::DataError;
 use crate::data::tokenizer::TokenizerError;
 use crate::model::ModelError;
@@ -79,8 +79,10 @@ pub enum StartError {
     GpuPrecision,
     /// Not enough memory for any choice of recomputation.
     #[error(
-        "stage {rank} needs {needed} bytes even with recomputation of whole blocks, and {budget} are \
-         available: use more devices, a smaller micro_batch_size or shorter rows"
+        "stage {rank} needs {:.1} MiB even with recomputation of whole blocks, and {:.1} MiB are \
+         available: use more devices, a smaller micro_batch_size or shorter rows",
+        *needed as f64 / f64::from(1 << 20),
+        *budget as f64 / f64::from(1 << 20)
     )]
     Memory {
         /// The stage.
@@ -223,8 +225,27 @@ impl Layout {
         Ok(free.map(|bytes| bytes / sharing.count() as u64))
     }
 
+    /// What a GPU makes room for beside the buffers of a stage.
+    fn largest_batch(&self, config: &ModelConfig, trainables: &Trainables) -> LargestBatch {
+        LargestBatch {
+            rows: self.max_rows,
+            sequences: self.max_sequences,
+            heads: config.num_attention_heads,
+            hidden_size: config.hidden_size,
+            prefix_len: match &trainables.adapter {
+                Some(AdapterSection::Prefix(prefix)) => prefix.pre_seq_len,
+                _ => 0,
+            },
+        }
+    }
+
     /// Every linear layer that stage `rank` computes.
-    fn linear_work(&self, config: &ModelConfig, full: bool, rank: usize) -> Vec<LinearWork> {
+    fn linear_work(
+        &self,
+        config: &ModelConfig,
+        trainables: &Trainables,
+        rank: usize,
+    ) -> Vec<LinearWork> {
         let spec = &self.stages[rank];
         let (h, f) = (config.hidden_size, config.inner_hidden_size);
         let work = |in_features, out_features, bias, max_rows| LinearWork {
@@ -233,7 +254,8 @@ impl Layout {
             bias,
             max_rows,
             backward: true,
-            weight_gradient: full,
+            weight_gradient: trainables.is_full(),
+            single: false,
         };
         let mut all = vec![
             work(h, 3 * h, true, self.max_rows),
@@ -244,6 +266,15 @@ impl Layout {
         if spec.head {
             let rows = chunk_rows(config.vocab_size, self.max_rows);
             all.push(work(h, config.vocab_size, false, rows));
+        }
+        if let Some(AdapterSection::Prefix(prefix)) = &trainables.adapter
+            && prefix.prefix_projection
+        {
+            all.extend([h, 2 * h].map(|width| LinearWork {
+                weight_gradient: true,
+                single: true,
+                ..work(h, width, true, prefix.pre_seq_len)
+            }));
         }
         all
     }
@@ -263,6 +294,7 @@ fn free_host_memory() -> Option<u64> {
 struct StagePlan {
     ordinal: Option<u32>,
     bytes: u64,
+    batch: LargestBatch,
     work: Vec<LinearWork>,
 }
 
@@ -270,6 +302,7 @@ impl StagePlan {
     /// The GPU with the stage's memory reserved and its products prepared.
     fn open(&self) -> Result<Cuda, BackendError> {
         let cuda = Cuda::new(self.ordinal.unwrap_or_default())?;
+        cuda.prepare_batches(&self.batch)?;
         cuda.reserve(self.bytes)?;
         cuda.prepare_products(&self.work)?;
         Ok(cuda)
@@ -325,7 +358,8 @@ impl Base {
             StagePlan {
                 ordinal: layout.devices[rank].ordinal(),
                 bytes: bytes.total(),
-                work: layout.linear_work(&self.config, trainables.is_full(), rank),
+                batch: layout.largest_batch(&self.config, &trainables),
+                work: layout.linear_work(&self.config, &trainables, rank),
             }
         };
         let planned: Vec<StagePlan> = (0..layout.stages.len()).map(planned).collect();

@@ -14,6 +14,7 @@
 extern "C" int emulator_enqueue(void* stream, const char* label, void (*run)(void*), void (*drop)(void*), void* data);
 extern "C" int emulator_holds(const void* address, size_t bytes);
 extern "C" int emulator_planned_failure(const char* what);
+extern "C" void emulator_note(const char* event);
 
 namespace {
 
@@ -213,9 +214,20 @@ Status check_pointer(const char* name, const void* p, const Layout& layout) {
     return success;
 }
 
+// What an algorithm was chosen for. By default it refuses any other shape, which the library may do;
+// EMULATOR_ALGORITHMS=any lets it do all shapes of its types, which the library mostly does.
+bool any_shape() {
+    static const bool any = [] {
+        const char* value = getenv("EMULATOR_ALGORITHMS");
+        return value != nullptr && strcmp(value, "any") == 0;
+    }();
+    return any;
+}
 uint64_t bucket(const Product& p, const Layout& a, const Layout& b, const Layout& d) {
     uint64_t hash = 0xcbf29ce484222325ull;
-    for (const uint64_t part : {(uint64_t)p.transpose_a, (uint64_t)p.transpose_b, (uint64_t)a.type, (uint64_t)d.type, (uint64_t)p.epilogue, d.rows, d.columns, p.transpose_a ? a.rows : a.columns, (uint64_t)d.batches, (uint64_t)a.leading, (uint64_t)b.leading, (uint64_t)d.leading}) hash = (hash ^ part) * 0x100000001B3ull;
+    for (const uint64_t part : {(uint64_t)p.transpose_a, (uint64_t)p.transpose_b, (uint64_t)a.type, (uint64_t)d.type, (uint64_t)p.epilogue}) hash = (hash ^ part) * 0x100000001B3ull;
+    if (any_shape()) return hash;
+    for (const uint64_t part : {d.rows, d.columns, p.transpose_a ? a.rows : a.columns, (uint64_t)d.batches, (uint64_t)a.leading, (uint64_t)b.leading, (uint64_t)d.leading}) hash = (hash ^ part) * 0x100000001B3ull;
     return hash;
 }
 
@@ -325,6 +337,7 @@ API Status cublasLtMatmulPreferenceSetAttribute(Preference* preference, int attr
 API Status cublasLtMatmulAlgoGetHeuristic(void* handle, const Product* product, const Layout* a, const Layout* b, const Layout* c, const Layout* d, const Preference* preference, int wanted, Heuristic* results, int* found) {
     if (handle == nullptr) return not_initialized;
     if (wanted < 1) return invalid_value;
+    emulator_note("algorithms");
     *found = 0;
     if (const Status bad = check(*product, *a, *b, *c, *d)) return bad;
     memset(results, 0, sizeof *results);

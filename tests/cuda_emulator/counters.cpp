@@ -134,3 +134,9 @@ API void emulator_reset_counters() {
     emulator::counters().clear();
     emulator::counters()["live_bytes"] = emulator::counters()["peak_bytes"] = live;
 }
+
+// An event of another library: counted and traced.
+API void emulator_note(const char* event) {
+    emulator::count(event);
+    emulator::trace(event);
+}

@@ -26,7 +26,7 @@
 // One block runs on one OS thread, so what is local to the OS thread is shared by the block. Address
 // sanitizer does not see the ends of thread-local arrays: its builds use plain variables.
 #if defined(EMULATOR_PLAIN_SHARED)
-#define __shared__ static __attribute__((section("emulator_shared")))
+#define __shared__ static
 #else
 #define __shared__ static thread_local
 #endif
@@ -138,6 +138,22 @@ template <class T> static inline T shuffle_value(unsigned mask, T value, unsigne
 // Maximum and minimum as the device takes them: a NaN loses.
 static inline float max_float(float a, float b) { return a > b || b != b ? a : b; }
 static inline float min_float(float a, float b) { return a < b || b != b ? a : b; }
+
+#if defined(__SANITIZE_THREAD__)
+}  // namespace emulator
+#include <sys/mman.h>
+namespace emulator {
+// Maps the pages of a range anew with what they hold: the race detector then knows of no access to
+// them. It heeds the call only from code that it has instrumented, which is why this is not elsewhere.
+__attribute__((no_sanitize("thread"))) static inline void forget_accesses(char* start, char* stop) {
+    char* first = reinterpret_cast<char*>(reinterpret_cast<uintptr_t>(start) & ~uintptr_t(4095));
+    const size_t bytes = (size_t)(stop - first + 4095) & ~size_t(4095);
+    volatile char* copy = static_cast<char*>(__builtin_alloca(bytes));
+    for (size_t i = 0; i < bytes; i++) copy[i] = first[i];
+    mmap(first, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
+    for (size_t i = 0; i < bytes; i++) first[i] = copy[i];
+}
+#endif
 
 // ---- how a kernel is called: the table that fake NVRTC appends to a source
 

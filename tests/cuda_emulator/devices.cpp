@@ -13,6 +13,7 @@ static bool initialized;
 // CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; the number of
 // multiprocessors is that of a usual card.
 static const Architecture architectures[] = {
+    {70, "Emulated V100", 49152, 98304, 98304, 2048, 32, 80},  // too old, for those who refuse it
     {75, "Emulated T4", 49152, 65536, 65536, 1024, 16, 40},
     {80, "Emulated A100", 49152, 166912, 167936, 2048, 32, 108},
     {86, "Emulated RTX 3090", 49152, 101376, 102400, 1536, 16, 82},
@@ -38,7 +39,7 @@ static bool set(Settings& s, const std::string& name, const std::string& value) 
         for (const Architecture& a : architectures) {
             if (value == std::to_string(a.capability)) chosen = &a;
         }
-        if (chosen == nullptr) bad_setting(name, value, "75, 80, 86, 89, 90, 100 or 120");
+        if (chosen == nullptr) bad_setting(name, value, "70, 75, 80, 86, 89, 90, 100 or 120");
         s.architecture = chosen;
     } else if (name == "EMULATOR_MEMORY") {
         s.memory = number();
@@ -60,8 +61,6 @@ static bool set(Settings& s, const std::string& name, const std::string& value) 
         s.schedule.seed = number();
     } else if (name == "EMULATOR_THREADS") {
         s.schedule.os_threads = (unsigned)number();
-    } else if (name == "EMULATOR_BLOCKS_APART") {
-        s.schedule.blocks_apart = value == "1";
     } else {
         return false;
     }
@@ -73,7 +72,7 @@ static Settings read_settings() {
         {"EMULATOR_DEVICES", "1"}, {"EMULATOR_ARCH", "80"}, {"EMULATOR_MEMORY", "8589934592"},
         {"EMULATOR_DRIVER_VERSION", "12080"}, {"EMULATOR_STREAMS", "late"}, {"EMULATOR_PEERS", "1"},
         {"EMULATOR_QUIET", "0"}, {"EMULATOR_ORDER", "forward"}, {"EMULATOR_SEED", "1"},
-        {"EMULATOR_THREADS", "1"}, {"EMULATOR_BLOCKS_APART", "0"},
+        {"EMULATOR_THREADS", "1"},
     };
     Settings s = {};
     for (const auto& [name, otherwise] : defaults) {

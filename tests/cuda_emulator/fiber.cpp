@@ -28,7 +28,7 @@ emulator_switch_stack:
 
 namespace emulator {
 
-static const size_t guard_bytes = 4096;
+static const size_t guard_bytes = 64 << 10;
 
 char* Stacks::at(size_t number) {
     if (bytes_ == 0) bytes_ = address_sanitizer() || thread_sanitizer() ? 256 << 10 : 128 << 10;

@@ -43,7 +43,7 @@ inline void seen_write16(void* p) {
     if (thread_sanitizer()) __tsan_write16(p);
 }
 
-// Stacks of one size, each above a page that may not be touched.
+// Stacks of one size, each above room that may not be touched.
 class Stacks {
 public:
     ~Stacks() { release(); }
@@ -51,7 +51,7 @@ public:
     // The stack of this number, made at its first use.
     char* at(size_t number);
     void release();
-    // The number of the stack whose guard page holds `address`, or -1.
+    // Whether the address lies below one of the stacks: it has overflowed.
     bool guards(const void* address) const;
 
 private:

@@ -136,7 +136,7 @@ impl Loaded {
     }
 
     /// A counter: `allocations`, `live_bytes`, `peak_bytes`, `launches`, `launch:KERNEL`, `products`,
-    /// `synchronisations`, `copy_to_device`, `copy_to_host`, `copy_on_device`, `fills`.
+    /// `synchronisations`, `algorithms`, `copy_to_device`, `copy_to_host`, `copy_on_device`, `fills`.
     pub fn counter(&self, name: &str) -> i64 {
         let name = CString::new(name).unwrap();
         type Counter = unsafe extern "C" fn(*const c_char) -> c_longlong;
@@ -162,6 +162,7 @@ fn compiler_present() -> bool {
     let compiler = std::env::var("EMULATOR_CXX").unwrap_or_else(|_| "g++".to_owned());
     let asked = Command::new(compiler)
         .arg("--version")
+        .env_remove("LD_PRELOAD")
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         .status();
@@ -204,6 +205,7 @@ fn build() -> Emulator {
         let built = Command::new("sh")
             .arg(sources.join("build.sh"))
             .arg(&folder)
+            .env_remove("LD_PRELOAD") // a sanitizer is for this process alone
             .output()
             .unwrap();
         let said = String::from_utf8_lossy(&built.stderr);
@@ -214,4 +216,16 @@ fn build() -> Emulator {
         File::create(folder.join("built")).unwrap();
     }
     Emulator { folder }
+}
+
+/// Whether tests run on the GPU of this machine instead (`MP_TRAIN_TEST_GPU=1`). Where they do not, a
+/// test that only a GPU can pass is skipped, or fails with `MP_TRAIN_REQUIRE_GPU=1`.
+pub fn on_this_gpu() -> bool {
+    let is_set = |name| std::env::var(name).is_ok_and(|value| value == "1");
+    let asked = is_set("MP_TRAIN_TEST_GPU");
+    assert!(
+        asked || !is_set("MP_TRAIN_REQUIRE_GPU"),
+        "MP_TRAIN_REQUIRE_GPU=1, but MP_TRAIN_TEST_GPU is not 1"
+    );
+    asked
 }

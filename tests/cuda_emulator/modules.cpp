@@ -25,82 +25,131 @@ struct Function {
     Resources resources;
     int dynamic_limit;
 };
+struct Range {
+    char* start;
+    size_t bytes;
+};
+// The shared variables of a module: thread-local, or in the builds for sanitizers plain ones.
+class SharedVariables : public StaticShared {
+public:
+    void find(void* library, int file);
+    // Bytes that the body of a kernel declares: such variables' mangled names begin so.
+    size_t of_kernel(const char* kernel) const;
+    void fill(unsigned char value) const override;
+    bool holds(const void* p, size_t bytes) const override;
+    void forget() const override;
+
+private:
+    Range thread_local_block() const;
+    std::map<std::string, size_t> sizes_;
+    std::vector<Range> plain_;
+    void* (*anchor_)() = nullptr;  // the address of a thread-local variable
+    ptrdiff_t anchor_offset_ = 0;  // of that variable in its block
+    size_t block_bytes_ = 0;
+    void (*forget_)(char* start, char* stop) = nullptr;
+};
 struct Module {
     Context* context;
     void* library;
     unsigned capability;
-    void* (*anchor)();
-    ptrdiff_t anchor_offset;  // of the anchor in the static shared memory
-    size_t static_bytes;
-    std::map<std::string, size_t> shared_symbols;  // names and sizes of its shared variables
+    SharedVariables shared;
     std::map<std::string, std::unique_ptr<Function>> functions;
 };
 static std::map<void*, std::unique_ptr<Module>> modules;
 static std::map<void*, Function*> functions;
 
-static void* static_shared_of_this_thread(void* module) {
-    const Module& m = *static_cast<Module*>(module);
-    return static_cast<char*>(m.anchor()) - m.anchor_offset;
-}
-
-// Finds the static shared memory of a module: its thread-local variables, or a section of it.
-struct TlsSearch {
+// The thread-local block of the library loaded at `base`.
+struct BlockSearch {
     const char* base;
-    char* anchor;
-    ptrdiff_t offset;
+    const char* block;
     size_t bytes;
 };
-static int search_tls(dl_phdr_info* info, size_t, void* data) {
-    TlsSearch& search = *static_cast<TlsSearch*>(data);
+static int search_block(dl_phdr_info* info, size_t, void* data) {
+    BlockSearch& search = *static_cast<BlockSearch*>(data);
     if ((const char*)info->dlpi_addr != search.base) return 0;
     for (int i = 0; i < info->dlpi_phnum; i++) {
         if (info->dlpi_phdr[i].p_type != PT_TLS) continue;
         search.bytes = info->dlpi_phdr[i].p_memsz;
-        search.offset = search.anchor - static_cast<char*>(info->dlpi_tls_data);
+        search.block = static_cast<const char*>(info->dlpi_tls_data);
     }
     return 1;
 }
-static void find_static_shared(Module& module) {
-    module.anchor = reinterpret_cast<void* (*)()>(dlsym(module.library, "emulator_anchor"));
-    const auto bytes = static_cast<const size_t*>(dlsym(module.library, "emulator_static_bytes"));
-    module.anchor_offset = 0;
-    module.static_bytes = bytes == nullptr ? 0 : *bytes;
-    if (bytes != nullptr) return;  // a section
-    link_map* map = nullptr;
-    if (module.anchor == nullptr || dlinfo(module.library, RTLD_DI_LINKMAP, &map) != 0) return;
-    TlsSearch search = {(const char*)map->l_addr, (char*)module.anchor(), 0, 0};
-    dl_iterate_phdr(search_tls, &search);
-    module.anchor_offset = search.offset;
-    module.static_bytes = search.bytes;
-}
 
-// Names and sizes of the shared variables in the library's symbol table: thread-local ones, or those
-// of their section.
-static void read_shared_symbols(Module& module, int file) {
+void SharedVariables::find(void* library, int file) {
+    link_map* map = nullptr;
+    if (dlinfo(library, RTLD_DI_LINKMAP, &map) != 0) return;
+    char* base = reinterpret_cast<char*>(map->l_addr);
+    anchor_ = reinterpret_cast<void* (*)()>(dlsym(library, "emulator_anchor"));
+    forget_ = reinterpret_cast<void (*)(char*, char*)>(dlsym(library, "emulator_forget"));
+    if (anchor_ != nullptr) {
+        const char* anchor = static_cast<char*>(anchor_());  // makes the block, if it was not there
+        BlockSearch search = {base, anchor, 0};
+        dl_iterate_phdr(search_block, &search);
+        anchor_offset_ = anchor - search.block;
+        block_bytes_ = search.bytes;
+    }
     const off_t bytes = lseek(file, 0, SEEK_END);
     char* start = static_cast<char*>(mmap(nullptr, (size_t)bytes, PROT_READ, MAP_PRIVATE, file, 0));
     if (start == MAP_FAILED) return;
     const auto header = reinterpret_cast<const ElfW(Ehdr)*>(start);
     const auto sections = reinterpret_cast<const ElfW(Shdr)*>(start + header->e_shoff);
-    const char* section_names = start + sections[header->e_shstrndx].sh_offset;
     for (unsigned i = 0; i < header->e_shnum; i++) {
         if (sections[i].sh_type != SHT_SYMTAB) continue;
         const auto symbols = reinterpret_cast<const ElfW(Sym)*>(start + sections[i].sh_offset);
         const char* names = start + sections[sections[i].sh_link].sh_offset;
         for (size_t j = 0; j < sections[i].sh_size / sizeof *symbols; j++) {
-            const unsigned section = symbols[j].st_shndx;
-            const bool in_section = section < header->e_shnum && strcmp(section_names + sections[section].sh_name, "emulator_shared") == 0;
-            if (ELF64_ST_TYPE(symbols[j].st_info) == STT_TLS || in_section) module.shared_symbols[names + symbols[j].st_name] = symbols[j].st_size;
+            const ElfW(Sym)& symbol = symbols[j];
+            const char* name = names + symbol.st_name;
+            if (strncmp(name, "_ZZ", 3) != 0 || symbol.st_shndx >= header->e_shnum) continue;  // not inside a function
+            const bool plain = ELF64_ST_TYPE(symbol.st_info) == STT_OBJECT && sections[symbol.st_shndx].sh_type == SHT_NOBITS;
+            if (ELF64_ST_TYPE(symbol.st_info) == STT_TLS || plain) sizes_[name] = symbol.st_size;
+            if (plain) plain_.push_back({base + symbol.st_value, symbol.st_size});
         }
     }
     munmap(start, (size_t)bytes);
+}
+
+size_t SharedVariables::of_kernel(const char* kernel) const {
+    const std::string prefix = "_ZZ" + std::to_string(strlen(kernel)) + kernel + "E";
+    size_t sum = 0;
+    for (const auto& [name, bytes] : sizes_) {
+        if (name.compare(0, prefix.size(), prefix) == 0) sum += (bytes + 15) / 16 * 16;
+    }
+    return sum;
+}
+
+Range SharedVariables::thread_local_block() const {
+    return {anchor_ == nullptr ? nullptr : static_cast<char*>(anchor_()) - anchor_offset_, block_bytes_};
+}
+
+void SharedVariables::fill(unsigned char value) const {
+    std::vector<Range> ranges = plain_;
+    ranges.push_back(thread_local_block());
+    for (const Range& range : ranges) {
+        // Not memset: a sanitizer would look at it.
+        volatile char* p = range.start;
+        for (size_t i = 0; i < range.bytes; i++) p[i] = (char)value;
+    }
+}
+
+bool SharedVariables::holds(const void* p, size_t bytes) const {
+    const auto inside = [&](const Range& range) { return p >= range.start && (const char*)p + bytes <= range.start + range.bytes; };
+    for (const Range& range : plain_) {
+        if (inside(range)) return true;
+    }
+    return inside(thread_local_block());
+}
+
+void SharedVariables::forget() const {
+    if (forget_ == nullptr) return;
+    for (const Range& range : plain_) forget_(range.start, range.start + range.bytes);
 }
 
 static CUresult open_library(const std::string& path, Module& module) {
     const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC);
     if (file < 0) return refuse(invalid_image, "cuModuleLoadData: %s: %s", path.c_str(), strerror(errno));
     module.library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
-    if (module.library != nullptr) read_shared_symbols(module, file);
+    if (module.library != nullptr) module.shared.find(module.library, file);
     close(file);
     return module.library != nullptr ? success : refuse(invalid_image, "cuModuleLoadData: %s", dlerror());
 }
@@ -148,23 +197,12 @@ static CUresult load(Module** result, const void* image) {
         if (!unpack(unpacked, static_cast<const char*>(image) + sizeof header, header.bytes)) return refuse(out_of_memory, "no room for the image in %s", unpacked.c_str());
         if (const CUresult error = open_library(unpacked, *module)) return error;
     }
-    find_static_shared(*module);
     count("modules");
     trace("load_module", "\"capability\":" + std::to_string(module->capability));
     std::lock_guard<std::mutex> lock(state);
     *result = module.get();
     modules[module.get()] = std::move(module);
     return success;
-}
-
-// The static shared memory that a kernel's own body declares: its variables' mangled names begin so.
-static size_t own_shared(const Module& module, const char* kernel) {
-    const std::string prefix = "_ZZ" + std::to_string(strlen(kernel)) + kernel + "E";
-    size_t sum = 0;
-    for (const auto& [name, bytes] : module.shared_symbols) {
-        if (name.compare(0, prefix.size(), prefix) == 0) sum += (bytes + 15) / 16 * 16;
-    }
-    return sum;
 }
 
 // Registers per thread from the file that EMULATOR_REGISTERS names: lines of architecture, kernel,
@@ -185,7 +223,7 @@ static Resources resources_of(const Module& module, const Kernel& kernel) {
         fclose(file);
         return table;
     }();
-    const size_t shared = own_shared(module, kernel.name);
+    const size_t shared = module.shared.of_kernel(kernel.name);
     const auto found = table.find({module.capability, kernel.name});
     if (found != table.end()) return {found->second, shared};
     const unsigned threads = kernel.max_threads == 0 ? 256 : std::max(32u, kernel.max_threads);
@@ -243,13 +281,16 @@ static CUresult run_launch(Context& context, const Function& f, const Arguments&
         memcpy(&address, arguments.addresses[i], sizeof address);
         if (const CUresult error = check_kernel_pointer(context, address, kernel.name, i)) return error;
     }
-    Launch launch = {&kernel, const_cast<void**>(arguments.addresses.data()), grid, block, dynamic_bytes, {static_shared_of_this_thread, f.module, f.module->static_bytes}};
+    Launch launch = {&kernel, const_cast<void**>(arguments.addresses.data()), grid, block, dynamic_bytes, &f.module->shared};
     Schedule schedule;
     {
         std::lock_guard<std::mutex> lock(state);
         schedule = settings().schedule;
     }
+    const auto start = std::chrono::steady_clock::now();
     const std::string error = run(launch, schedule);
+    const auto duration = std::chrono::duration_cast<std::chrono::microseconds>(std::chrono::steady_clock::now() - start);
+    count(std::string("microseconds:") + kernel.name, duration.count());
     if (error.empty()) return success;
     return refuse(launch_failed, "%s: %s", kernel.name, error.c_str());
 }

@@ -154,7 +154,7 @@ void supported(std::vector<int>& architectures, int& major, int& minor) {
 
 std::string sanitizer_flags() {
     const std::string sanitizer = environment("EMULATOR_SANITIZE", "");
-    if (sanitizer == "address") return "-O1 -g -fno-omit-frame-pointer -DEMULATOR_PLAIN_SHARED -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined -fsanitize-sections=emulator_shared";
+    if (sanitizer == "address") return "-O1 -g -fno-omit-frame-pointer -DEMULATOR_PLAIN_SHARED -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined";
     if (sanitizer == "thread") return "-O1 -g -fno-omit-frame-pointer -DEMULATOR_PLAIN_SHARED -fsanitize=thread";
     // The driver brings the handlers of these two: a misaligned access or a bad index is an error of
     // the launch.
@@ -171,13 +171,12 @@ std::string kernel_table(const std::string& preprocessed) {
         table += "    {\"" + name + "\", " + entry + "call, " + entry + "arguments, " + entry + "count, emulator::launch_bound(" + (*found)[1].str() + ")},\n";
     }
     return table + "    {}};\nextern const unsigned emulator_kernel_count = " + std::to_string(number) + ";\n"
-        "#if defined(EMULATOR_PLAIN_SHARED)\n"
-        "extern char __start_emulator_shared[] __attribute__((weak, visibility(\"hidden\"))), __stop_emulator_shared[] __attribute__((weak, visibility(\"hidden\")));\n"
-        "extern const size_t emulator_static_bytes = __stop_emulator_shared - __start_emulator_shared;\n"
-        "void* emulator_anchor() { return __start_emulator_shared; }\n"
-        "#else\n"
+        "#if !defined(EMULATOR_PLAIN_SHARED)\n"
         "static thread_local char emulator_anchor_byte;\n"
         "void* emulator_anchor() { return &emulator_anchor_byte; }\n"
+        "#endif\n"
+        "#if defined(__SANITIZE_THREAD__)\n"
+        "void emulator_forget(char* start, char* stop) { emulator::forget_accesses(start, stop); }\n"
         "#endif\n}\n";
 }
 

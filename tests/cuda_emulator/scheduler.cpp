@@ -32,7 +32,61 @@ unsigned char fresh_byte(const Schedule& schedule, uint64_t salt) {
 
 // ---- switching between the threads of a block
 
-static void yield(bool last = false) { switch_sides(this_fiber().side, worker->own, last); }
+static void fiber_entry();
+
+static void start(Fiber& fiber) {
+    fiber.started = true;
+    if (thread_sanitizer()) {
+        auto& threads = worker->race_threads[worker->turn];
+        while (threads.size() <= fiber.linear) threads.push_back(__tsan_create_fiber(0));  // takes long
+        fiber.side.race = threads[fiber.linear];
+        fiber.stack = 2 * fiber.linear + worker->turn;
+    } else if (worker->free_stacks.empty()) {
+        fiber.stack = worker->stacks_made++;
+    } else {
+        fiber.stack = worker->free_stacks.back();
+        worker->free_stacks.pop_back();
+    }
+    char* stack = worker->stacks.at(fiber.stack);
+    prepare(fiber.side, stack, worker->stacks.bytes(), fiber_entry);
+}
+
+// The lane of the warp that comes after `lane` in the order, or -1: none can run.
+static int next_lane(const Warp& warp, unsigned lane, Order order) {
+    if (warp.ready == 0) return -1;
+    if (order == Order::reverse) {
+        const unsigned below = warp.ready & ((1u << lane) - 1);
+        return 31 - __builtin_clz(below != 0 ? below : warp.ready);
+    }
+    const unsigned above = warp.ready & ~((2u << lane) - 1);
+    return __builtin_ctz(above != 0 ? above : warp.ready);
+}
+
+// Lets others run, until somebody resumes this thread.
+static void yield(bool last = false) {
+    Fiber& fiber = this_fiber();
+    if (worker->direct && !last) {
+        const int lane = next_lane(*fiber.warp, fiber.lane, worker->schedule.order);
+        if (lane == (int)fiber.lane) return;
+        if (lane >= 0) {
+            Fiber& next = *fiber.warp->lanes[lane];
+            if (!next.started) start(next);
+            current_thread = &next;
+            switch_sides(fiber.side, next.side);
+            return;
+        }
+    }
+    switch_sides(fiber.side, worker->own, last);
+}
+
+static void set_ready(Fiber& fiber) {
+    fiber.state = State::ready;
+    fiber.warp->ready |= 1u << fiber.lane;
+}
+static void block(Fiber& fiber, State state) {
+    fiber.state = state;
+    fiber.warp->ready &= ~(1u << fiber.lane);
+}
 
 static void fiber_entry() {
     arrived(worker->own);
@@ -41,31 +95,22 @@ static void fiber_entry() {
     Fiber& fiber = this_fiber();
     if (!fiber.copies.empty()) fail("a thread exits with cp.async copies that it never waited for");
     race_release(&worker->end);
-    fiber.state = State::done;
+    block(fiber, State::done);
     fiber.warp->gone |= 1u << fiber.lane;
     worker->alive--;
     yield(true);
     abort();  // nobody resumes a thread that is done
 }
 
+// Runs the thread, and those that it hands over to, until one has nobody to hand over to.
 static void resume(Fiber& fiber) {
-    if (!fiber.started) {
-        fiber.started = true;
-        if (thread_sanitizer()) {
-            fiber.stack = fiber.linear;
-            if (fiber.side.race == nullptr) fiber.side.race = __tsan_create_fiber(0);
-        } else if (worker->free_stacks.empty()) {
-            fiber.stack = worker->stacks_made++;
-        } else {
-            fiber.stack = worker->free_stacks.back();
-            worker->free_stacks.pop_back();
-        }
-        char* stack = worker->stacks.at(fiber.stack);
-        prepare(fiber.side, stack, worker->stacks.bytes(), fiber_entry);
-    }
+    if (!fiber.started) start(fiber);
     current_thread = &fiber;
+    worker->inside = 1;
     switch_sides(worker->own, fiber.side);
-    if (fiber.state == State::done && !thread_sanitizer()) worker->free_stacks.push_back(fiber.stack);
+    worker->inside = 0;
+    const Fiber& back = this_fiber();
+    if (back.state == State::done && !thread_sanitizer()) worker->free_stacks.push_back(back.stack);
 }
 
 void fail(const char* format, ...) {
@@ -78,8 +123,7 @@ void fail(const char* format, ...) {
     char place[128];
     snprintf(place, sizeof place, " [block (%u,%u,%u) thread (%u,%u,%u)]", block.x, block.y, block.z, thread.x, thread.y, thread.z);
     worker->error = std::string(text) + place;
-    this_fiber().state = State::at_barrier;
-    yield();
+    switch_sides(this_fiber().side, worker->own);
     abort();  // the block has ended: its threads are not resumed
 }
 
@@ -94,44 +138,51 @@ void* dynamic_shared() { return worker->dynamic; }
 void sync_block(Site site) {
     Fiber& fiber = this_fiber();
     fiber.site = site;
-    fiber.state = State::at_barrier;
+    block(fiber, State::at_barrier);
     worker->at_barrier++;
-    char* ordered = &worker->barriers[worker->barrier_generation & 1];
+    char* ordered = &worker->barriers[worker->turn][worker->barrier_generation & 1];
     race_release(ordered);
     yield();
     race_acquire(ordered);
 }
 
+static void carry_out_shuffle(Warp& warp, unsigned mask) {
+    uint64_t words[32];
+    memcpy(words, warp.words, sizeof words);
+    for (unsigned lane = 0; lane < 32; lane++) {
+        const unsigned source = warp.sources[lane] & 31;
+        if (!(mask >> lane & 1)) continue;
+        if (!(mask >> source & 1)) fail("%s:%d: a shuffle reads lane %u, which its mask %08x does not name", this_fiber().site.file, this_fiber().site.line, source, mask);
+        warp.words[lane] = words[source];
+    }
+}
+
+static void carry_out_ballot(Warp& warp, unsigned mask) {
+    uint64_t votes = 0;
+    for (unsigned lane = 0; lane < 32; lane++) {
+        if (mask >> lane & 1) votes |= warp.words[lane] << lane;
+    }
+    for (unsigned lane = 0; lane < 32; lane++) {
+        if (mask >> lane & 1) warp.words[lane] = votes;
+    }
+}
+
 static void carry_out(Meeting meeting, Warp& warp, unsigned mask) {
     switch (meeting) {
-        case Meeting::shuffle: {
-            uint64_t words[32];
-            for (unsigned lane = 0; lane < 32; lane++) {
-                if (mask >> lane & 1) words[lane] = warp.lanes[lane]->word;
-            }
-            for (unsigned lane = 0; lane < 32; lane++) {
-                if (!(mask >> lane & 1)) continue;
-                const unsigned source = warp.lanes[lane]->source & 31;
-                if (!(mask >> source & 1)) fail("%s:%d: a shuffle reads lane %u, which its mask %08x does not name", this_fiber().site.file, this_fiber().site.line, source, mask);
-                warp.lanes[lane]->word = words[source];
-            }
-            break;
-        }
-        case Meeting::ballot: {
-            unsigned votes = 0;
-            for (unsigned lane = 0; lane < 32; lane++) {
-                if (mask >> lane & 1) votes |= (unsigned)warp.lanes[lane]->word << lane;
-            }
-            for (unsigned lane = 0; lane < 32; lane++) {
-                if (mask >> lane & 1) warp.lanes[lane]->word = votes;
-            }
-            break;
-        }
+        case Meeting::shuffle: carry_out_shuffle(warp, mask); break;
+        case Meeting::ballot: carry_out_ballot(warp, mask); break;
         case Meeting::mma_k16:
         case Meeting::mma_k8:
-        case Meeting::ldmatrix: carry_out_tensor_core(meeting, warp); break;
+        case Meeting::ldmatrix:
+        case Meeting::ldmatrix_transposed: carry_out_tensor_core(meeting, warp); break;
         default: break;
     }
+}
+
+// Whoever comes must agree with a lane that it names and that waits already.
+static void check_agreement(const Fiber& fiber, const Fiber& other) {
+    if (other.mask == fiber.mask && other.meeting == fiber.meeting && other.site.line == fiber.site.line) return;
+    fail("divergent warp operation: lane %u is at %s:%d (mask %08x), lane %u at %s:%d (mask %08x)", fiber.lane, fiber.site.file, fiber.site.line, fiber.mask, other.lane, other.site.file, other.site.line, other.mask);
 }
 
 void meet(Meeting meeting, unsigned mask, Site site) {
@@ -142,44 +193,39 @@ void meet(Meeting meeting, unsigned mask, Site site) {
     fiber.meeting = meeting;
     fiber.mask = mask;
     fiber.site = site;
-    fiber.state = State::in_warp;
-    if (meeting == Meeting::sync) race_release(&warp.ordered);
+    if (meeting == Meeting::sync) race_release(&warp.ordered[worker->turn]);
+    if (const unsigned others = mask & warp.waiting) check_agreement(fiber, *warp.lanes[__builtin_ctz(others)]);
     warp.waiting |= 1u << fiber.lane;
     if (mask & ~warp.waiting) {
+        block(fiber, State::in_warp);
         yield();
     } else {
-        for (unsigned lane = 0; lane < 32; lane++) {
-            if (!(mask >> lane & 1)) continue;
-            const Fiber& other = *warp.lanes[lane];
-            if (other.mask != mask || other.meeting != meeting || other.site.line != site.line) {
-                fail("divergent warp operation: lane %u is at %s:%d (mask %08x), lane %u at %s:%d (mask %08x)", fiber.lane, site.file, site.line, mask, lane, other.site.file, other.site.line, other.mask);
-            }
-        }
         warp.waiting &= ~mask;
         carry_out(meeting, warp, mask);
-        for (unsigned lane = 0; lane < 32; lane++) {
-            if (mask >> lane & 1) warp.lanes[lane]->state = State::ready;
-        }
+        for (unsigned lanes = mask; lanes != 0; lanes &= lanes - 1) warp.lanes[__builtin_ctz(lanes)]->state = State::ready;
+        warp.ready |= mask;
         if (worker->schedule.order == Order::random && (worker->random() & 1)) yield();
     }
-    if (meeting == Meeting::sync) race_acquire(&warp.ordered);
+    if (meeting == Meeting::sync) race_acquire(&warp.ordered[worker->turn]);
 }
 
 void sync_warp(unsigned mask, Site site) { meet(Meeting::sync, mask, site); }
 
 uint64_t shuffle(unsigned mask, uint64_t value, unsigned source, Site site) {
     Fiber& fiber = this_fiber();
-    fiber.word = value;
-    fiber.source = source;
+    uint64_t& word = fiber.warp->words[fiber.lane];
+    word = value;
+    fiber.warp->sources[fiber.lane] = source;
     meet(Meeting::shuffle, mask, site);
-    return fiber.word;
+    return word;
 }
 
 unsigned ballot(unsigned mask, bool predicate, Site site) {
     Fiber& fiber = this_fiber();
-    fiber.word = predicate;
+    uint64_t& word = fiber.warp->words[fiber.lane];
+    word = predicate;
     meet(Meeting::ballot, mask, site);
-    return (unsigned)fiber.word;
+    return (unsigned)word;
 }
 
 // ---- one block
@@ -187,9 +233,6 @@ unsigned ballot(unsigned mask, bool predicate, Site site) {
 static void start_block(Worker& w, dim3 size) {
     const unsigned threads = size.x * size.y * size.z;
     if (w.fibers.size() != threads) {
-        for (Fiber& fiber : w.fibers) {
-            if (fiber.side.race != nullptr) __tsan_destroy_fiber(fiber.side.race);
-        }
         w.fibers.clear();
         w.fibers.resize(threads);
         w.warps.assign((threads + 31) / 32, Warp());
@@ -217,6 +260,7 @@ static void start_block(Worker& w, dim3 size) {
         const unsigned lanes = std::min<size_t>(32, threads - 32 * i);
         w.warps[i].waiting = 0;
         w.warps[i].gone = lanes == 32 ? 0 : ~0u << lanes;
+        w.warps[i].ready = ~w.warps[i].gone;
     }
     w.alive = threads;
     w.at_barrier = 0;
@@ -247,15 +291,12 @@ static bool run_once(Worker& w, std::vector<unsigned>& warp_order, std::vector<u
     if (order == Order::random) shuffle_order(warp_order);
     for (unsigned i = 0; i < w.warps.size(); i++) {
         Warp& warp = w.warps[order == Order::reverse ? w.warps.size() - 1 - i : warp_order[i]];
-        for (bool any = true; any;) {
-            any = false;
-            for (unsigned j = 0; j < 32; j++) {
-                Fiber* fiber = warp.lanes[order == Order::reverse ? 31 - j : j];
-                if (fiber == nullptr || fiber->state != State::ready) continue;
-                any = progress = true;
-                resume(*fiber);
-                if (!w.error.empty()) return false;
-            }
+        unsigned lane = order == Order::reverse ? 0 : 31;
+        for (int next; (next = next_lane(warp, lane, order)) >= 0;) {
+            progress = true;
+            resume(*warp.lanes[next]);
+            if (!w.error.empty()) return false;
+            lane = this_fiber().lane;
         }
     }
     return progress;
@@ -279,7 +320,7 @@ static void open_barrier(Worker& w) {
         w.error = text;
         return;
     }
-    for (Fiber& fiber : w.fibers) fiber.state = State::ready;
+    for (Fiber& fiber : w.fibers) set_ready(fiber);
     w.at_barrier = 0;
     w.barrier_generation++;
 }
@@ -309,32 +350,19 @@ static void run_block(Worker& w, dim3 size) {
             report_deadlock(w);
         }
     }
-    if (w.schedule.blocks_apart && thread_sanitizer()) {
-        for (Fiber& fiber : w.fibers) {
-            if (fiber.side.race != nullptr) __tsan_destroy_fiber(fiber.side.race);
-            fiber.side.race = nullptr;
-        }
-        w.stacks.release();  // unmapping makes the detector forget what the fibers did there
-    } else {
-        race_acquire(&w.end);
-    }
 }
 
 // ---- one launch
-
-static void fill(void* memory, unsigned char value, size_t bytes) {
-    // Not memset: a sanitizer would look at the gaps between shared arrays.
-    volatile unsigned char* p = static_cast<unsigned char*>(memory);
-    for (size_t i = 0; i < bytes; i++) p[i] = value;
-}
 
 static void run_blocks(const Launch& launch, const Schedule& schedule, std::atomic<uint64_t>& next, std::atomic<bool>& stop, std::string& error) {
     static thread_local std::unique_ptr<Worker> kept;
     if (!kept) kept = std::make_unique<Worker>();
     Worker& w = *kept;
     worker = &w;
+    catch_faults();
     w.launch = &launch;
     w.schedule = schedule;
+    w.direct = schedule.order != Order::random && !address_sanitizer() && !thread_sanitizer();
     if (thread_sanitizer()) w.own.race = __tsan_get_current_fiber();
     current_geometry.block_size = {launch.block.x, launch.block.y, launch.block.z};
     current_geometry.grid_size = {launch.grid.x, launch.grid.y, launch.grid.z};
@@ -350,12 +378,12 @@ static void run_blocks(const Launch& launch, const Schedule& schedule, std::atom
             if (posix_memalign(&w.dynamic, 128, launch.dynamic_bytes) != 0) abort();
             memset(w.dynamic, fresh, launch.dynamic_bytes);
         }
-        if (launch.static_shared.bytes > 0) {
-            fill(launch.static_shared.of_this_thread(launch.static_shared.module), fresh, launch.static_shared.bytes);
-        }
+        launch.static_shared->forget();
+        launch.static_shared->fill(fresh);
         run_block(w, launch.block);
-        if (schedule.blocks_apart) {
-            kept_shared.push_back(w.dynamic);
+        if (thread_sanitizer()) {
+            kept_shared.push_back(w.dynamic);  // two blocks must not get the same place
+            w.turn ^= 1;
         } else {
             free(w.dynamic);
         }

@@ -9,11 +9,13 @@ namespace emulator {
 
 enum class Order { forward = 0, reverse = 1, random = 2 };
 
-// Fills the static shared memory that belongs to the calling OS thread.
+// The static shared memory of a module, as the calling OS thread has it.
 struct StaticShared {
-    void* (*of_this_thread)(void* module);
-    void* module;
-    size_t bytes;
+    virtual ~StaticShared() = default;
+    virtual void fill(unsigned char value) const = 0;
+    virtual bool holds(const void* p, size_t bytes) const = 0;
+    // Makes the race detector forget who used it.
+    virtual void forget() const = 0;
 };
 
 struct Launch {
@@ -21,15 +23,13 @@ struct Launch {
     void** arguments;
     dim3 grid, block;
     size_t dynamic_bytes;
-    StaticShared static_shared;
+    const StaticShared* static_shared;
 };
 
 struct Schedule {
     Order order = Order::forward;
     uint64_t seed = 1;
     unsigned os_threads = 1;
-    // Race detection across blocks: each thread of each block is a thread of its own to the detector.
-    bool blocks_apart = false;
 };
 
 // What fresh memory holds: differs between the orders, so that reading it shows as a difference.

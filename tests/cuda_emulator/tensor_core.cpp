@@ -9,19 +9,14 @@ static void product(Warp& warp, int k) {
     alignas(32) uint16_t a_half[16][16], b_half[16][8];
     alignas(32) float a[16][16], b[16][8], d[16][8];
     for (unsigned lane = 0; lane < 32; lane++) {
-        const Fiber& fiber = *warp.lanes[lane];
         const int row = lane >> 2, column = (lane & 3) * 2;
-        for (int i = 0; i < k / 4; i++) {
-            uint16_t* pair = &a_half[row + (i & 1) * 8][column + (i >> 1) * 8];
-            pair[0] = (uint16_t)fiber.a[i];
-            pair[1] = (uint16_t)(fiber.a[i] >> 16);
-        }
+        for (int i = 0; i < k / 4; i++) memcpy(&a_half[row + (i & 1) * 8][column + (i >> 1) * 8], &warp.a[lane][i], 4);
         for (int i = 0; i < k / 8; i++) {
-            b_half[column + 8 * i][row] = (uint16_t)fiber.b[i];
-            b_half[column + 8 * i + 1][row] = (uint16_t)(fiber.b[i] >> 16);
+            b_half[column + 8 * i][row] = (uint16_t)warp.b[lane][i];
+            b_half[column + 8 * i + 1][row] = (uint16_t)(warp.b[lane][i] >> 16);
         }
-        memcpy(&d[row][column], &fiber.d[0], 8);
-        memcpy(&d[row + 8][column], &fiber.d[2], 8);
+        memcpy(&d[row][column], &warp.d[lane][0], 8);
+        memcpy(&d[row + 8][column], &warp.d[lane][2], 8);
     }
     for (int i = 0; i < 16; i++) {
         for (int j = 0; j < k; j += 8) {
@@ -37,24 +32,22 @@ static void product(Warp& warp, int k) {
         _mm256_store_ps(d[i], sum);
     }
     for (unsigned lane = 0; lane < 32; lane++) {
-        Fiber& fiber = *warp.lanes[lane];
         const int row = lane >> 2, column = (lane & 3) * 2;
-        memcpy(&fiber.d[0], &d[row][column], 8);
-        memcpy(&fiber.d[2], &d[row + 8][column], 8);
+        memcpy(&warp.d[lane][0], &d[row][column], 8);
+        memcpy(&warp.d[lane][2], &d[row + 8][column], 8);
     }
 }
 
 // Lane 8 i + r has brought row r of matrix i; lane 4 g + t takes columns 2 t and 2 t + 1 of row g
 // (or rows 2 t and 2 t + 1 of column g) of each matrix.
-static void distribute(Warp& warp) {
+static void distribute(Warp& warp, bool transposed) {
     for (unsigned lane = 0; lane < 32; lane++) {
-        Fiber& fiber = *warp.lanes[lane];
         const unsigned g = lane >> 2, t = (lane & 3) * 2;
         for (unsigned i = 0; i < 4; i++) {
-            Fiber** matrix = &warp.lanes[8 * i];
-            const uint16_t low = fiber.transposed ? matrix[t]->row[g] : matrix[g]->row[t];
-            const uint16_t high = fiber.transposed ? matrix[t + 1]->row[g] : matrix[g]->row[t + 1];
-            fiber.a[i] = low | (unsigned)high << 16;
+            const uint16_t(*matrix)[8] = &warp.rows[8 * i];
+            const uint16_t low = transposed ? matrix[t][g] : matrix[g][t];
+            const uint16_t high = transposed ? matrix[t + 1][g] : matrix[g][t + 1];
+            warp.a[lane][i] = low | (unsigned)high << 16;
         }
     }
 }
@@ -63,37 +56,36 @@ void carry_out_tensor_core(Meeting meeting, Warp& warp) {
     switch (meeting) {
         case Meeting::mma_k16: product(warp, 16); break;
         case Meeting::mma_k8: product(warp, 8); break;
-        default: distribute(warp); break;
+        default: distribute(warp, meeting == Meeting::ldmatrix_transposed); break;
     }
 }
 
 void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, Site site) {
-    Fiber& fiber = this_fiber();
-    memcpy(fiber.d, d, sizeof d);
-    memcpy(fiber.a, a, sizeof a);
-    fiber.b[0] = b0;
-    fiber.b[1] = b1;
+    const unsigned lane = current_thread->lane;
+    Warp& warp = *this_fiber().warp;
+    memcpy(warp.d[lane], d, sizeof d);
+    memcpy(warp.a[lane], a, sizeof a);
+    warp.b[lane][0] = b0;
+    warp.b[lane][1] = b1;
     meet(Meeting::mma_k16, 0xffffffffu, site);
-    memcpy(d, fiber.d, sizeof d);
+    memcpy(d, warp.d[lane], sizeof d);
 }
 
 void mma_m16n8k8(float (&d)[4], unsigned a0, unsigned a1, unsigned b0, Site site) {
-    Fiber& fiber = this_fiber();
-    memcpy(fiber.d, d, sizeof d);
-    fiber.a[0] = a0;
-    fiber.a[1] = a1;
-    fiber.b[0] = b0;
+    const unsigned lane = current_thread->lane;
+    Warp& warp = *this_fiber().warp;
+    memcpy(warp.d[lane], d, sizeof d);
+    warp.a[lane][0] = a0;
+    warp.a[lane][1] = a1;
+    warp.b[lane][0] = b0;
     meet(Meeting::mma_k8, 0xffffffffu, site);
-    memcpy(d, fiber.d, sizeof d);
+    memcpy(d, warp.d[lane], sizeof d);
 }
 
 static bool inside_shared(const void* p) {
     const char *at = static_cast<const char*>(p), *start = static_cast<const char*>(worker->dynamic);
     if (start != nullptr && at >= start && at + 16 <= start + worker->launch->dynamic_bytes) return true;
-    const StaticShared& shared = worker->launch->static_shared;
-    if (shared.bytes == 0) return false;
-    start = static_cast<const char*>(shared.of_this_thread(shared.module));
-    return at >= start && at + 16 <= start + shared.bytes;
+    return worker->launch->static_shared->holds(p, 16);
 }
 static void check_shared(const void* p, const char* what, Site site) {
     if ((uintptr_t)p & 15) fail("%s:%d: %s: the shared address is not a multiple of 16", site.file, site.line, what);
@@ -103,11 +95,11 @@ static void check_shared(const void* p, const char* what, Site site) {
 void ldmatrix_x4(unsigned (&r)[4], const void* row, bool transposed, Site site) {
     check_shared(row, "ldmatrix", site);
     seen_read16(row);
-    Fiber& fiber = this_fiber();
-    fiber.transposed = transposed;
-    memcpy(fiber.row, row, 16);
-    meet(Meeting::ldmatrix, 0xffffffffu, site);
-    memcpy(r, fiber.a, sizeof r);
+    const unsigned lane = current_thread->lane;
+    Warp& warp = *this_fiber().warp;
+    memcpy(warp.rows[lane], row, 16);
+    meet(transposed ? Meeting::ldmatrix_transposed : Meeting::ldmatrix, 0xffffffffu, site);
+    memcpy(r, warp.a[lane], sizeof r);
 }
 
 static void perform(const PendingCopy& copy) {

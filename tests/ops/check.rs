@@ -47,6 +47,13 @@ impl Tolerance {
         difference: 2e-3,
         own_difference: None,
     };
+    /// As [`Tolerance::F16`], but tensor cores take the probabilities of attention, and the gradients of
+    /// its scores, rounded to f16: off by 2^-11 of each, which is 4096 epsilons of f32. The magnitudes
+    /// of the forward op count each term twice.
+    pub const CUDA: Tolerance = Tolerance {
+        noise: &[("attention", 2048.0), ("attention_backward", 4096.0)],
+        ..Tolerance::F16
+    };
 
     fn noise_of(&self, op: &str) -> f64 {
         let listed = self.noise.iter().chain(NOISE).find(|(name, _)| *name == op);

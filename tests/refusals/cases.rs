@@ -168,7 +168,6 @@ pub const CASES: &[Case] = &[
         "{text} --template vicuna",
         &["vicuna", "alpaca"],
     ),
-    case("cuda device", nothing, "{train} --devices 0", &["0", "cpu"]),
     case(
         "balance that is not the model",
         nothing,

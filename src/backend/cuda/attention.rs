@@ -8,7 +8,7 @@ use super::memory::CudaBuffer;
 use super::module::Modules;
 use super::spans::{SpanTable, Table};
 use super::tiles;
-use super::{Cuda, Result};
+use super::{Cuda, LargestBatch, Result};
 use crate::backend::{AttentionLayout, BackendError, HeadLayout, Prefix, Span};
 
 const FORWARD: &str = "attention_forward.cu";
@@ -249,6 +249,28 @@ pub(super) fn attention(
     )
 }
 
+/// Bytes of scratch for that many rows.
+fn delta_bytes(rows: usize, heads: usize) -> usize {
+    rows * heads * size_of::<f32>()
+}
+
+/// Takes the room for micro-batches up to `batch`.
+pub(super) fn prepare(cuda: &Cuda, batch: &LargestBatch) -> Result<()> {
+    let LargestBatch {
+        rows,
+        sequences,
+        prefix_len,
+        ..
+    } = *batch;
+    cuda.reserve_spans(sequences)?;
+    let kernels = &cuda.attention;
+    for (table, prefix_len) in [(&kernels.query_tiles, 0), (&kernels.key_tiles, prefix_len)] {
+        let most = tiles::most(rows, sequences, prefix_len);
+        table.reserve(cuda, most, tiles::WORDS)?;
+    }
+    cuda.scratch(delta_bytes(rows, batch.heads)).map(drop)
+}
+
 #[allow(clippy::too_many_arguments)]
 pub(super) fn attention_backward(
     cuda: &Cuda,
@@ -278,7 +300,7 @@ pub(super) fn attention_backward(
 
     let rows: usize = spans.iter().map(|span| span.q_len).sum();
     let delta_rows = rows * layout.heads;
-    let delta = cuda.scratch(delta_rows * size_of::<f32>())?;
+    let delta = cuda.scratch(delta_bytes(rows, layout.heads))?;
     let threads = 256;
     let delta_geometry = Geometry::line((delta_rows as u32).div_ceil(threads / 32), threads);
     cuda.device.launch(

@@ -51,6 +51,16 @@ impl Types {
     }
 }
 
+impl std::fmt::Display for Types {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        out.write_str(match self {
+            Types::F16 => "f16",
+            Types::F16IntoF32 => "f16 into f32",
+            Types::F32 => "f32",
+        })
+    }
+}
+
 /// Which product of a linear layer. Letters: T rows, I in_features, O out_features.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Kind {
@@ -63,6 +73,17 @@ pub(super) enum Kind {
     Backward,
     /// `dweight [O, I] = dout [T, O]ᵀ x [T, I]`.
     WeightGradient,
+}
+
+impl std::fmt::Display for Kind {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        out.write_str(match self {
+            Kind::Forward { bias: true } => "forward with bias",
+            Kind::Forward { bias: false } => "forward",
+            Kind::Backward => "backward",
+            Kind::WeightGradient => "gradient of the weight",
+        })
+    }
 }
 
 /// One product. `left` and `right` are `weight` and `x`, `weight` and `dout`, or `x` and `dout`.
@@ -225,7 +246,7 @@ impl Blas {
             BackendError::Cuda(CudaError::Product {
                 ordinal: self.device.ordinal(),
                 shape: format!(
-                    "{:?} of {} rows, {} x {} features, {:?}",
+                    "{}, {} rows, {} in_features, {} out_features, {}",
                     product.kind,
                     product.rows,
                     product.in_features,

@@ -6,7 +6,7 @@ use cudarc::driver::result::{DriverError, device as cu_device, primary_ctx, stre
 use cudarc::driver::{result, sys};
 
 use super::error::CudaError;
-use super::survey::{self, LOWEST_CAPABILITY};
+use super::survey;
 use crate::backend::BackendError;
 
 type Result<T> = std::result::Result<T, BackendError>;
@@ -17,7 +17,6 @@ pub(super) struct Device {
     name: String,
     /// Compute capability times ten: 86.
     capability: u32,
-    multiprocessors: u32,
     device: sys::CUdevice,
     stream: sys::CUstream,
 }
@@ -103,6 +102,24 @@ pub(super) fn driver_reason(error: DriverError) -> String {
     }
 }
 
+/// Whether an error comes from work that was queued before; every later call returns it again.
+fn is_lost(error: DriverError) -> bool {
+    use sys::CUresult as Result;
+    matches!(
+        error.0,
+        Result::CUDA_ERROR_ILLEGAL_ADDRESS
+            | Result::CUDA_ERROR_LAUNCH_TIMEOUT
+            | Result::CUDA_ERROR_ASSERT
+            | Result::CUDA_ERROR_HARDWARE_STACK_ERROR
+            | Result::CUDA_ERROR_ILLEGAL_INSTRUCTION
+            | Result::CUDA_ERROR_MISALIGNED_ADDRESS
+            | Result::CUDA_ERROR_INVALID_ADDRESS_SPACE
+            | Result::CUDA_ERROR_INVALID_PC
+            | Result::CUDA_ERROR_LAUNCH_FAILED
+            | Result::CUDA_ERROR_ECC_UNCORRECTABLE
+    )
+}
+
 impl Device {
     /// Opens a GPU for the thread that calls.
     ///
@@ -119,19 +136,7 @@ impl Device {
         survey::check([ordinal])?;
         let device = cu_device::get(ordinal as i32).map_err(call("cuDeviceGet"))?;
         let name = cu_device::get_name(device).map_err(call("cuDeviceGetName"))?;
-        let processors = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
-        // SAFETY: `device` was returned by the driver.
-        let multiprocessors = unsafe { cu_device::get_attribute(device, processors) }
-            .map_err(call("cuDeviceGetAttribute"))?;
         let capability = survey::capability(ordinal, device)?;
-        if capability < LOWEST_CAPABILITY {
-            return Err(CudaError::OldDevice {
-                ordinal,
-                name,
-                major: capability / 10,
-                minor: capability % 10,
-            });
-        }
         // SAFETY: `device` was returned by the driver; released when `Device` is dropped.
         let context =
             unsafe { primary_ctx::retain(device) }.map_err(call("cuDevicePrimaryCtxRetain"))?;
@@ -143,7 +148,6 @@ impl Device {
             ordinal,
             name,
             capability,
-            multiprocessors: multiprocessors as u32,
             device,
             stream,
         })
@@ -157,11 +161,6 @@ impl Device {
     /// Compute capability times ten: 86.
     pub fn capability(&self) -> u32 {
         self.capability
-    }
-
-    /// Number of streaming multiprocessors.
-    pub fn multiprocessors(&self) -> u32 {
-        self.multiprocessors
     }
 
     /// The stream that everything runs on.
@@ -181,10 +180,18 @@ impl Device {
         answer: std::result::Result<T, DriverError>,
     ) -> Result<T> {
         answer.map_err(|error| {
-            BackendError::Cuda(CudaError::Call {
-                ordinal: self.ordinal,
-                call,
-                reason: driver_reason(error),
+            let (ordinal, reason) = (self.ordinal, driver_reason(error));
+            BackendError::Cuda(match is_lost(error) {
+                true => CudaError::Lost {
+                    ordinal,
+                    noticed: call,
+                    reason,
+                },
+                false => CudaError::Call {
+                    ordinal,
+                    call,
+                    reason,
+                },
             })
         })
     }
@@ -241,11 +248,6 @@ impl Device {
         // SAFETY: callers give places inside their own allocations.
         let done = unsafe { result::memset_d8_async(at.0, 0, bytes, self.stream) };
         self.check("cuMemsetD8Async", done)
-    }
-
-    /// Memory that is free and memory there is, in bytes.
-    pub fn memory(&self) -> Result<(usize, usize)> {
-        self.check("cuMemGetInfo", result::mem_get_info())
     }
 }
 

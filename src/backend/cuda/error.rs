@@ -13,8 +13,8 @@ pub enum CudaError {
     NoDriver,
     /// A library beside the driver is not there.
     #[error(
-        "{library} was not found: `pip install {wheel}` (the folder is found by itself in a virtual \
-         environment or in MP_TRAIN_CUDA_LIBRARIES), or install the CUDA 12 toolkit"
+        "{library} was not found: `pip install {wheel}` brings it, in the active virtual environment or \
+         with --user; so does the CUDA 12 toolkit. MP_TRAIN_CUDA_LIBRARIES names any other folder"
     )]
     NoLibrary {
         /// As in `libnvrtc.so.12`.
@@ -46,7 +46,8 @@ pub enum CudaError {
     NoDevice,
     /// There is no such GPU.
     #[error(
-        "there is no CUDA device {ordinal}: this machine has {count}, counted from 0; `mp-train devices` lists them"
+        "there is no CUDA device {ordinal}: this machine has {count}, counted from 0; \
+         `mp-train devices` lists them"
     )]
     NoSuchDevice {
         /// As asked for.
@@ -109,8 +110,22 @@ pub enum CudaError {
         /// Name and text of the error.
         reason: String,
     },
+    /// Work that was queued failed, and nothing more can be done on the device by this process.
+    #[error(
+        "CUDA device {ordinal} failed: {reason}; noticed at {noticed}, which may come some work behind \
+         the cause: CUDA_LAUNCH_BLOCKING=1 names the kernel, and the system's log an Xid where the \
+         hardware is at fault"
+    )]
+    Lost {
+        /// The device.
+        ordinal: u32,
+        /// The call, or the kernel, that brought the error.
+        noticed: &'static str,
+        /// Name and text of the error.
+        reason: String,
+    },
     /// cuBLASLt has no algorithm for a product.
-    #[error("CUDA device {ordinal}: cuBLASLt cannot do the product {shape}: {reason}")]
+    #[error("CUDA device {ordinal}: cuBLASLt cannot do a product ({shape}): {reason}")]
     Product {
         /// The device.
         ordinal: u32,
@@ -135,6 +150,7 @@ impl CudaError {
             | CudaError::OldDevice { .. }
             | CudaError::Compile { .. }
             | CudaError::Call { .. }
+            | CudaError::Lost { .. }
             | CudaError::Product { .. } => true,
         }
     }

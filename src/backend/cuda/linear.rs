@@ -163,12 +163,20 @@ pub(super) fn bias_gradient<T: Element>(
 /// Runs the products of a layer once for each bucket of rows, over memory that holds nothing yet.
 pub(super) fn prepare(cuda: &Cuda, layer: &LinearWork, at: Pointer, bytes: usize) -> Result<()> {
     let (i, o) = (layer.in_features, layer.out_features);
-    let mut kinds = vec![(Kind::Forward { bias: layer.bias }, Types::F16, false)];
+    let (types, gradient) = match layer.single {
+        true => (Types::F32, Types::F32),
+        false => (Types::F16, Types::F16IntoF32),
+    };
+    let mut kinds = vec![(Kind::Forward { bias: layer.bias }, types, false)];
     if layer.backward {
-        kinds.push((Kind::Backward, Types::F16, false));
+        kinds.push((Kind::Backward, types, false));
+    }
+    if layer.backward && layer.single {
+        // Into the gradient of the prefix's embedding.
+        kinds.push((Kind::Backward, types, true));
     }
     if layer.weight_gradient {
-        kinds.push((Kind::WeightGradient, Types::F16IntoF32, true));
+        kinds.push((Kind::WeightGradient, gradient, true));
     }
     for bucket in 1..=layer.max_rows.div_ceil(BUCKET) {
         let rows = (bucket * BUCKET).min(layer.max_rows);

@@ -36,7 +36,7 @@ use half::f16;
 pub use compile::{Compiled, compile_kernels, nvrtc};
 pub use error::CudaError;
 pub use memory::CudaBuffer;
-pub use survey::{GpuInfo, Survey, check, free_memory, survey};
+pub use survey::{GpuInfo, Survey, check, free_memory, survey, visible};
 
 use super::{
     AdamwStep, AdamwTensor, AttentionLayout, Backend, BackendError, Dropout, Element, LinearShape,
@@ -70,6 +70,23 @@ pub struct LinearWork {
     pub backward: bool,
     /// Whether the gradient of its weight is computed.
     pub weight_gradient: bool,
+    /// Whether everything about it is f32, as in the projection of a prefix.
+    pub single: bool,
+}
+
+/// The largest micro-batch of a run, and what else decides the room that ops need beside their buffers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LargestBatch {
+    /// T, most tokens.
+    pub rows: usize,
+    /// S, most sequences.
+    pub sequences: usize,
+    /// Attention heads.
+    pub heads: usize,
+    /// H.
+    pub hidden_size: usize,
+    /// P, keys of a prefix; 0 without one.
+    pub prefix_len: usize,
 }
 
 /// A GPU, storing weights and activations as f16, computing in f32.
@@ -129,13 +146,23 @@ impl Cuda {
         })
     }
 
-    /// Takes `bytes` bytes for the buffers of a run at once. What does not fit there, and what is made
-    /// after the run has started, has an allocation of its own.
+    /// Takes `bytes` bytes for the buffers of a run at once, and 1 MiB for their rounding. What does
+    /// not fit there, and what is made after the run has started, has an allocation of its own.
     ///
     /// # Errors
     /// The GPU has not that much memory.
     pub fn reserve(&self, bytes: u64) -> Result<()> {
         self.memory.reserve(bytes as usize)
+    }
+
+    /// Takes the room that ops need beside their buffers, so that nothing is allocated when a later
+    /// micro-batch is larger than those before it.
+    ///
+    /// # Errors
+    /// The GPU has not that much memory.
+    pub fn prepare_batches(&self, batch: &LargestBatch) -> Result<()> {
+        attention::prepare(self, batch)?;
+        norm::prepare(self, batch)
     }
 
     /// Runs every product of `layers` once for every number of rows that has an algorithm of its own,

@@ -20,6 +20,11 @@ struct Held {
     device: CudaBuffer<u32>,
 }
 
+/// Words of a table that is not worth growing.
+const LEAST_WORDS: usize = 256;
+/// Words of a span on the device.
+const SPAN_WORDS: usize = 5;
+
 /// A table on the device.
 #[derive(Clone, Copy)]
 pub(super) struct Table {
@@ -33,6 +38,17 @@ impl SpanTable {
         SpanTable {
             held: RefCell::new(None),
         }
+    }
+
+    /// Room for `rows` rows of `words` words, so that no table up to there is a new allocation.
+    pub fn reserve(&self, cuda: &Cuda, rows: usize, words: usize) -> Result<()> {
+        *self.held.borrow_mut() = Some(Held {
+            spans: Vec::new(),
+            key: u32::MAX,
+            rows: 0,
+            device: cuda.memory.buffer((rows * words).max(LEAST_WORDS))?,
+        });
+        Ok(())
     }
 
     /// The table for `spans` (and `key`), made by `make` unless it is the one made last. Good until
@@ -59,7 +75,7 @@ impl SpanTable {
         let device = match held.take() {
             Some(held) if held.device.len() >= words.len() => held.device,
             // Twice as much as is needed now, so that growth ends soon.
-            _ => cuda.memory.buffer((2 * words.len()).max(256))?,
+            _ => cuda.memory.buffer((2 * words.len()).max(LEAST_WORDS))?,
         };
         cuda.staging
             .write(device.at(), bytemuck::cast_slice(words))?;
@@ -78,10 +94,15 @@ impl SpanTable {
 }
 
 impl Cuda {
+    /// Room for the spans of `sequences` sequences.
+    pub(super) fn reserve_spans(&self, sequences: usize) -> Result<()> {
+        self.span_table.reserve(self, sequences, SPAN_WORDS)
+    }
+
     /// The spans as `Span` of kernels/spans.cuh.
     pub(super) fn spans(&self, spans: &[Span]) -> Result<Table> {
         self.span_table.get(self, spans, 0, |spans| {
-            let row = |span: &Span| {
+            let row = |span: &Span| -> [u32; SPAN_WORDS] {
                 [
                     span.q_start,
                     span.q_len,

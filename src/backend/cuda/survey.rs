@@ -41,7 +41,7 @@ pub struct Survey {
 }
 
 /// Lowest compute capability, times ten, that the kernels run on: Turing.
-pub(super) const LOWEST_CAPABILITY: u32 = 75;
+const LOWEST_CAPABILITY: u32 = 75;
 
 fn call(ordinal: u32, call: &'static str) -> impl Fn(DriverError) -> CudaError {
     move |error| CudaError::Call {
@@ -59,23 +59,60 @@ fn count() -> Result<u32, CudaError> {
     }
 }
 
-/// Refuses devices that are not there, before anything is read or loaded.
+/// Refuses devices that are not there or too old, before anything is read or loaded.
 ///
 /// # Errors
-/// Driver or libraries are missing or too old, or there is no such GPU.
+/// Driver or libraries are missing or too old, there is no such GPU, or it cannot run the kernels.
 pub fn check(ordinals: impl IntoIterator<Item = u32>) -> Result<(), CudaError> {
     library::open()?;
     let count = count()?;
     if count == 0 {
         return Err(CudaError::NoDevice);
     }
-    match ordinals.into_iter().find(|&ordinal| ordinal >= count) {
-        Some(ordinal) => Err(CudaError::NoSuchDevice {
-            ordinal,
-            count: count as usize,
-        }),
-        None => Ok(()),
+    for ordinal in ordinals {
+        if ordinal >= count {
+            return Err(CudaError::NoSuchDevice {
+                ordinal,
+                count: count as usize,
+            });
+        }
+        let device = cu_device::get(ordinal as i32).map_err(call(ordinal, "cuDeviceGet"))?;
+        let capability = capability(ordinal, device)?;
+        if capability < LOWEST_CAPABILITY {
+            return Err(CudaError::OldDevice {
+                ordinal,
+                name: cu_device::get_name(device).map_err(call(ordinal, "cuDeviceGetName"))?,
+                major: capability / 10,
+                minor: capability % 10,
+            });
+        }
     }
+    Ok(())
+}
+
+/// Ordinals of the GPUs that can be used; none on a machine without driver or GPU.
+///
+/// # Errors
+/// There are GPUs, but driver or libraries are missing or too old.
+pub fn visible() -> Result<Vec<u32>, CudaError> {
+    match library::open_driver() {
+        Ok(()) => {}
+        Err(CudaError::NoDriver | CudaError::NoDevice) => return Ok(Vec::new()),
+        Err(error) => return Err(error),
+    }
+    let count = count()?;
+    if count == 0 {
+        return Ok(Vec::new());
+    }
+    library::open()?;
+    let mut usable = Vec::new();
+    for ordinal in 0..count {
+        let device = cu_device::get(ordinal as i32).map_err(call(ordinal, "cuDeviceGet"))?;
+        if capability(ordinal, device)? >= LOWEST_CAPABILITY {
+            usable.push(ordinal);
+        }
+    }
+    Ok(usable)
 }
 
 /// Everything there is to say about the GPUs of this machine.

@@ -9,7 +9,15 @@ use crate::backend::Span;
 const ROWS: usize = 64;
 
 /// `Tile` of kernels/attention.cuh: sequence, and place among its tiles.
-type Tile = [u32; 2];
+type Tile = [u32; WORDS];
+
+/// Words of a tile.
+pub(super) const WORDS: usize = 2;
+
+/// Tiles of `sequences` sequences of together `rows` rows, each with a prefix, at most.
+pub(super) fn most(rows: usize, sequences: usize, prefix_len: usize) -> usize {
+    rows / ROWS + sequences * (1 + prefix_len.div_ceil(ROWS))
+}
 
 /// Keys of the sequence that query i sees.
 fn visible(span: &Span, i: usize) -> usize {
@@ -60,7 +68,7 @@ pub(super) fn of_keys(spans: &[Span], prefix_len: usize, own_alone: bool) -> Vec
 
 #[cfg(test)]
 mod tests {
-    use super::{of_keys, of_queries};
+    use super::{most, of_keys, of_queries};
     use crate::backend::Span;
 
     fn span(q_len: usize, kv_len: usize, context_length: usize) -> Span {
@@ -78,6 +86,22 @@ mod tests {
         // Visible keys of the last query of each tile: 64, 65; 100; 200.
         let spans = [span(65, 65, 0), span(1, 100, 0), span(3, 200, 199)];
         assert_eq!(of_queries(&spans), [[2, 0], [1, 0], [0, 1], [0, 0]]);
+    }
+
+    #[test]
+    fn no_micro_batch_has_more_tiles_than_there_is_room_for() {
+        let spans = [
+            span(65, 65, 0),
+            span(1, 1, 1),
+            span(129, 129, 7),
+            span(64, 64, 0),
+        ];
+        let rows = spans.iter().map(|span| span.q_len).sum();
+        assert!(of_queries(&spans).len() <= most(rows, spans.len(), 0));
+        for prefix_len in [0, 1, 64, 65] {
+            let tiles = of_keys(&spans, prefix_len, false);
+            assert!(tiles.len() <= most(rows, spans.len(), prefix_len));
+        }
     }
 
     #[test]

@@ -169,8 +169,7 @@ fn run_body(body: &str) -> Option<Vec<Result<Vec<u32>, DriverError>>> {
         launch.arg(&mut out);
         // SAFETY: the arguments are those of the kernel.
         unsafe { launch.launch(geometry(2, 64, 1024)) }?;
-        let result = stream.clone_dtoh(&out).map(|values| bits(&values));
-        result
+        stream.clone_dtoh(&out).map(|values| bits(&values))
     }))
 }
 

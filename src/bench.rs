@@ -1,0 +1,411 @@
+//! `mp-train bench`: how fast a model of a named size trains here, with made-up weights and rows.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use serde::Serialize;
+
+use crate::adapter::initial::initial_values;
+use crate::adapter::{AdapterError, ParameterState};
+use crate::backend::cuda;
+use crate::checkpoint::synthetic::SyntheticTensors;
+use crate::config::model::ModelConfig;
+use crate::config::run::{
+    AdapterSection, Device, LossNormalisation, LrSchedule, OptimizerSection, Precision, Recompute,
+    ScheduleKind,
+};
+use crate::data::batch::{MicroBatch, Sequence, Target};
+use crate::model::memory;
+use crate::model::trainables::Trainables;
+use crate::model::weights;
+use crate::pipeline::base::{Base, Layout, StartError};
+use crate::pipeline::failure::Failure;
+use crate::pipeline::messages::StepPlan;
+use crate::pipeline::partition;
+use crate::pipeline::schedule::Schedule;
+use crate::random::{Domain, Key};
+use crate::report::FailureClass;
+use crate::train::target_weights;
+
+const SEED: u64 = 42;
+
+/// A loss scale that does not overflow with made-up weights.
+const LOSS_SCALE: f32 = 1024.0;
+
+/// Sizes that can be asked for by name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+#[value(rename_all = "kebab-case")]
+pub enum ModelSize {
+    /// ChatGLM-6B: 28 blocks of 4,096, vocabulary 130,528.
+    #[serde(rename = "chatglm-6b")]
+    #[value(name = "chatglm-6b")]
+    ChatGlm6b,
+    /// 8 blocks of 1,024, vocabulary 32,768: for a CPU.
+    Small,
+    /// 4 blocks of 64, vocabulary 512: to see that it works.
+    Tiny,
+}
+
+impl ModelSize {
+    /// The configuration, with ids at the end of the vocabulary as in ChatGLM-6B.
+    pub fn config(self) -> ModelConfig {
+        let (vocab_size, hidden_size, num_attention_heads, num_layers) = match self {
+            ModelSize::ChatGlm6b => (130_528, 4_096, 32, 28),
+            ModelSize::Small => (32_768, 1_024, 16, 8),
+            ModelSize::Tiny => (512, 64, 4, 4),
+        };
+        let id = |from_end: u32| vocab_size as u32 - from_end;
+        ModelConfig {
+            vocab_size,
+            hidden_size,
+            inner_hidden_size: 4 * hidden_size,
+            num_attention_heads,
+            num_layers,
+            layernorm_epsilon: 1e-5,
+            max_sequence_length: 2_048,
+            bos_token_id: id(4),
+            eos_token_id: id(5),
+            mask_token_id: id(7),
+            gmask_token_id: id(6),
+            pad_token_id: None,
+            tie_word_embeddings: true,
+            pre_seq_len: None,
+            prefix_projection: false,
+        }
+    }
+}
+
+/// What to measure.
+#[derive(Clone, Debug, Serialize)]
+pub struct BenchOptions {
+    /// The model.
+    pub size: ModelSize,
+    /// What is trained.
+    pub adapter: AdapterSection,
+    /// One stage per entry.
+    pub devices: Vec<Device>,
+    /// Storage type.
+    pub precision: Precision,
+    /// Rows of a micro-batch.
+    pub micro_batch_size: usize,
+    /// Tokens of a row; half of them have a target.
+    pub sequence_length: usize,
+    /// Micro-batches of a step.
+    pub gradient_accumulation: usize,
+    /// What is recomputed.
+    pub recompute: Recompute,
+    /// Order of forwards and backwards.
+    pub schedule: ScheduleKind,
+    /// Steps that are not counted.
+    pub warm_up: usize,
+    /// Steps that are counted.
+    pub steps: usize,
+    /// CPU threads of all stages together.
+    pub threads: usize,
+}
+
+/// One device of a measurement.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct DeviceResult {
+    /// As given.
+    pub device: Device,
+    /// Its name: of the GPU, or `cpu`.
+    pub name: String,
+    /// Blocks that it holds.
+    pub blocks: usize,
+    /// What it recomputed.
+    pub recompute: Recompute,
+    /// Bytes of weights, trainables, activations and workspace, planned and then taken at once.
+    pub planned_bytes: u64,
+    /// Bytes of the GPU in use after the last step, by this and any other process; planned memory,
+    /// context, libraries and scratch together. Nothing on a CPU.
+    pub used_bytes: Option<u64>,
+}
+
+/// What was measured.
+#[derive(Clone, Debug, Serialize)]
+pub struct BenchResult {
+    /// Version of mp-train.
+    pub version: &'static str,
+    /// What was asked for.
+    pub options: BenchOptions,
+    /// The devices.
+    pub devices: Vec<DeviceResult>,
+    /// Seconds to start: weights made and loaded, kernels compiled or loaded.
+    pub start_seconds: f64,
+    /// Seconds of each counted step.
+    pub step_seconds: Vec<f64>,
+    /// Tokens of a step over the median step's seconds.
+    pub tokens_per_second: f64,
+    /// Share of the schedule's slots without work, by counting (a backward as long as two forwards).
+    pub planned_idle: f64,
+    /// Floating-point operations of a step's matrix products without what is recomputed, over the
+    /// median step's seconds, in 10^12 per second.
+    pub model_tflops: f64,
+    /// Loss of the last step: a number, if all went well.
+    pub last_loss: f32,
+}
+
+/// Why nothing could be measured.
+#[derive(Debug, thiserror::Error)]
+pub enum BenchError {
+    /// The stages could not be started.
+    #[error(transparent)]
+    Start(#[from] StartError),
+    /// A stage failed.
+    #[error(transparent)]
+    Failure(#[from] Failure),
+    /// Loss or gradient were not finite.
+    #[error("step {step}: loss or gradient is not finite; what was measured would mean nothing")]
+    NotFinite {
+        /// From 1.
+        step: usize,
+    },
+    /// Rows longer than the model's.
+    #[error("--sequence-length {found}: the model takes 4 to {longest} tokens")]
+    SequenceLength {
+        /// As asked for.
+        found: usize,
+        /// Of the model.
+        longest: usize,
+    },
+}
+
+impl BenchError {
+    /// Whose turn it is.
+    pub fn class(&self) -> FailureClass {
+        let machine = match self {
+            BenchError::Start(error) => error.is_machine(),
+            BenchError::Failure(failure) => failure.is_machine(),
+            BenchError::NotFinite { .. } => true,
+            BenchError::SequenceLength { .. } => false,
+        };
+        match machine {
+            true => FailureClass::Machine,
+            false => FailureClass::User,
+        }
+    }
+}
+
+/// Trains for some steps and measures them.
+///
+/// # Errors
+/// The stages cannot be started, one of them fails, or numbers are not finite.
+pub fn run(options: &BenchOptions) -> Result<BenchResult, BenchError> {
+    let config = options.size.config();
+    let longest = config.max_sequence_length;
+    if !(4..=longest).contains(&options.sequence_length) {
+        return Err(BenchError::SequenceLength {
+            found: options.sequence_length,
+            longest,
+        });
+    }
+    let began = Instant::now();
+    let base = synthetic_base(config)?;
+    let tied = base.head_source.tied;
+    let trainables =
+        Trainables::new(&base.config, &options.adapter, tied).map_err(StartError::Model)?;
+    let layout = layout(options, &base, &trainables)?;
+    let source = Arc::clone(&base.source);
+    let initial = move |spec: &crate::adapter::ParameterSpec| {
+        let whole = match initial_values(spec, SEED) {
+            Some(whole) => whole,
+            None => source.read(&spec.name)?.to_f32()?,
+        };
+        Ok::<_, AdapterError>(ParameterState::fresh(spec.cut(&whole)))
+    };
+    let mut engine = base.start(&layout, trainables.clone(), Box::new(initial))?;
+    let start_seconds = began.elapsed().as_secs_f64();
+
+    let mut step_seconds = Vec::with_capacity(options.steps);
+    let mut last_loss = f32::NAN;
+    for step in 0..options.warm_up + options.steps {
+        let plan = plan(options, &base.config, step as u64);
+        let began = Instant::now();
+        let outcome = engine.step(plan.clone())?;
+        if step >= options.warm_up {
+            step_seconds.push(began.elapsed().as_secs_f64());
+        }
+        if !outcome.applied {
+            return Err(BenchError::NotFinite { step: step + 1 });
+        }
+        let sums = outcome.loss_sums.iter().zip(&plan.target_weights);
+        last_loss = sums.map(|(sum, weight)| sum * weight).sum();
+    }
+    let seconds = median(&step_seconds);
+    Ok(BenchResult {
+        version: env!("CARGO_PKG_VERSION"),
+        devices: devices(&base.config, &layout, &trainables)?,
+        start_seconds,
+        tokens_per_second: tokens(options) as f64 / seconds,
+        planned_idle: layout.schedule.idle_fraction(1, 2),
+        model_tflops: flops(options, &base.config) / seconds / 1e12,
+        step_seconds,
+        last_loss,
+        options: options.clone(),
+    })
+}
+
+/// A model without files.
+fn synthetic_base(config: ModelConfig) -> Result<Base, StartError> {
+    let all = weights::model_tensors(&config).into_iter();
+    let own = all.filter(|(name, _)| name != weights::LM_HEAD);
+    let source = SyntheticTensors::new(own, SEED);
+    let head_source = weights::check(&source, &config)?;
+    Ok(Base {
+        config,
+        source: Arc::new(source),
+        head_source,
+    })
+}
+
+fn layout(
+    options: &BenchOptions,
+    base: &Base,
+    trainables: &Trainables,
+) -> Result<Layout, StartError> {
+    let full = trainables.is_full();
+    let head_cost = partition::head_cost(&base.config, 0.5, options.recompute, full);
+    let stages = base.stages(&options.devices, None, head_cost)?;
+    let (count, micro_batches) = (stages.len(), options.gradient_accumulation);
+    let mut layout = Layout {
+        devices: options.devices.clone(),
+        precision: options.precision,
+        rotary_table: options.precision.rotary_table(),
+        schedule: Schedule::build(options.schedule, count, micro_batches),
+        recompute: vec![options.recompute; count],
+        stages,
+        max_rows: options.micro_batch_size * options.sequence_length,
+        max_sequences: options.micro_batch_size,
+        threads: options.threads,
+    };
+    layout.choose_recompute(&base.config, trainables, None)?;
+    Ok(layout)
+}
+
+fn plan(options: &BenchOptions, config: &ModelConfig, step: u64) -> StepPlan {
+    let micro_batch = |index| micro_batch(options, config, step, index);
+    let micro_batches: Vec<_> = (0..options.gradient_accumulation as u64)
+        .map(micro_batch)
+        .collect();
+    StepPlan {
+        step,
+        updates: step,
+        learning_rate: 1e-4,
+        loss_scale: match options.precision {
+            Precision::F32 => 1.0,
+            Precision::F16 => LOSS_SCALE,
+        },
+        target_weights: target_weights(LossNormalisation::PerToken, &micro_batches),
+        micro_batches,
+        optimizer: OptimizerSection {
+            learning_rate: 1e-4,
+            lr_schedule: LrSchedule::Constant,
+            warmup_steps: 0,
+            weight_decay: 0.0,
+            beta1: 0.9,
+            beta2: 0.999,
+            eps: 1e-8,
+            max_grad_norm: 1.0,
+            loss_normalisation: LossNormalisation::PerToken,
+            max_skipped_steps: 1,
+        },
+        seed: SEED,
+    }
+}
+
+/// Rows of random ids: the first half is the context, and each token of the second half is a target
+/// of the one before it, as in a row of prompt and answer.
+fn micro_batch(options: &BenchOptions, config: &ModelConfig, step: u64, index: u64) -> MicroBatch {
+    let key = Key::new(SEED, Domain::Sampling).fold(step).fold(index);
+    let mut random = key.stream();
+    let len = options.sequence_length;
+    let context_length = len / 2;
+    let mut batch = MicroBatch::default();
+    for _ in 0..options.micro_batch_size {
+        let start = batch.tokens();
+        for t in 0..len {
+            let id = random.below(config.vocab_size as u64 - 8) as u32;
+            batch.input_ids.push(id);
+            batch.position.push(t.min(context_length) as u32);
+            let inside = (t + 1).saturating_sub(context_length);
+            batch.block_position.push(inside as u32);
+        }
+        batch.sequences.push(Sequence {
+            start,
+            len,
+            context_length,
+        });
+        batch
+            .targets
+            .extend((context_length..len - 1).map(|t| Target {
+                row: (start + t) as u32,
+                id: batch.input_ids[start + t + 1],
+            }));
+    }
+    batch
+}
+
+fn tokens(options: &BenchOptions) -> usize {
+    options.gradient_accumulation * options.micro_batch_size * options.sequence_length
+}
+
+/// Matrix products of a step: 2 per weight and token forward and 2 for the gradient of the input, 2
+/// more where weights are trained; lm_head on the rows with a target; attention's two products over
+/// the visible pairs, forward once and backward twice.
+fn flops(options: &BenchOptions, config: &ModelConfig) -> f64 {
+    let (h, f) = (config.hidden_size as f64, config.inner_hidden_size as f64);
+    let layers = config.num_layers as f64;
+    let t = options.sequence_length as f64;
+    let passes = match options.adapter {
+        AdapterSection::Full(_) => 3.0,
+        AdapterSection::Lora(_) | AdapterSection::Prefix(_) => 2.0,
+    };
+    let linear = 2.0 * layers * (4.0 * h * h + 2.0 * h * f) * t * passes;
+    let head = 2.0 * config.vocab_size as f64 * h * (t / 2.0) * passes;
+    let pairs = t * t / 2.0 + t * t / 8.0;
+    let attention = 3.0 * layers * 4.0 * h * pairs;
+    let rows = (options.gradient_accumulation * options.micro_batch_size) as f64;
+    rows * (linear + head + attention)
+}
+
+fn median(values: &[f64]) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    match sorted.len() {
+        0 => f64::NAN,
+        len if len % 2 == 1 => sorted[len / 2],
+        len => (sorted[len / 2 - 1] + sorted[len / 2]) / 2.0,
+    }
+}
+
+fn devices(
+    config: &ModelConfig,
+    layout: &Layout,
+    trainables: &Trainables,
+) -> Result<Vec<DeviceResult>, StartError> {
+    let on_gpus = layout
+        .devices
+        .iter()
+        .any(|device| device.ordinal().is_some());
+    let gpus = match on_gpus {
+        true => cuda::survey()?.gpus,
+        false => Vec::new(),
+    };
+    let result = |(rank, &device): (usize, &Device)| {
+        let gpu = gpus
+            .iter()
+            .find(|gpu| Some(gpu.ordinal) == device.ordinal());
+        let (sizes, recompute) = (layout.sizes(rank), layout.recompute[rank]);
+        DeviceResult {
+            device,
+            name: gpu.map_or("cpu".to_owned(), |gpu| gpu.name.clone()),
+            blocks: layout.stages[rank].blocks.len(),
+            recompute,
+            planned_bytes: memory::stage_bytes(config, trainables, &sizes, recompute).total(),
+            used_bytes: gpu.map(|gpu| gpu.total_memory - gpu.free_memory),
+        }
+    };
+    Ok(layout.devices.iter().enumerate().map(result).collect())
+}
