@@ -141,7 +141,7 @@ run() {
     check ops "$bin/ops" --exact cuda_on_this_gpu --nocapture
     MP_TRAIN_KERNEL_ARCH=75 check ops_75 "$bin/ops" --exact cuda_on_this_gpu --nocapture
     MP_TRAIN_KERNEL_ARCH=80 check ops_80 "$bin/ops" --exact cuda_on_this_gpu --nocapture
-    check golden "$bin/golden" --exact golden --nocapture
+    check golden "$bin/golden" --exact golden_cuda --nocapture
     check train "$root/scripts/check_gpu.sh" step train "$bin" "$work"
     check answer "$root/scripts/check_gpu.sh" step answer "$bin" "$work"
     if command -v compute-sanitizer >/dev/null; then

@@ -25,7 +25,7 @@ use mp_train::checkpoint::HostTensor;
 use mp_train::checkpoint::safetensors::{SafetensorsFile, write_safetensors};
 use serde_json::{Value, json};
 
-use cuda_emulator::{Emulator, Order};
+use cuda_emulator::{Emulator, Order, on_this_gpu};
 use golden_cases::{Errors, Golden, Scope, Verdict, parity};
 
 /// The folder that comes with the crate.
@@ -50,10 +50,6 @@ fn wanted<B: Golden>() -> bool {
         }
         Err(_) => true,
     }
-}
-
-fn on_a_gpu() -> bool {
-    std::env::var("MP_TRAIN_TEST_GPU").is_ok_and(|value| value == "1")
 }
 
 /// All cases on one backend.
@@ -91,7 +87,7 @@ impl Run {
     fn on_cuda() -> Option<&'static Run> {
         static RUN: OnceLock<Option<Run>> = OnceLock::new();
         let run = RUN.get_or_init(|| {
-            if !on_a_gpu() {
+            if !on_this_gpu() {
                 let loaded = Emulator::build()?.load_here();
                 loaded.set("EMULATOR_ARCH", "80");
                 loaded.set_order(Order::Forward);
@@ -139,7 +135,7 @@ fn parity_page() {
     let all = wanted::<Cpu<f32>>() && wanted::<Cpu<f16>>() && wanted::<Cuda>();
     let changed = ["GOLDEN_DIR", "GOLDEN_CASES"];
     let changed = changed.iter().any(|name| std::env::var_os(name).is_some());
-    if !all || changed || on_a_gpu() {
+    if !all || changed || on_this_gpu() {
         return;
     }
     let Some(cuda) = Run::on_cuda() else {
