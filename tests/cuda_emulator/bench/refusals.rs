@@ -217,3 +217,53 @@ fn a_pointer_that_no_device_knows() {
         assert_eq!(stream.alloc_zeros::<f32>(1).is_err(), expected);
     }
 }
+
+/// Set for a child process of the test below.
+const CHILD: &str = "CUDA_EMULATOR_BENCH_CHILD";
+
+#[test]
+fn failures_can_be_planned_and_calls_traced() {
+    if std::env::var_os(CHILD).is_some() {
+        let Some(bench) = bench(&[]) else { return };
+        let context = bench.device(0);
+        let (stream, function) = (
+            context.default_stream(),
+            kernel(&context, KERNELS, "unbounded"),
+        );
+        let try_launch = || launch(&stream, &function, (1, 1, 1), (32, 1, 1), 0);
+        try_launch().unwrap();
+        assert_error(
+            stream.alloc_zeros::<f32>(1),
+            CUresult::CUDA_ERROR_OUT_OF_MEMORY,
+        );
+        stream.synchronize().unwrap();
+        try_launch().unwrap();
+        assert_error(stream.synchronize(), CUresult::CUDA_ERROR_LAUNCH_FAILED);
+        return;
+    }
+    if crate::cuda_emulator::Emulator::build().is_none() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let [trace, report] = ["trace.jsonl", "report.json"].map(|name| folder.path().join(name));
+    let child = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["failures_can_be_planned_and_calls_traced", "--nocapture"])
+        .env(CHILD, "1")
+        .env("EMULATOR_FAIL", "allocation:2,launch:unbounded:2")
+        .env("EMULATOR_TRACE", &trace)
+        .env("EMULATOR_REPORT", &report)
+        .output()
+        .unwrap();
+    assert!(child.status.success(), "{child:?}");
+    let read = |path: &std::path::Path| std::fs::read_to_string(path).unwrap();
+    let events: Vec<serde_json::Value> = read(&trace)
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    let number = |event: &str| events.iter().filter(|e| e["event"] == event).count();
+    assert_eq!((number("launch"), number("out_of_memory")), (2, 1));
+    assert!(number("synchronise") >= 2);
+    let report: serde_json::Value = serde_json::from_str(&read(&report)).unwrap();
+    assert_eq!(report["launch:unbounded"], 2);
+    assert_eq!(report["allocations"], 2);
+}
