@@ -33,7 +33,7 @@ typedef unsigned long long u64;
 
 #include "half.cuh"
 
-// ---- index helpers
+// ---- indices
 
 DEVICE u32 ceil_div(u32 a, u32 b) { return (a + b - 1) / b; }
 
