@@ -61,12 +61,12 @@ fn a_balance_for_another_model_is_refused() {
 }
 
 #[test]
-fn a_cuda_device_is_refused_by_a_build_without_cuda() {
+fn cpu_and_gpu_in_one_run_are_refused() {
     let setup = short_lora();
     let output = setup.output("run");
     let mut command = setup.command_without_layout(&output);
     command.args(["--devices", "cpu,0"]);
-    fail(&mut command, 2, &["device 0", "CUDA", "--devices cpu"]);
+    fail(&mut command, 2, &["cpu and GPUs together", "`cpu` alone"]);
     assert!(!output.exists());
 }
 
