@@ -109,11 +109,11 @@ train() {
 
 losses() { sed -n 's/.*"loss":\([-0-9.e+NaN]*\).*/\1/p' "$1/metrics.jsonl"; }
 
-# Greedy answers to the first rows of the golden data, on the GPU and on the CPU.
+# Greedy answers to two prompts (they end with the model's gMASK and sop), on the GPU and on the CPU.
 answer() {
   local on
   cd "$root" || return 1
-  printf '{"input_ids": [5, 6, 7, 8, 9, 10]}\n{"input_ids": [11, 12, 13]}\n' >"$work/prompts.jsonl"
+  printf '{"input_ids": [5, 6, 7, 8, 9, 10, 191, 194]}\n{"input_ids": [11, 12, 13, 191, 194]}\n' >"$work/prompts.jsonl"
   for on in 0 cpu; do
     "$bin/mp-train" generate --model tests/golden/chatglm-6b/model --devices "$on" --precision f16 \
       --rotary-table f32 --max-new-tokens 16 --input "$work/prompts.jsonl" --output "$work/answers-$on" || return 1
