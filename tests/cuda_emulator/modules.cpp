@@ -50,7 +50,7 @@ private:
 };
 struct Module {
     Context* context;
-    void* library;
+    void* handle;
     unsigned capability;
     SharedVariables shared;
     std::map<std::string, std::unique_ptr<Function>> functions;
@@ -148,10 +148,10 @@ void SharedVariables::forget() const {
 static CUresult open_library(const std::string& path, Module& module) {
     const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC);
     if (file < 0) return refuse(invalid_image, "cuModuleLoadData: %s: %s", path.c_str(), strerror(errno));
-    module.library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
-    if (module.library != nullptr) module.shared.find(module.library, file);
+    module.handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
+    if (module.handle != nullptr) module.shared.find(module.handle, file);
     close(file);
-    return module.library != nullptr ? success : refuse(invalid_image, "cuModuleLoadData: %s", dlerror());
+    return module.handle != nullptr ? success : refuse(invalid_image, "cuModuleLoadData: %s", dlerror());
 }
 
 // Puts the library of an image beside the driver's own file, under a name of its contents: the loader
@@ -233,7 +233,7 @@ static Resources resources_of(const Module& module, const Kernel& kernel) {
 // Unloads a module whose work is done. With `state` held.
 static void unload(Module* module) {
     for (const auto& [name, function] : module->functions) functions.erase(function.get());
-    void* library = module->library;
+    void* library = module->handle;
     modules.erase(module);
     dlclose(library);
 }
@@ -365,8 +365,8 @@ API CUresult cuModuleGetFunction(Function** function, Module* module, const char
     if (modules.count(module) == 0) return invalid_handle;
     std::unique_ptr<Function>& known = module->functions[name];
     if (!known) {
-        const auto kernels = static_cast<const Kernel*>(dlsym(module->library, "emulator_kernels"));
-        const auto number = static_cast<const unsigned*>(dlsym(module->library, "emulator_kernel_count"));
+        const auto kernels = static_cast<const Kernel*>(dlsym(module->handle, "emulator_kernels"));
+        const auto number = static_cast<const unsigned*>(dlsym(module->handle, "emulator_kernel_count"));
         for (unsigned i = 0; kernels != nullptr && number != nullptr && i < *number; i++) {
             if (strcmp(kernels[i].name, name) != 0) continue;
             const Resources resources = resources_of(*module, kernels[i]);

@@ -323,6 +323,13 @@ pub const CASES: &[Case] = &[
         2,
         &["<dir>/nowhere", "MP_TRAIN_KERNEL_SOURCES"],
     ),
+    case(
+        "kernels for an architecture that is none",
+        &[("MP_TRAIN_KERNEL_ARCH", "turing")],
+        "{train} --devices 0",
+        2,
+        &["MP_TRAIN_KERNEL_ARCH", "turing", "75, 80"],
+    ),
     prepared(
         broken_kernel,
         case(

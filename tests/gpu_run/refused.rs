@@ -38,7 +38,8 @@ fn command(case: &Case, world: &World, emulator: &Emulator) -> Command {
         command.env_remove(name);
     }
     for (name, value) in case.manner {
-        match name.starts_with("MP_TRAIN_") {
+        // All of mp-train's own name files or folders, but for the architecture.
+        match name.starts_with("MP_TRAIN_") && *name != "MP_TRAIN_KERNEL_ARCH" {
             true => command.env(name, world.path().join(value)),
             false => command.env(name, value),
         };

@@ -7,6 +7,7 @@ use cudarc::nvrtc::sys;
 use super::error::CudaError;
 use super::library;
 use super::source::{SourceFile, Sources};
+use super::survey::LOWEST_CAPABILITY;
 
 /// What machine code is made for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,18 +23,28 @@ pub(super) enum Target {
 pub(super) const ARCH_VARIABLE: &str = "MP_TRAIN_KERNEL_ARCH";
 
 impl Target {
-    /// The best that this NVRTC can do for a device of that capability.
-    pub fn of(capability: u32) -> Self {
-        let asked = std::env::var(ARCH_VARIABLE).ok();
-        if let Some(older) = asked.and_then(|text| text.parse().ok()) {
-            return Target::Ptx(older);
+    /// The older architecture that was asked for, or else the best that this NVRTC can do for a device
+    /// of that capability.
+    ///
+    /// # Errors
+    /// What was asked for is no architecture that this NVRTC knows and the device runs.
+    pub fn of(capability: u32) -> Result<Self, CudaError> {
+        let known: Vec<u32> = supported()
+            .into_iter()
+            .filter(|arch| (LOWEST_CAPABILITY..=capability).contains(arch))
+            .collect();
+        if let Ok(asked) = std::env::var(ARCH_VARIABLE) {
+            let arch = asked.parse().ok().filter(|arch| known.contains(arch));
+            return arch.map(Target::Ptx).ok_or(CudaError::Architecture {
+                found: asked,
+                known,
+            });
         }
-        let known = supported();
         if known.contains(&capability) {
-            return Target::Cubin(capability);
+            return Ok(Target::Cubin(capability));
         }
-        let newest = known.into_iter().filter(|&arch| arch <= capability).max();
-        Target::Ptx(newest.unwrap_or(capability))
+        let newest = known.into_iter().max();
+        Ok(Target::Ptx(newest.unwrap_or(capability)))
     }
 
     /// NVRTC's name of it.

@@ -70,6 +70,17 @@ pub enum CudaError {
         /// Compute capability.
         minor: u32,
     },
+    /// Another architecture was asked for than the GPU can run or NVRTC knows.
+    #[error(
+        "MP_TRAIN_KERNEL_ARCH is `{found}`: this GPU and this NVRTC take one of {}",
+        .known.iter().map(u32::to_string).collect::<Vec<_>>().join(", ")
+    )]
+    Architecture {
+        /// As asked for.
+        found: String,
+        /// What could be.
+        known: Vec<u32>,
+    },
     /// A kernel does not compile.
     #[error("kernels/{file} does not compile for {arch}:\n{log}")]
     Compile {
@@ -140,9 +151,10 @@ impl CudaError {
     /// Whether the machine or a bug is to blame, not what was asked for.
     pub fn is_machine(&self) -> bool {
         match self {
-            CudaError::NoSuchDevice { .. } | CudaError::Cache { .. } | CudaError::Source { .. } => {
-                false
-            }
+            CudaError::NoSuchDevice { .. }
+            | CudaError::Architecture { .. }
+            | CudaError::Cache { .. }
+            | CudaError::Source { .. } => false,
             CudaError::NoDriver
             | CudaError::NoLibrary { .. }
             | CudaError::OldDriver { .. }

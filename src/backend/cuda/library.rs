@@ -13,7 +13,7 @@ struct Wanted {
     /// Start of its file name, for the search.
     stem: &'static str,
     /// For messages.
-    library: &'static str,
+    file: &'static str,
     /// The wheel that holds it.
     wheel: &'static str,
     /// Whether the loader finds it by name.
@@ -22,7 +22,7 @@ struct Wanted {
 
 const NVRTC: Wanted = Wanted {
     stem: "libnvrtc",
-    library: "libnvrtc.so.12",
+    file: "libnvrtc.so.12",
     wheel: "nvidia-cuda-nvrtc-cu12",
     // SAFETY: loads the library and closes it again; NVRTC has no initialiser that does harm.
     present: || unsafe { nvrtc::sys::is_culib_present() },
@@ -30,7 +30,7 @@ const NVRTC: Wanted = Wanted {
 
 const CUBLASLT: Wanted = Wanted {
     stem: "libcublasLt",
-    library: "libcublasLt.so.12",
+    file: "libcublasLt.so.12",
     wheel: "nvidia-cublas-cu12",
     // SAFETY: as above, for cuBLASLt.
     present: || unsafe { cublaslt::sys::is_culib_present() },
@@ -43,7 +43,7 @@ impl Wanted {
             return Ok(());
         }
         Err(CudaError::NoLibrary {
-            library: self.library,
+            library: self.file,
             wheel: self.wheel,
         })
     }

@@ -27,7 +27,8 @@ impl Modules {
     /// A source does not compile, or the device does not take the code.
     pub fn load(device: &Rc<Device>) -> Result<Self> {
         let sources = Sources::read().map_err(BackendError::Cuda)?;
-        let (cache, target) = (KernelCache::open(), Target::of(device.capability()));
+        let target = Target::of(device.capability()).map_err(BackendError::Cuda)?;
+        let cache = KernelCache::open();
         let mut modules = Modules {
             device: Rc::clone(device),
             modules: Vec::with_capacity(sources.modules.len()),

@@ -41,7 +41,7 @@ pub struct Survey {
 }
 
 /// Lowest compute capability, times ten, that the kernels run on: Turing.
-const LOWEST_CAPABILITY: u32 = 75;
+pub(super) const LOWEST_CAPABILITY: u32 = 75;
 
 fn call(ordinal: u32, call: &'static str) -> impl Fn(DriverError) -> CudaError {
     move |error| CudaError::Call {
@@ -167,7 +167,10 @@ fn gpu(ordinal: u32, count: u32) -> Result<GpuInfo, CudaError> {
         total_memory: total as u64,
         free_memory: free as u64,
         peers,
-        kernels: (capability >= LOWEST_CAPABILITY).then(|| Target::of(capability).name()),
+        kernels: match capability >= LOWEST_CAPABILITY {
+            true => Some(Target::of(capability)?.name()),
+            false => None,
+        },
     })
 }
 
