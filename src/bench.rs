@@ -310,6 +310,7 @@ fn plan(options: &BenchOptions, config: &ModelConfig, step: u64) -> StepPlan {
             eps: 1e-8,
             max_grad_norm: 1.0,
             loss_normalisation: LossNormalisation::PerToken,
+            initial_loss_scale: 65_536.0,
             max_skipped_steps: 1,
         },
         seed: SEED,

@@ -2,7 +2,7 @@
 
 /// Every section with its keys, in the order in which they are printed.
 pub(super) const SECTIONS: &[(&str, &[&str])] = &[
-    ("model", &["path", "precision", "rotary_table"]),
+    ("model", &["path", "precision", "quantization", "rotary_table"]),
     (
         "adapter",
         &[
@@ -51,6 +51,7 @@ pub(super) const SECTIONS: &[(&str, &[&str])] = &[
             "eps",
             "max_grad_norm",
             "loss_normalisation",
+            "initial_loss_scale",
             "max_skipped_steps",
         ],
     ),
@@ -60,9 +61,12 @@ pub(super) const SECTIONS: &[(&str, &[&str])] = &[
             "devices",
             "balance",
             "schedule",
+            "virtual_stages",
             "recompute",
             "threads",
             "memory_per_device",
+            "transport",
+            "stall_timeout",
         ],
     ),
     (

@@ -16,8 +16,8 @@ use serde::{Deserialize, Serialize};
 use super::byte_size::ByteSize;
 use super::paths::Paths;
 use super::run::{
-    BadRowPolicy, Device, LossNormalisation, LrSchedule, Precision, Recompute, Resume,
-    RotaryPrecision, ScheduleKind, TemplateKind,
+    BadRowPolicy, Device, LossNormalisation, LrSchedule, Precision, Quantization, Recompute,
+    Resume, RotaryPrecision, ScheduleKind, TemplateKind, TransportKind,
 };
 
 /// A run configuration as typed, in a file or as flags.
@@ -53,6 +53,9 @@ pub struct RawModel {
     /// Storage of weights and activations [f32 on cpu]
     #[arg(long, value_name = "f32|f16", hide_possible_values = true)]
     pub precision: Option<Precision>,
+    /// Storage of the frozen linear layers: none, int8 or int4 [none]
+    #[arg(long, value_name = "WHAT", hide_possible_values = true)]
+    pub quantization: Option<Quantization>,
     /// Rounding of the rotary tables: original as the model's own f16 code [original with f16]
     #[arg(long, value_name = "original|f32", hide_possible_values = true)]
     pub rotary_table: Option<RotaryPrecision>,
@@ -198,6 +201,9 @@ pub struct RawOptimizer {
     /// per_token or per_micro_batch [per_token]
     #[arg(long, value_name = "HOW", hide_possible_values = true)]
     pub loss_normalisation: Option<LossNormalisation>,
+    /// First loss scale with f16 [65536]
+    #[arg(long, value_name = "X", value_parser = number::<f32>)]
+    pub initial_loss_scale: Option<f32>,
     /// Non-finite steps in a row that end the run [20]
     #[arg(long, value_name = "N", value_parser = whole::<u32>)]
     pub max_skipped_steps: Option<u32>,
@@ -215,17 +221,26 @@ pub struct RawPipeline {
     #[arg(long, value_name = "N,N,..", value_delimiter = ',', value_parser = whole::<usize>)]
     pub balance: Option<Vec<usize>>,
     /// Order of the micro-batches [1f1b]
-    #[arg(long, value_name = "1f1b|gpipe", hide_possible_values = true)]
+    #[arg(long, value_name = "1f1b|gpipe|interleaved", hide_possible_values = true)]
     pub schedule: Option<ScheduleKind>,
+    /// Interleaved: parts of the model per stage [2]
+    #[arg(long, value_name = "N", value_parser = whole::<usize>)]
+    pub virtual_stages: Option<usize>,
     /// none, attention_free, block or auto [auto]
     #[arg(long, value_name = "WHAT", hide_possible_values = true)]
     pub recompute: Option<Recompute>,
     /// CPU threads of all stages together [all cores]
     #[arg(long, value_name = "N", value_parser = whole::<usize>)]
     pub threads: Option<usize>,
-    /// For recompute = auto, e.g. 12GiB [what is free]
+    /// What a stage may use, e.g. 12GiB [what is free]
     #[arg(long, value_name = "BYTES")]
     pub memory_per_device: Option<ByteSize>,
+    /// Between GPUs: auto, nccl or p2p [auto]
+    #[arg(long, value_name = "HOW", hide_possible_values = true)]
+    pub transport: Option<TransportKind>,
+    /// Seconds without a sign of life that end the run [120]
+    #[arg(long, value_name = "N", value_parser = whole::<u64>)]
+    pub stall_timeout: Option<u64>,
 }
 
 /// `[run]`: length of the run, output, checkpoints.

@@ -10,7 +10,8 @@ use super::raw::AdapterKind;
 use super::run::{
     AdapterSection, BadRowPolicy, DataSection, Device, FullSection, LoraSection, LossNormalisation,
     LrSchedule, ModelSection, OptimizerSection, PipelineSection, Precision, PrefixSection,
-    Recompute, Resume, RunConfig, RunSection, ScheduleKind, TemplateKind,
+    Quantization, Recompute, Resume, RunConfig, RunSection, ScheduleKind, TemplateKind,
+    TransportKind,
 };
 use super::setting::{Setting, Value};
 
@@ -28,8 +29,8 @@ const MAX_INTEGER: u64 = i64::MAX as u64;
 pub(super) fn resolve(typed: &Layers) -> Result<RunConfig, ConfigError> {
     // What depends on another section comes after it: the number of stages, the kind, the steps.
     let pipeline = pipeline(typed)?;
-    let model = model(typed, &pipeline.devices)?;
     let adapter = adapter(typed)?;
+    let model = model(typed, &pipeline.devices, &adapter)?;
     let data = data(typed)?;
     let run = run(typed)?;
     let optimizer = optimizer(typed, &adapter, run.max_steps)?;
@@ -43,13 +44,25 @@ pub(super) fn resolve(typed: &Layers) -> Result<RunConfig, ConfigError> {
     })
 }
 
-fn model(typed: &Layers, devices: &[Device]) -> Result<ModelSection, ConfigError> {
+fn model(
+    typed: &Layers,
+    devices: &[Device],
+    adapter: &AdapterSection,
+) -> Result<ModelSection, ConfigError> {
     let precision = setting!(typed, model.precision)
         .or(default_precision(devices))
         .any();
     Ok(ModelSection {
         path: path(setting!(typed, model.path).required("\"models/chatglm-6b\"")?)?,
         precision,
+        quantization: setting!(typed, model.quantization)
+            .or(Quantization::None)
+            .check(
+                "none with adapter.kind = \"full\": weights that are trained are not quantised",
+                |quantization| {
+                    *quantization == Quantization::None || !matches!(adapter, AdapterSection::Full(_))
+                },
+            )?,
         rotary_table: setting!(typed, model.rotary_table)
             .or(precision.rotary_table())
             .any(),
@@ -199,6 +212,11 @@ fn optimizer(
         loss_normalisation: setting!(typed, optimizer.loss_normalisation)
             .or(LossNormalisation::PerToken)
             .any(),
+        initial_loss_scale: setting!(typed, optimizer.initial_loss_scale)
+            .or(65_536.0)
+            .check("a power of two, 1 or more, such as 65536", |scale| {
+                *scale >= 1.0 && scale.is_finite() && scale.log2().fract() == 0.0
+            })?,
         max_skipped_steps: setting!(typed, optimizer.max_skipped_steps)
             .or(20)
             .between(1, 1_000_000)?,
@@ -236,11 +254,13 @@ fn pipeline(typed: &Layers) -> Result<PipelineSection, ConfigError> {
                 (1 << 20..=MAX_INTEGER).contains(&bytes.0)
             })
         });
+    let schedule = setting!(typed, pipeline.schedule)
+        .or(ScheduleKind::OneForwardOneBackward)
+        .any();
     Ok(PipelineSection {
         balance: balance.transpose()?,
-        schedule: setting!(typed, pipeline.schedule)
-            .or(ScheduleKind::OneForwardOneBackward)
-            .any(),
+        virtual_stages: virtual_stages(setting!(typed, pipeline.virtual_stages), schedule)?,
+        schedule,
         recompute: setting!(typed, pipeline.recompute)
             .or(Recompute::Auto)
             .any(),
@@ -248,8 +268,23 @@ fn pipeline(typed: &Layers) -> Result<PipelineSection, ConfigError> {
             .or(default_threads())
             .between(1, 4_096)?,
         memory_per_device: memory.transpose()?.map(|ByteSize(bytes)| bytes),
+        transport: setting!(typed, pipeline.transport)
+            .or(TransportKind::Auto)
+            .any(),
+        stall_timeout: setting!(typed, pipeline.stall_timeout)
+            .or(120)
+            .between(1, 86_400)?,
         devices,
     })
+}
+
+/// Two parts per stage halve the bubble; with one, interleaved is 1f1b.
+fn virtual_stages(given: Setting<usize>, schedule: ScheduleKind) -> Result<usize, ConfigError> {
+    let interleaved = schedule == ScheduleKind::Interleaved;
+    given.or(if interleaved { 2 } else { 1 }).check(
+        "1 or more, and 1 unless pipeline.schedule is \"interleaved\"",
+        |count| (1..=MAX_COUNT).contains(count) && (interleaved || *count == 1),
+    )
 }
 
 /// As many threads as the system says this process may run at once.

@@ -59,6 +59,8 @@ pub struct ModelSection {
     pub path: PathBuf,
     /// Storage type of weights and activations.
     pub precision: Precision,
+    /// Storage of the frozen linear layers of all blocks.
+    pub quantization: Quantization,
     /// Rounding of the rotary tables.
     pub rotary_table: RotaryPrecision,
 }
@@ -72,6 +74,21 @@ pub enum Precision {
     F32,
     /// IEEE binary16, with dynamic loss scale.
     F16,
+}
+
+/// Storage of the frozen linear layers of all blocks, as THUDM's `quantize()` does it: codes with one
+/// half scale per output row; embedding, head, norms and biases keep the storage type.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+#[value(rename_all = "lowercase")]
+pub enum Quantization {
+    /// As everything else.
+    #[default]
+    None,
+    /// One byte per weight.
+    Int8,
+    /// Half a byte per weight.
+    Int4,
 }
 
 /// How the tables of the rotary embedding are rounded.
@@ -255,6 +272,8 @@ pub struct OptimizerSection {
     pub max_grad_norm: f32,
     /// How micro-batches weigh in the loss of a step.
     pub loss_normalisation: LossNormalisation,
+    /// Loss scale of the first step where it is dynamic (f16).
+    pub initial_loss_scale: f32,
     /// Skipped (non-finite) steps in a row that end the run with exit code 3.
     pub max_skipped_steps: u32,
 }
@@ -293,12 +312,32 @@ pub struct PipelineSection {
     pub balance: Option<Vec<usize>>,
     /// Order of forwards and backwards.
     pub schedule: ScheduleKind,
+    /// Parts of the model that each stage holds, v; 1 unless the schedule is interleaved.
+    pub virtual_stages: usize,
     /// What is recomputed in the backward pass.
     pub recompute: Recompute,
     /// CPU threads for all stages together.
     pub threads: usize,
-    /// Bytes each CPU stage may use when `recompute = "auto"` chooses; available memory when absent.
+    /// Bytes each stage may use; what is free on its device when absent.
     pub memory_per_device: Option<u64>,
+    /// How activations travel between GPUs.
+    pub transport: TransportKind,
+    /// Seconds in which some stage must load a byte, compile a kernel or finish an action.
+    pub stall_timeout: u64,
+}
+
+/// How activations travel between GPUs. CPU stages exchange them in host memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+#[value(rename_all = "lowercase")]
+pub enum TransportKind {
+    /// NCCL between distinct GPUs where its library is found, else peer copies.
+    #[default]
+    Auto,
+    /// NCCL, one rank per GPU.
+    Nccl,
+    /// Copies from device to device, ordered by events; several stages may share a GPU.
+    P2p,
 }
 
 /// Order of forwards and backwards in a step.
@@ -308,6 +347,9 @@ pub enum ScheduleKind {
     #[serde(rename = "1f1b")]
     #[value(name = "1f1b")]
     OneForwardOneBackward,
+    /// 1f1b over several parts of the model per stage (Narayanan et al. 2021).
+    #[serde(rename = "interleaved")]
+    Interleaved,
     /// All forwards, then all backwards (Huang et al. 2018).
     #[serde(rename = "gpipe")]
     Gpipe,

@@ -6,8 +6,8 @@ use super::DemoOptions;
 use super::files::Folder;
 use crate::config::run::{
     AdapterSection, DataSection, Device, FullSection, LoraSection, LossNormalisation, LrSchedule,
-    ModelSection, OptimizerSection, PipelineSection, Precision, PrefixSection, Recompute, Resume,
-    RotaryPrecision, RunConfig, RunSection, ScheduleKind,
+    ModelSection, OptimizerSection, PipelineSection, Precision, PrefixSection, Quantization,
+    Recompute, Resume, RotaryPrecision, RunConfig, RunSection, ScheduleKind, TransportKind,
 };
 
 /// The three runs, each behind the one before it.
@@ -95,6 +95,7 @@ impl Run {
             model: ModelSection {
                 path: self.model,
                 precision: Precision::F32,
+                quantization: Quantization::None,
                 rotary_table: RotaryPrecision::F32,
             },
             adapter: self.adapter,
@@ -109,15 +110,19 @@ impl Run {
                 eps: 1e-8,
                 max_grad_norm: 1.0,
                 loss_normalisation: LossNormalisation::PerToken,
+                initial_loss_scale: 65_536.0,
                 max_skipped_steps: 20,
             },
             pipeline: PipelineSection {
                 devices: self.devices.to_vec(),
                 balance: None,
                 schedule: ScheduleKind::OneForwardOneBackward,
+                virtual_stages: 1,
                 recompute: Recompute::None,
                 threads: options.threads,
                 memory_per_device: None,
+                transport: TransportKind::Auto,
+                stall_timeout: 120,
             },
             run: RunSection {
                 output: self.output,

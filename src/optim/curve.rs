@@ -37,6 +37,7 @@ mod tests {
             eps: 1e-8,
             max_grad_norm: 1.0,
             loss_normalisation: LossNormalisation::PerToken,
+            initial_loss_scale: 65_536.0,
             max_skipped_steps: 20,
         }
     }

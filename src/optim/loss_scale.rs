@@ -3,8 +3,6 @@
 
 use serde::{Deserialize, Serialize};
 
-/// First scale of a run in f16.
-const START: f32 = 65_536.0;
 /// Good steps after which the scale is doubled.
 const GROWTH_INTERVAL: u32 = 2_000;
 /// So large that only its reciprocal's being a normal number stands against the next doubling.
@@ -21,12 +19,12 @@ pub struct LossScale {
 }
 
 impl LossScale {
-    /// For f16: starts at 65,536, halves on overflow but never below 1, doubles after 2,000 steps
+    /// For f16: starts at `initial`, a power of two, halves on overflow but never below 1, doubles after 2,000 steps
     /// without one.
-    pub fn dynamic() -> Self {
+    pub fn dynamic(initial: f32) -> Self {
         Self {
             dynamic: true,
-            scale: START,
+            scale: initial,
             good_steps: 0,
             skipped_in_a_row: 0,
         }
@@ -131,7 +129,7 @@ mod tests {
 
     #[test]
     fn halves_on_overflow_down_to_one_and_counts() {
-        let mut state = LossScale::dynamic();
+        let mut state = LossScale::dynamic(65_536.0);
         assert_eq!(state.scale(), 65_536.0);
         for skipped in 1..=20 {
             state.update(false);
@@ -144,7 +142,7 @@ mod tests {
 
     #[test]
     fn doubles_after_two_thousand_good_steps_in_a_row_only() {
-        let mut state = LossScale::dynamic();
+        let mut state = LossScale::dynamic(65_536.0);
         (0..1_999).for_each(|_| state.update(true));
         state.update(false);
         assert_eq!(state.scale(), 32_768.0);
@@ -158,7 +156,7 @@ mod tests {
 
     #[test]
     fn stays_finite_for_ever() {
-        let mut state = LossScale::dynamic();
+        let mut state = LossScale::dynamic(65_536.0);
         (0..2_000 * 200).for_each(|_| state.update(true));
         assert_eq!(state.scale(), CEILING);
         assert!((1.0 / state.scale()).is_normal());
@@ -176,7 +174,7 @@ mod tests {
 
     #[test]
     fn a_saved_state_goes_on_equally() {
-        let mut state = LossScale::dynamic();
+        let mut state = LossScale::dynamic(65_536.0);
         (0..1_500).for_each(|step| state.update(step != 100));
         let mut again: LossScale =
             serde_json::from_str(&serde_json::to_string(&state).unwrap()).unwrap();

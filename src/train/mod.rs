@@ -65,7 +65,7 @@ pub fn run(
             resumed.check(config, &fingerprint)?;
             resumed.trainer.clone()
         }
-        None => TrainerState::new(loss_scale(config.model.precision), fingerprint),
+        None => TrainerState::new(loss_scale(config), fingerprint),
     };
     let Prepared {
         base,
@@ -185,10 +185,10 @@ fn resumed_step(config: &RunConfig, step: u64) -> Option<u64> {
     (config.run.resume == Resume::Latest).then_some(step)
 }
 
-fn loss_scale(precision: Precision) -> LossScale {
-    match precision {
+fn loss_scale(config: &RunConfig) -> LossScale {
+    match config.model.precision {
         Precision::F32 => LossScale::fixed(),
-        Precision::F16 => LossScale::dynamic(),
+        Precision::F16 => LossScale::dynamic(config.optimizer.initial_loss_scale),
     }
 }
 

@@ -212,6 +212,7 @@ impl<'a> Job<'a> {
                 eps: case.hyper("eps")?,
                 max_grad_norm: case.hyper("max_grad_norm")?,
                 loss_normalisation: LossNormalisation::PerMicroBatch,
+                initial_loss_scale: 65_536.0,
                 max_skipped_steps: 1,
             },
             total_steps: case.hyper("total_steps")?,
