@@ -1,5 +1,7 @@
 //! From tensors in files to the layers of a stage.
 
+use std::sync::Arc;
+
 use super::ModelError;
 use super::attention::Attention;
 use super::block::Block;
@@ -11,7 +13,7 @@ use super::weights::{LinearSite, NormSite};
 use crate::adapter::lora::Lora;
 use crate::adapter::prefix::PrefixEncoder;
 use crate::adapter::{AdapterError, Parameter, ParameterSpec, ParameterState};
-use crate::backend::{AttentionLayout, Backend, Element};
+use crate::backend::{AttentionLayout, Backend, Element, Pulse};
 use crate::checkpoint::TensorSource;
 use crate::config::model::ModelConfig;
 use crate::config::run::AdapterSection;
@@ -33,6 +35,8 @@ pub struct Loader<'a, B: Backend> {
     pub trainables: &'a Trainables,
     /// Values of what is trained.
     pub initial: InitialState<'a>,
+    /// Beats with every tensor that is loaded, and with every block that is computed later.
+    pub pulse: &'a Arc<Pulse>,
     /// Whether this is the stage that counts parameters held by several stages.
     pub first_stage: bool,
 }
@@ -47,6 +51,7 @@ impl<B: Backend> Loader<'_, B> {
             .into_iter()
             .map(B::Element::from_f32)
             .collect();
+        self.pulse.beat();
         Ok(Weight::Frozen(self.backend.upload(&values)?))
     }
 
@@ -79,6 +84,7 @@ impl<B: Backend> Loader<'_, B> {
             });
         };
         let state = (self.initial)(spec)?;
+        self.pulse.beat();
         Ok(Parameter::new(
             self.backend,
             spec.clone(),
@@ -156,13 +162,13 @@ impl<B: Backend> Loader<'_, B> {
         })
     }
 
-    /// The prefix of `blocks`, where one is trained.
+    /// The prefix of the blocks `layers`, where one is trained.
     ///
     /// # Errors
     /// A tensor cannot be read, or the device has no memory for it.
     pub fn prefix(
         &self,
-        blocks: std::ops::Range<usize>,
+        layers: impl Iterator<Item = usize>,
     ) -> Result<Option<PrefixEncoder<B>>, ModelError> {
         let Some(AdapterSection::Prefix(prefix)) = &self.trainables.adapter else {
             return Ok(None);
@@ -181,12 +187,12 @@ impl<B: Backend> Loader<'_, B> {
                 whole("trans.0.weight")?,
                 whole("trans.0.bias")?,
             ];
-            let outputs = blocks
+            let outputs = layers
                 .map(|layer| Ok((part("trans.2.weight", layer)?, part("trans.2.bias", layer)?)))
                 .collect::<Result<_, ModelError>>()?;
             PrefixEncoder::projected(self.backend, shape, shared, outputs)?
         } else {
-            let embeddings = blocks
+            let embeddings = layers
                 .map(|layer| part("embedding.weight", layer))
                 .collect::<Result<_, ModelError>>()?;
             PrefixEncoder::plain(self.backend, shape, embeddings)?
