@@ -437,6 +437,12 @@ impl<B: Backend> Stage<B> {
         self.prefix.as_mut()
     }
 
+    /// Values of the gradient that the prefixes of all blocks share, `P H`; 0 where they share none.
+    pub fn shared_gradient_len(&mut self) -> usize {
+        let projection = self.prefix.as_mut().and_then(PrefixEncoder::projection_mut);
+        projection.map_or(0, |projection| projection.hidden_len())
+    }
+
     /// The tied matrix this stage holds, and the room for the other half of its gradient; nothing
     /// where none is trained.
     pub fn tied_mut(&mut self) -> Option<(&mut Parameter<B>, &mut B::Buffer<f32>)> {

@@ -86,12 +86,17 @@ impl<B: Backend> Agreement<B> {
         })
     }
 
+    /// Values in the vector.
+    pub fn len(&self) -> usize {
+        self.parameters + self.micro_batches
+    }
+
     /// Starts a step.
     ///
     /// # Errors
     /// When the device fails.
     pub fn clear(&mut self, backend: &B) -> Result<(), Cause> {
-        let len = self.parameters + self.micro_batches;
+        let len = self.len();
         Ok(backend.clear(&mut self.values, len)?)
     }
 
@@ -132,7 +137,7 @@ impl<B: Backend> Agreement<B> {
         let counted = parameters.iter().filter(|parameter| parameter.counted());
         let terms: Vec<_> = counted.map(|parameter| parameter.norm_term()).collect();
         backend.sum_squares(&mut self.values, &terms, unscale)?;
-        let len = self.parameters + self.micro_batches;
+        let len = self.len();
         transport.all_reduce_sum(backend, &mut self.values, len)?;
         let values = backend.read(&self.values, len)?;
         let (partials, loss_sums) = values.split_at(self.parameters);

@@ -8,7 +8,7 @@ use super::messages::{Command, InferPlan, Reply, StepOutcome, StepPlan};
 use super::permits::Permits;
 use super::schedule::{Action, Flow, Operation, Schedule};
 use crate::backend::{Backend, Element, Pulse, Span};
-use crate::comm::{Mailbox, Parcel, Transport};
+use crate::comm::{Mailbox, Parcel, Room, Transport};
 use crate::data::batch::MicroBatch;
 use crate::model::batch::BatchRows;
 use crate::model::linear::NoiseKey;
@@ -60,7 +60,10 @@ impl<B: Backend, T: Transport<B>> Worker<B, T> {
 
     fn connect(&mut self) -> Result<Reply, Cause> {
         self.at(None, "connecting".to_owned());
-        self.transport.start(&self.backend, &self.pulse)?;
+        let room = Room {
+            all_reduce: self.agreement.len().max(self.stage.shared_gradient_len()),
+        };
+        self.transport.start(&self.backend, &self.pulse, room)?;
         Ok(Reply::Ready)
     }
 

@@ -19,6 +19,7 @@ mod linear;
 mod loss;
 mod memory;
 mod module;
+mod nccl_library;
 mod norm;
 mod optim;
 mod prepare;
@@ -40,6 +41,7 @@ pub use compile::{Compiled, compile_kernels, nvrtc};
 pub use error::CudaError;
 pub use events::{DevicePlace, Event, SideStream};
 pub use memory::CudaBuffer;
+pub use nccl_library::{NcclLibrary, nccl};
 pub use prepare::{LargestBatch, LinearWork, OWN_MEMORY};
 pub use survey::{GpuInfo, Survey, check, free_memory, survey, visible};
 
