@@ -10,7 +10,7 @@ use crate::checkpoint::CheckpointError;
 use crate::checkpoint::adapter_files::LoraFiles;
 use crate::checkpoint::prefix_files::PrefixFiles;
 use crate::config::generate::{GenerateOptions, Sampling};
-use crate::config::run::{AdapterSection, LoraSection, PrefixSection, Recompute};
+use crate::config::run::{AdapterSection, LoraSection, PrefixSection, Recompute, TransportKind};
 use crate::data::batch::MicroBatch;
 use crate::data::rows::PromptRow;
 use crate::model::head::LogitsRows;
@@ -84,7 +84,7 @@ impl Generator {
             _ => Default::default(),
         };
         let head_cost = partition::head_cost(&base.config, 1.0, Recompute::None, false);
-        let stages = base.stages(&options.devices, options.balance.as_deref(), head_cost)?;
+        let stages = base.stages(&options.devices, 1, options.balance.as_deref(), head_cost)?;
         let layout = Layout {
             devices: options.devices.clone(),
             precision: options.precision,
@@ -94,6 +94,7 @@ impl Generator {
             stages,
             max_rows: longest,
             max_sequences: 1,
+            transport: TransportKind::Auto,
             threads: options.threads,
         };
         let initial = move |spec: &ParameterSpec| match values.get(&spec.name) {

@@ -9,14 +9,15 @@ use super::failure::Failure;
 use super::launch::{Blueprint, Engine, InitialValues, launch};
 use super::partition::{self, PartitionError, StageSpec};
 use super::schedule::{Schedule, ScheduleError};
+use super::transport::{self, GpuTransport};
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::{self, Cuda, CudaError, LargestBatch, LinearWork};
 use crate::backend::{BackendError, Pulse};
 use crate::checkpoint::{CheckpointError, ModelFolder, TensorSource};
-use crate::comm::in_process;
+use crate::comm::{CommError, in_process, nccl, peer_copy};
 use crate::config::error::ConfigError;
 use crate::config::model::ModelConfig;
-use crate::config::run::{AdapterSection, Device, Precision, Recompute};
+use crate::config::run::{AdapterSection, Device, Precision, Recompute, TransportKind};
 use crate::data::DataError;
 use crate::data::tokenizer::TokenizerError;
 use crate::model::ModelError;
@@ -77,6 +78,19 @@ pub enum StartError {
          GPUs alone or `cpu` alone"
     )]
     MixedDevices,
+    /// Several stages on a GPU, and NCCL.
+    #[error(
+        "--devices names CUDA device {ordinal} more than once, and --transport nccl takes one stage per \
+         GPU: leave --transport out (p2p is used then), or use NCCL 2.30.3 or newer with \
+         NCCL_MULTI_RANK_GPU_ENABLE=1"
+    )]
+    SharedGpu {
+        /// The device.
+        ordinal: u32,
+    },
+    /// The stages cannot be connected.
+    #[error(transparent)]
+    Comm(#[from] CommError),
     /// A storage type that GPUs do not have here.
     #[error("precision = \"f32\" is for `--devices cpu`: on GPUs use precision = \"f16\"")]
     GpuPrecision,
@@ -109,6 +123,7 @@ impl StartError {
             StartError::Model(error) => error.is_machine(),
             StartError::Data(error) => error.is_machine(),
             StartError::Cuda(error) => error.is_machine(),
+            StartError::Comm(_) => true,
             StartError::Config(_)
             | StartError::Tokenizer(_)
             | StartError::TokenizerOf { .. }
@@ -116,6 +131,7 @@ impl StartError {
             | StartError::Schedule(_)
             | StartError::MixedDevices
             | StartError::GpuPrecision
+            | StartError::SharedGpu { .. }
             | StartError::Memory { .. } => false,
         }
     }
@@ -159,6 +175,8 @@ pub struct Layout {
     pub max_rows: usize,
     /// Sequences of the largest micro-batch.
     pub max_sequences: usize,
+    /// How activations travel between GPUs.
+    pub transport: TransportKind,
     /// CPU threads for all stages together.
     pub threads: usize,
 }
@@ -336,12 +354,20 @@ impl Base {
     pub fn stages(
         &self,
         devices: &[Device],
+        virtual_stages: usize,
         balance: Option<&[usize]>,
         head_cost: f64,
     ) -> Result<Vec<StageSpec>, StartError> {
         Ok(match balance {
-            Some(balance) => partition::from_balance(balance, self.config.num_layers)?,
-            None => partition::by_cost(self.config.num_layers, devices.len(), head_cost)?,
+            Some(balance) => {
+                partition::from_balance(balance, self.config.num_layers, virtual_stages)?
+            }
+            None => partition::by_cost(
+                self.config.num_layers,
+                devices.len(),
+                virtual_stages,
+                head_cost,
+            )?,
         })
     }
 
@@ -386,12 +412,20 @@ impl Base {
                 false => layout.threads,
             },
         };
-        let transports = in_process::connect(layout.stages.len());
+        let stages = layout.stages.len();
         if on_gpus {
-            return Ok(launch(blueprint, transports, move |rank, _, pulse| {
-                planned[rank].open(pulse)
-            })?);
+            let choice = transport::choose(layout.transport, &layout.devices)?;
+            let open = move |rank: usize, _, pulse: &Arc<Pulse>| planned[rank].open(pulse);
+            let engine = match choice.transport {
+                GpuTransport::Nccl(library) => {
+                    launch(blueprint, nccl::connect(library, stages)?, open)?
+                }
+                GpuTransport::PeerCopy => launch(blueprint, peer_copy::connect(stages), open)?,
+                GpuTransport::HostMemory => launch(blueprint, in_process::connect(stages), open)?,
+            };
+            return Ok(engine.over(choice.description));
         }
+        let transports = in_process::connect(stages);
         Ok(match layout.precision {
             Precision::F32 => launch(blueprint, transports, |_, n, pulse| {
                 Cpu::<f32>::with_pulse(n, pulse)

@@ -65,6 +65,7 @@ pub struct Engine {
     workers: Vec<JoinHandle<()>>,
     pulses: Vec<Arc<Pulse>>,
     parameters: usize,
+    transport: String,
 }
 
 /// Threads of each stage out of a budget for all, at least one.
@@ -94,6 +95,7 @@ where
         workers: Vec::with_capacity(transports.len()),
         pulses: transports.iter().map(|_| Arc::default()).collect(),
         parameters: blueprint.trainables.specs().len(),
+        transport: String::new(),
     };
     let permits = Arc::new(Permits::new(blueprint.threads));
     let schedule = Arc::new(blueprint.schedule.clone());
@@ -243,6 +245,17 @@ fn load<B: Backend>(
 }
 
 impl Engine {
+    /// The same, with how its activations travel in words.
+    pub(super) fn over(mut self, transport: String) -> Self {
+        self.transport = transport;
+        self
+    }
+
+    /// How activations travel between GPUs, in words; empty where they do not.
+    pub fn transport(&self) -> &str {
+        &self.transport
+    }
+
     /// Runs one training step on all stages.
     ///
     /// # Errors

@@ -10,4 +10,5 @@ pub mod permits;
 pub mod prepare;
 pub mod schedule;
 mod template;
+mod transport;
 pub mod worker;

@@ -23,6 +23,7 @@ mod nccl_library;
 mod norm;
 mod optim;
 mod prepare;
+mod probe;
 mod quant;
 mod rotary;
 mod rows;
@@ -43,6 +44,7 @@ pub use events::{DevicePlace, Event, SideStream};
 pub use memory::CudaBuffer;
 pub use nccl_library::{NcclLibrary, nccl};
 pub use prepare::{LargestBatch, LinearWork, OWN_MEMORY};
+pub use probe::{PeerCopies, peer_copies};
 pub use survey::{GpuInfo, Survey, check, free_memory, survey, visible};
 
 use super::{

@@ -124,4 +124,9 @@ impl NcclLibrary {
         unsafe { (self.get_version)(&mut version) };
         version
     }
+
+    /// 2.26.3.
+    pub fn version_in_words(&self) -> String {
+        library::version_in_words(self.version())
+    }
 }
