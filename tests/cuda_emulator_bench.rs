@@ -8,8 +8,12 @@ mod cuda_emulator;
 mod gpu;
 #[path = "cuda_emulator/bench/kernels.rs"]
 mod kernels;
+#[path = "cuda_emulator/bench/nccl.rs"]
+mod nccl;
 #[path = "cuda_emulator/bench/products.rs"]
 mod products;
+#[path = "cuda_emulator/bench/ranks.rs"]
+mod ranks;
 #[path = "cuda_emulator/bench/refusals.rs"]
 mod refusals;
 #[path = "cuda_emulator/bench/streams.rs"]

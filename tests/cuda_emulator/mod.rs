@@ -78,8 +78,9 @@ impl Emulator {
                 unsafe { Library::open(Some(&path), RTLD_NOW | RTLD_GLOBAL) }.unwrap()
             };
             let driver = open("libcuda.so");
-            std::mem::forget(open("libcublasLt.so"));
-            std::mem::forget(open("libnvrtc.so"));
+            for name in ["libcublasLt.so", "libnccl.so", "libnvrtc.so"] {
+                std::mem::forget(open(name));
+            }
             Loaded { driver }
         })
     }
