@@ -193,6 +193,11 @@ impl<B: Backend> Stage<B> {
         &mut self.workspace.output
     }
 
+    /// The same, to be read.
+    pub fn output(&self) -> &B::Buffer<f32> {
+        &self.workspace.output
+    }
+
     /// Where the activations from the virtual stage before go: `[T, H]`.
     pub fn input_mut(&mut self, chunk: usize, slot: usize) -> &mut B::Buffer<f32> {
         &mut self.chunks[chunk].slots[slot].inputs[0]
