@@ -221,6 +221,7 @@ fn chatglm_6b() -> ModelConfig {
         tie_word_embeddings: true,
         pre_seq_len: None,
         prefix_projection: false,
+        quantization: Quantization::None,
     }
 }
 

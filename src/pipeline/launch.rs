@@ -198,6 +198,7 @@ fn load<B: Backend>(
         trainables: &blueprint.trainables,
         initial: blueprint.initial.as_ref(),
         first_stage: rank == 0,
+        on_bytes: &|_| {},
     };
     let shape = StageShape {
         blocks: spec.blocks.clone(),
