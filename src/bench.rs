@@ -276,7 +276,7 @@ fn layout(
         devices: options.devices.clone(),
         precision: options.precision,
         rotary_table: options.precision.rotary_table(),
-        schedule: Schedule::build(options.schedule, count, micro_batches),
+        schedule: Schedule::build(options.schedule, count, 1, micro_batches)?,
         recompute: vec![options.recompute; count],
         stages,
         max_rows: options.micro_batch_size * options.sequence_length,
@@ -407,7 +407,11 @@ fn devices(
         DeviceResult {
             device,
             name: gpu.map_or("cpu".to_owned(), |gpu| gpu.name.clone()),
-            blocks: layout.stages[rank].blocks.len(),
+            blocks: layout.stages[rank]
+                .chunks
+                .iter()
+                .map(ExactSizeIterator::len)
+                .sum(),
             recompute,
             planned_bytes: memory::stage_bytes(config, trainables, &sizes, recompute).total(),
             used_bytes: gpu.map(|gpu| gpu.total_memory - gpu.free_memory),

@@ -134,7 +134,6 @@ impl Case<'_> {
             trainables: &trainables,
             initial: &|spec| Ok(ParameterState::fresh(values[&spec.title()].clone())),
             first_stage: true,
-            on_bytes: &|_| {},
         };
         let shape = StageShape {
             blocks: 0..config.num_layers,

@@ -60,7 +60,8 @@ fn model(
             .check(
                 "none with adapter.kind = \"full\": weights that are trained are not quantised",
                 |quantization| {
-                    *quantization == Quantization::None || !matches!(adapter, AdapterSection::Full(_))
+                    *quantization == Quantization::None
+                        || !matches!(adapter, AdapterSection::Full(_))
                 },
             )?,
         rotary_table: setting!(typed, model.rotary_table)

@@ -10,7 +10,7 @@ use crate::checkpoint::CheckpointError;
 use crate::checkpoint::adapter_files::LoraFiles;
 use crate::checkpoint::prefix_files::PrefixFiles;
 use crate::config::generate::{GenerateOptions, Sampling};
-use crate::config::run::{AdapterSection, LoraSection, PrefixSection, Recompute, ScheduleKind};
+use crate::config::run::{AdapterSection, LoraSection, PrefixSection, Recompute};
 use crate::data::batch::MicroBatch;
 use crate::data::rows::PromptRow;
 use crate::model::head::LogitsRows;
@@ -89,7 +89,7 @@ impl Generator {
             devices: options.devices.clone(),
             precision: options.precision,
             rotary_table: options.rotary_table,
-            schedule: Schedule::build(ScheduleKind::OneForwardOneBackward, stages.len(), 1),
+            schedule: Schedule::one_forward_one_backward(stages.len(), 1),
             recompute: vec![Recompute::Block; stages.len()],
             stages,
             max_rows: longest,

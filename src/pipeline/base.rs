@@ -8,10 +8,10 @@ use half::f16;
 use super::failure::Failure;
 use super::launch::{Blueprint, Engine, InitialValues, launch};
 use super::partition::{self, PartitionError, StageSpec};
-use super::schedule::Schedule;
-use crate::backend::BackendError;
+use super::schedule::{Schedule, ScheduleError};
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::{self, Cuda, CudaError, LargestBatch, LinearWork};
+use crate::backend::{BackendError, Pulse};
 use crate::checkpoint::{CheckpointError, ModelFolder, TensorSource};
 use crate::comm::in_process;
 use crate::config::error::ConfigError;
@@ -66,6 +66,9 @@ pub enum StartError {
     /// The partition.
     #[error(transparent)]
     Partition(#[from] PartitionError),
+    /// The schedule.
+    #[error(transparent)]
+    Schedule(#[from] ScheduleError),
     /// A CUDA device cannot be used.
     #[error(transparent)]
     Cuda(#[from] CudaError),
@@ -111,6 +114,7 @@ impl StartError {
             | StartError::Tokenizer(_)
             | StartError::TokenizerOf { .. }
             | StartError::Partition(_)
+            | StartError::Schedule(_)
             | StartError::MixedDevices
             | StartError::GpuPrecision
             | StartError::Memory { .. } => false,
@@ -165,12 +169,12 @@ impl Layout {
     pub fn sizes(&self, rank: usize) -> StageSizes {
         let spec = &self.stages[rank];
         StageSizes {
-            blocks: spec.blocks.clone(),
+            chunks: self.schedule.chunks(rank, &spec.chunks),
+            exchanges: self.stages.len() > 1,
             embedding: spec.embedding,
             head: spec.head,
             max_rows: self.max_rows,
             max_sequences: self.max_sequences,
-            slots: self.schedule.slots(rank).max(1),
             element_size: match self.precision {
                 Precision::F32 => 4,
                 Precision::F16 => 2,
@@ -301,8 +305,8 @@ struct StagePlan {
 
 impl StagePlan {
     /// The GPU with the stage's memory reserved and its products prepared.
-    fn open(&self) -> Result<Cuda, BackendError> {
-        let cuda = Cuda::new(self.ordinal.unwrap_or_default())?;
+    fn open(&self, pulse: &Arc<Pulse>) -> Result<Cuda, BackendError> {
+        let cuda = Cuda::with_pulse(self.ordinal.unwrap_or_default(), pulse)?;
         cuda.prepare_batches(&self.batch)?;
         cuda.reserve(self.bytes)?;
         cuda.prepare_products(&self.work)?;
@@ -388,13 +392,17 @@ impl Base {
         };
         let transports = in_process::connect(layout.stages.len());
         if on_gpus {
-            return Ok(launch(blueprint, transports, move |rank, _| {
-                planned[rank].open()
+            return Ok(launch(blueprint, transports, move |rank, _, pulse| {
+                planned[rank].open(pulse)
             })?);
         }
         Ok(match layout.precision {
-            Precision::F32 => launch(blueprint, transports, |_, n| Cpu::<f32>::new(n))?,
-            Precision::F16 => launch(blueprint, transports, |_, n| Cpu::<f16>::new(n))?,
+            Precision::F32 => launch(blueprint, transports, |_, n, pulse| {
+                Cpu::<f32>::with_pulse(n, pulse)
+            })?,
+            Precision::F16 => launch(blueprint, transports, |_, n, pulse| {
+                Cpu::<f16>::with_pulse(n, pulse)
+            })?,
         })
     }
 }

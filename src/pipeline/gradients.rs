@@ -35,8 +35,7 @@ fn complete_tied<B: Backend, T: Transport<B>>(
     let len = parameter.spec().len();
     if last > 0 {
         let peer = if rank == 0 { last } else { 0 };
-        transport.send(backend, peer, parameter.gradient(), len)?;
-        transport.recv(backend, peer, other, len)?;
+        transport.trade(backend, peer, parameter.gradient(), other, len)?;
     }
     Ok(backend.add(parameter.accumulate(), other, len)?)
 }
@@ -49,7 +48,7 @@ fn complete_projection<B: Backend, T: Transport<B>>(
     transport: &mut T,
     layers: usize,
 ) -> Result<(), Cause> {
-    let blocks = stage.shape().blocks.clone();
+    let own: Vec<usize> = stage.layers().collect();
     let Some(mut projection) = stage
         .prefix_mut()
         .and_then(|prefix| prefix.projection_mut())
@@ -59,8 +58,8 @@ fn complete_projection<B: Backend, T: Transport<B>>(
     let len = projection.hidden_len();
     projection.begin(backend)?;
     for layer in 0..layers {
-        let own = blocks.contains(&layer).then(|| layer - blocks.start);
-        let part = projection.block_backward(backend, own)?;
+        let place = own.iter().position(|&own| own == layer);
+        let part = projection.block_backward(backend, place)?;
         transport.all_reduce_sum(backend, part, len)?;
         projection.add_part(backend)?;
     }

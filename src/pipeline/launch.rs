@@ -14,9 +14,9 @@ use super::permits::Permits;
 use super::schedule::Schedule;
 use super::worker::{Doing, Worker, lock};
 use crate::adapter::{AdapterError, ParameterSpec, ParameterState};
-use crate::backend::{Backend, BackendError};
+use crate::backend::{Backend, BackendError, Pulse};
 use crate::checkpoint::TensorSource;
-use crate::comm::Transport;
+use crate::comm::{Flow, Mailbox, Transport};
 use crate::config::model::ModelConfig;
 use crate::config::run::Recompute;
 use crate::data::batch::MicroBatch;
@@ -63,6 +63,7 @@ pub struct Engine {
     commands: Vec<Sender<Command>>,
     replies: Receiver<(usize, Result<Reply, Failure>)>,
     workers: Vec<JoinHandle<()>>,
+    pulses: Vec<Arc<Pulse>>,
     parameters: usize,
 }
 
@@ -73,14 +74,14 @@ pub fn threads_of_stage(threads: usize, stages: usize, rank: usize) -> usize {
 }
 
 /// Loads every stage on a thread of its own and returns when all are ready. `device` makes the
-/// backend of a stage from its rank and number of threads, on the stage's own thread.
+/// backend of a stage from its rank, number of threads and pulse, on the stage's own thread.
 ///
 /// # Errors
 /// The first stage that cannot be loaded.
 pub fn launch<B, T>(
     blueprint: Blueprint,
     transports: Vec<T>,
-    device: impl Fn(usize, usize) -> Result<B, BackendError> + Send + Sync + 'static,
+    device: impl Fn(usize, usize, &Arc<Pulse>) -> Result<B, BackendError> + Send + Sync + 'static,
 ) -> Result<Engine, Failure>
 where
     B: Backend,
@@ -91,6 +92,7 @@ where
         commands: Vec::with_capacity(transports.len()),
         replies,
         workers: Vec::with_capacity(transports.len()),
+        pulses: transports.iter().map(|_| Arc::default()).collect(),
         parameters: blueprint.trainables.specs().len(),
     };
     let permits = Arc::new(Permits::new(blueprint.threads));
@@ -107,30 +109,34 @@ where
         let blueprint = Arc::clone(&blueprint);
         let (permits, schedule) = (Arc::clone(&permits), Arc::clone(&schedule));
         let (device, reply) = (Arc::clone(&device), reply.clone());
+        let pulse = Arc::clone(&engine.pulses[rank]);
         let thread = std::thread::Builder::new().name(format!("stage-{rank}"));
         let spawned = thread.spawn(move || {
             let at = Arc::clone(&doing);
             let work = AssertUnwindSafe(|| {
                 let threads = threads_of_stage(blueprint.threads, blueprint.stages.len(), rank);
-                let loaded = device(rank, threads)
+                let loaded = device(rank, threads, &pulse)
                     .map_err(Cause::from)
-                    .and_then(|backend| Ok((load(&blueprint, &backend, rank)?, backend)));
+                    .and_then(|backend| Ok((load(&blueprint, &backend, rank, &pulse)?, backend)));
                 // The files may close when the last stage has read its tensors.
                 let layers = blueprint.config.num_layers;
                 drop(blueprint);
-                let ((stage, agreement), backend) = match loaded {
+                let (parts, backend) = match loaded {
                     Ok(loaded) => loaded,
                     Err(cause) => return Err(failure(rank, &doing, cause)),
                 };
                 let mut worker = Worker {
                     backend,
                     transport,
-                    stage,
+                    stage: parts.stage,
                     schedule,
                     permits,
-                    agreement,
+                    agreement: parts.agreement,
                     layers,
                     cache: None,
+                    activations: parts.activations,
+                    gradients: parts.gradients,
+                    pulse,
                     doing,
                 };
                 let mut answer = Reply::Ready;
@@ -162,10 +168,14 @@ where
             }
         }
     }
-    engine.collect(|reply| match reply {
+    // Nobody connects before everybody is there: a transport may wait for all.
+    let ready = |reply| match reply {
         Reply::Ready => Some(()),
         _ => None,
-    })?;
+    };
+    engine.collect(ready)?;
+    engine.command(|| Command::Connect);
+    engine.collect(ready)?;
     Ok(engine)
 }
 
@@ -185,11 +195,20 @@ fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {
     text.unwrap_or("without a message").to_owned()
 }
 
+/// What a worker is made from beside its backend and its transport.
+struct Parts<B: Backend> {
+    stage: Stage<B>,
+    agreement: Agreement<B>,
+    activations: Mailbox<B, f32>,
+    gradients: Mailbox<B, B::Element>,
+}
+
 fn load<B: Backend>(
     blueprint: &Blueprint,
     backend: &B,
     rank: usize,
-) -> Result<(Stage<B>, Agreement<B>), Cause> {
+    pulse: &Arc<Pulse>,
+) -> Result<Parts<B>, Cause> {
     let spec = &blueprint.stages[rank];
     let loader = Loader {
         backend,
@@ -197,23 +216,30 @@ fn load<B: Backend>(
         config: &blueprint.config,
         trainables: &blueprint.trainables,
         initial: blueprint.initial.as_ref(),
+        pulse,
         first_stage: rank == 0,
-        on_bytes: &|_| {},
     };
     let shape = StageShape {
-        blocks: spec.blocks.clone(),
+        chunks: blueprint.schedule.chunks(rank, &spec.chunks),
         embedding: spec.embedding,
         head: spec.head,
         max_rows: blueprint.max_rows,
         max_sequences: blueprint.max_sequences,
-        slots: blueprint.schedule.slots(rank).max(1),
         recompute: blueprint.recompute[rank],
         rotary: blueprint.rotary,
     };
     let stage = Stage::load(&loader, shape, &blueprint.head_source)?;
     let parameters = blueprint.trainables.specs().len();
-    let agreement = Agreement::new(backend, parameters, blueprint.schedule.micro_batches)?;
-    Ok((stage, agreement))
+    let largest = match blueprint.stages.len() {
+        1 => 0,
+        _ => stage.largest_activation(),
+    };
+    Ok(Parts {
+        agreement: Agreement::new(backend, parameters, blueprint.schedule.micro_batches)?,
+        activations: Mailbox::new(backend, Flow::Forward, largest)?,
+        gradients: Mailbox::new(backend, Flow::Backward, largest)?,
+        stage,
+    })
 }
 
 impl Engine {

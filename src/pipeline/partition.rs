@@ -12,8 +12,9 @@ pub struct StageSpec {
     pub rank: usize,
     /// Number of stages.
     pub stages: usize,
-    /// The blocks it holds, by index in the model; never empty.
-    pub blocks: Range<usize>,
+    /// The runs of blocks it holds, by index in the model, ascending; none is empty. One, but for the
+    /// interleaved schedule.
+    pub chunks: Vec<Range<usize>>,
     /// Whether it holds the embedding (the first stage).
     pub embedding: bool,
     /// Whether it holds the final norm, lm_head and the loss (the last stage).
@@ -23,7 +24,8 @@ pub struct StageSpec {
 impl StageSpec {
     /// Work of the stage in blocks, with the head worth `head_cost` blocks.
     pub fn cost(&self, head_cost: f64) -> f64 {
-        self.blocks.len() as f64 + if self.head { head_cost } else { 0.0 }
+        self.chunks.iter().map(Range::len).sum::<usize>() as f64
+            + if self.head { head_cost } else { 0.0 }
     }
 }
 
@@ -181,7 +183,7 @@ fn specs(sizes: &[usize]) -> Vec<StageSpec> {
             StageSpec {
                 rank,
                 stages,
-                blocks,
+                chunks: vec![blocks],
                 embedding: rank == 0,
                 head: rank + 1 == stages,
             }

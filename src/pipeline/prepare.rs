@@ -77,7 +77,12 @@ impl Prepared {
             devices: pipeline.devices.clone(),
             precision: config.model.precision,
             rotary_table: config.model.rotary_table,
-            schedule: Schedule::build(pipeline.schedule, stages.len(), micro_batches),
+            schedule: Schedule::build(
+                pipeline.schedule,
+                stages.len(),
+                pipeline.virtual_stages,
+                micro_batches,
+            )?,
             recompute: vec![pipeline.recompute; stages.len()],
             stages,
             max_rows: sampler.max_tokens(&rows).max(longest.unwrap_or(0)),

@@ -6,24 +6,18 @@
 //! in the same order by every schedule at every number of stages, to the same bits.
 
 use std::fmt;
+use std::ops::Range;
 
 use crate::config::run::ScheduleKind;
+use crate::model::stage::ChunkShape;
 
 mod simulate;
 mod timeline;
 mod validate;
 
+pub use crate::comm::Flow;
 pub use simulate::Transfers;
 pub use validate::ScheduleError;
-
-/// Which way activations or their gradients go through the model.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Flow {
-    /// Activations, from the embedding to the head.
-    Forward,
-    /// Their gradients, from the head to the embedding.
-    Backward,
-}
 
 /// One unit of work of one stage: a micro-batch through one of its chunks.
 ///
@@ -123,9 +117,7 @@ impl Schedule {
                 Self::one_forward_one_backward(stages, micro_batches)
             }
             ScheduleKind::Gpipe => Self::gpipe(stages, micro_batches),
-            ScheduleKind::Interleaved => {
-                Self::interleaved(stages, virtual_stages, micro_batches)?
-            }
+            ScheduleKind::Interleaved => Self::interleaved(stages, virtual_stages, micro_batches)?,
         })
     }
 
@@ -184,10 +176,7 @@ impl Schedule {
         }
         let total = micro_batches * virtual_stages;
         let place = |k: usize| {
-            let (group, within) = (
-                k / (stages * virtual_stages),
-                k % (stages * virtual_stages),
-            );
+            let (group, within) = (k / (stages * virtual_stages), k % (stages * virtual_stages));
             (group * stages + within % stages, within / stages)
         };
         let forward = |k| {
@@ -282,15 +271,22 @@ impl Schedule {
         most
     }
 
+    /// The chunks of stage `rank`, each with the slots it needs and one at least.
+    pub fn chunks(&self, rank: usize, chunks: &[Range<usize>]) -> Vec<ChunkShape> {
+        let shape = |(chunk, blocks): (usize, &Range<usize>)| ChunkShape {
+            blocks: blocks.clone(),
+            slots: self.slots(rank, chunk).max(1),
+        };
+        chunks.iter().enumerate().map(shape).collect()
+    }
+
     /// Micro-batches in flight that a schedule of this kind promises to keep to on stage `rank`, summed
     /// over its chunks: `min(m, p - rank)` for 1f1b, `m` for gpipe,
     /// `min(m v, 2 (p - rank - 1) + (v - 1) p + 1)` for interleaved.
     pub fn allowed_in_flight(&self, rank: usize) -> usize {
         let (p, v, m) = (self.stages.len(), self.virtual_stages, self.micro_batches);
         match self.kind {
-            ScheduleKind::Interleaved if v > 1 => {
-                (m * v).min(2 * (p - rank - 1) + (v - 1) * p + 1)
-            }
+            ScheduleKind::Interleaved if v > 1 => (m * v).min(2 * (p - rank - 1) + (v - 1) * p + 1),
             ScheduleKind::OneForwardOneBackward | ScheduleKind::Interleaved => m.min(p - rank),
             ScheduleKind::Gpipe => m,
         }

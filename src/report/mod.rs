@@ -61,8 +61,8 @@ pub struct RunStarted {
 pub struct StageSummary {
     /// Where it runs: `cpu`, or a CUDA device number.
     pub device: String,
-    /// Its blocks.
-    pub blocks: Range<usize>,
+    /// Its blocks: one run, or several with the interleaved schedule.
+    pub blocks: Vec<Range<usize>>,
 }
 
 /// What one optimiser step did. The numbers are those of the whole step, over all stages.

@@ -206,10 +206,11 @@ fn started(run: &RunStarted) -> String {
         .stages
         .iter()
         .map(|stage| {
-            format!(
-                "{} [{}..{}]",
-                stage.device, stage.blocks.start, stage.blocks.end
-            )
+            let runs = stage.blocks.iter();
+            let runs: Vec<String> = runs
+                .map(|run| format!("{}..{}", run.start, run.end))
+                .collect();
+            format!("{} [{}]", stage.device, runs.join(" "))
         })
         .collect();
     let mut text = format!(

@@ -196,7 +196,7 @@ fn summary(layout: &Layout) -> Vec<StageSummary> {
     let stages = layout.devices.iter().zip(&layout.stages);
     let summary = stages.map(|(device, stage)| StageSummary {
         device: device.to_string(),
-        blocks: stage.blocks.clone(),
+        blocks: stage.chunks.clone(),
     });
     summary.collect()
 }

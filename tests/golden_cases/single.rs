@@ -72,7 +72,6 @@ impl<B: Golden> Single<B> {
             trainables: &trainables,
             initial: &initial,
             first_stage: true,
-            on_bytes: &|_| {},
         };
         let shape = StageShape {
             blocks: 0..config.num_layers,
