@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 use mp_train::config::model::ModelConfig;
-use mp_train::config::run::{Recompute, ScheduleKind};
+use mp_train::config::run::{Quantization, Recompute, ScheduleKind};
 use mp_train::pipeline::partition::{self, PartitionError, StageSpec};
 use mp_train::pipeline::schedule::Action::{Backward as B, Forward as F};
 use mp_train::pipeline::schedule::{Schedule, ScheduleError, Transfers};
@@ -221,6 +221,7 @@ fn chatglm_6b() -> ModelConfig {
         tie_word_embeddings: true,
         pre_seq_len: None,
         prefix_projection: false,
+        quantization: Quantization::None,
     }
 }
 
