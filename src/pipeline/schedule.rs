@@ -11,12 +11,14 @@ use std::ops::Range;
 use crate::config::run::ScheduleKind;
 use crate::model::stage::ChunkShape;
 
+mod graph;
 mod simulate;
 mod timeline;
 mod validate;
 
 pub use crate::comm::Flow;
 pub use simulate::Transfers;
+pub use timeline::Prediction;
 pub use validate::ScheduleError;
 
 /// One unit of work of one stage: a micro-batch through one of its chunks.
@@ -259,16 +261,13 @@ impl Schedule {
     /// Slots for saved activations that chunk `chunk` of stage `rank` needs: the most micro-batches
     /// whose forward has run and whose backward has not.
     pub fn slots(&self, rank: usize, chunk: usize) -> usize {
-        let (mut in_flight, mut most) = (0_usize, 0);
         let actions = self.stages.get(rank).into_iter().flatten();
-        for action in actions.filter(|action| action.chunk == chunk) {
-            match action.flow {
-                Flow::Forward => in_flight += 1,
-                Flow::Backward => in_flight = in_flight.saturating_sub(1),
-            }
-            most = most.max(in_flight);
-        }
-        most
+        most_in_flight(actions.filter(|action| action.chunk == chunk))
+    }
+
+    /// The most micro-batches that stage `rank` has in flight at once, summed over its chunks.
+    pub fn in_flight(&self, rank: usize) -> usize {
+        most_in_flight(self.stages.get(rank).into_iter().flatten())
     }
 
     /// The chunks of stage `rank`, each with the slots it needs and one at least.
@@ -301,4 +300,17 @@ fn alternate(ahead: usize, forwards: Vec<Action>, backwards: Vec<Action>) -> Vec
     }
     actions.extend(&backwards[backwards.len() - ahead..]);
     actions
+}
+
+/// The most forwards at any time whose backward is still to come.
+fn most_in_flight<'a>(actions: impl Iterator<Item = &'a Action>) -> usize {
+    let (mut in_flight, mut most) = (0_usize, 0);
+    for action in actions {
+        match action.flow {
+            Flow::Forward => in_flight += 1,
+            Flow::Backward => in_flight = in_flight.saturating_sub(1),
+        }
+        most = most.max(in_flight);
+    }
+    most
 }
