@@ -1,7 +1,7 @@
 //! `mp-train bench`: how fast a model of a named size trains here, with made-up weights and rows.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
@@ -12,7 +12,7 @@ use crate::checkpoint::synthetic::SyntheticTensors;
 use crate::config::model::ModelConfig;
 use crate::config::run::{
     AdapterSection, Device, LossNormalisation, LrSchedule, OptimizerSection, Precision,
-    Quantization, Recompute, ScheduleKind, TransportKind,
+    Quantization, Recompute, STALL_TIMEOUT, ScheduleKind, TransportKind,
 };
 use crate::data::batch::{MicroBatch, Sequence, Target};
 use crate::model::memory;
@@ -292,6 +292,7 @@ fn layout(
         max_sequences: options.micro_batch_size,
         transport: options.transport,
         threads: options.threads,
+        stall_timeout: Duration::from_secs(STALL_TIMEOUT),
     };
     layout.choose_recompute(&base.config, trainables, None)?;
     Ok(layout)

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use half::f16;
 
@@ -182,6 +183,8 @@ pub struct Layout {
     pub transport: TransportKind,
     /// CPU threads for all stages together.
     pub threads: usize,
+    /// Silence of a stage after which it counts as hung.
+    pub stall_timeout: Duration,
 }
 
 impl Layout {
@@ -407,6 +410,7 @@ impl Base {
             trainables,
             initial,
             stages: layout.stages.clone(),
+            devices: layout.devices.clone(),
             schedule: layout.schedule.clone(),
             recompute: layout.recompute.clone(),
             max_rows: layout.max_rows,
@@ -417,6 +421,7 @@ impl Base {
                 true => layout.stages.len(),
                 false => layout.threads,
             },
+            stall_timeout: layout.stall_timeout,
         };
         let stages = layout.stages.len();
         if on_gpus {

@@ -115,8 +115,30 @@ impl<B: Backend> Agreement<B> {
         Ok(backend.sum(&mut self.values, index, token_loss, targets)?)
     }
 
-    /// Enters this stage's partial norms, sums over all stages, and decides: each partial norm comes
-    /// from one stage, the others hold zero, so the sum is exact and the same everywhere.
+    /// Enters this stage's partial norms.
+    ///
+    /// # Errors
+    /// The device fails, or a tensor would silently not be trained.
+    pub fn enter_norms(
+        &mut self,
+        backend: &B,
+        parameters: &[&mut Parameter<B>],
+        plan: &StepPlan,
+    ) -> Result<(), Cause> {
+        let unscale = 1.0 / plan.loss_scale;
+        for parameter in parameters {
+            if !parameter.written() {
+                let name = parameter.spec().title();
+                return Err(Cause::NeverWritten { name });
+            }
+        }
+        let counted = parameters.iter().filter(|parameter| parameter.counted());
+        let terms: Vec<_> = counted.map(|parameter| parameter.norm_term()).collect();
+        Ok(backend.sum_squares(&mut self.values, &terms, unscale)?)
+    }
+
+    /// Sums over all stages, and decides: each partial norm comes from one stage, the others hold zero, so
+    /// the sum is exact and the same everywhere.
     ///
     /// # Errors
     /// Another stage is gone, the device fails, or a tensor would silently not be trained.
@@ -127,16 +149,6 @@ impl<B: Backend> Agreement<B> {
         parameters: &[&mut Parameter<B>],
         plan: &StepPlan,
     ) -> Result<StepOutcome, Cause> {
-        let unscale = 1.0 / plan.loss_scale;
-        for parameter in parameters {
-            if !parameter.written() {
-                let name = parameter.spec().title();
-                return Err(Cause::NeverWritten { name });
-            }
-        }
-        let counted = parameters.iter().filter(|parameter| parameter.counted());
-        let terms: Vec<_> = counted.map(|parameter| parameter.norm_term()).collect();
-        backend.sum_squares(&mut self.values, &terms, unscale)?;
         let len = self.len();
         transport.all_reduce_sum(backend, &mut self.values, len)?;
         let values = backend.read(&self.values, len)?;

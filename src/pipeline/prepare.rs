@@ -1,5 +1,7 @@
 //! Before any worker is started: model and data opened, stages laid out.
 
+use std::time::Duration;
+
 use super::base::{Base, Layout, StartError};
 use super::partition;
 use super::schedule::Schedule;
@@ -99,6 +101,7 @@ impl Prepared {
             max_sequences: sampler.max_sequences(&rows),
             transport: pipeline.transport,
             threads: pipeline.threads,
+            stall_timeout: Duration::from_secs(pipeline.stall_timeout),
         };
         layout.choose_recompute(&base.config, &trainables, pipeline.memory_per_device)?;
         let epochs = config.run.epochs.unwrap_or(1);
