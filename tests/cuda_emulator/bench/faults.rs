@@ -1,6 +1,7 @@
 //! Failures that EMULATOR_FAIL plans: each hits the call and the device or rank that it names, and nothing
 //! else.
 
+use std::sync::Barrier;
 use std::time::Duration;
 
 use cudarc::driver::sys::CUresult::{
@@ -132,6 +133,7 @@ fn nccl_fails_at_all_ranks() {
     let Some(bench) = planned("nccl_error:3@1") else {
         return;
     };
+    let both = Barrier::new(2); // else one could see the other's error before it has queued its own group
     on_ranks(&bench, &[0, 1], |rank| {
         let own = rank.floats(&[rank.rank as f32; 4]);
         let mut theirs = rank.floats(&[9.0; 4]);
@@ -148,6 +150,7 @@ fn nccl_fails_at_all_ranks() {
                 wait(&exchanged);
                 continue;
             }
+            both.wait();
             while state_of(rank.communicator) == ncclResult_t::ncclSuccess {
                 assert!(!exchanged.is_complete());
             }
