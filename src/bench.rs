@@ -11,8 +11,8 @@ use crate::backend::cuda;
 use crate::checkpoint::synthetic::SyntheticTensors;
 use crate::config::model::ModelConfig;
 use crate::config::run::{
-    AdapterSection, Device, LossNormalisation, LrSchedule, OptimizerSection, Precision, Recompute,
-    STALL_TIMEOUT, ScheduleKind, TransportKind,
+    AdapterSection, Device, LossNormalisation, LrSchedule, OptimizerSection, Precision,
+    Quantization, Recompute, STALL_TIMEOUT, ScheduleKind, TransportKind,
 };
 use crate::data::batch::{MicroBatch, Sequence, Target};
 use crate::model::memory;
@@ -71,6 +71,7 @@ impl ModelSize {
             tie_word_embeddings: true,
             pre_seq_len: None,
             prefix_projection: false,
+            quantization: Quantization::None,
         }
     }
 }
@@ -86,6 +87,8 @@ pub struct BenchOptions {
     pub devices: Vec<Device>,
     /// Storage type.
     pub precision: Precision,
+    /// Storage of the frozen linear layers.
+    pub quantization: Quantization,
     /// Rows of a micro-batch.
     pub micro_batch_size: usize,
     /// Tokens of a row; half of them have a target.
@@ -205,7 +208,7 @@ pub fn run(options: &BenchOptions) -> Result<BenchResult, BenchError> {
         });
     }
     let began = Instant::now();
-    let base = synthetic_base(config)?;
+    let base = synthetic_base(config, options.quantization)?;
     let tied = base.head_source.tied;
     let trainables =
         Trainables::new(&base.config, &options.adapter, tied).map_err(StartError::Model)?;
@@ -251,11 +254,12 @@ pub fn run(options: &BenchOptions) -> Result<BenchResult, BenchError> {
 }
 
 /// A model without files.
-fn synthetic_base(config: ModelConfig) -> Result<Base, StartError> {
+fn synthetic_base(mut config: ModelConfig, quantization: Quantization) -> Result<Base, StartError> {
     let all = weights::model_tensors(&config).into_iter();
     let own = all.filter(|(name, _)| name != weights::LM_HEAD);
     let source = SyntheticTensors::new(own, SEED);
     let head_source = weights::check(&source, &config)?;
+    config.quantization = quantization;
     Ok(Base {
         config,
         source: Arc::new(source),

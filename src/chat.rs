@@ -52,7 +52,7 @@ impl Chat {
         notify: &mut dyn FnMut(Notice),
     ) -> Result<Self, GenerateError> {
         options.sampling.check()?;
-        let base = Base::open(&options.model)?;
+        let base = Base::open(&options.model, options.quantization)?;
         let (asking, notice) = Asking::of(options)?;
         notice.into_iter().for_each(&mut *notify);
         let (wording, warnings) = Wording::open(&options.model, &base.config, asking)?;

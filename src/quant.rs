@@ -5,6 +5,7 @@
 //! elsewhere are therefore the bits made here.
 
 use half::f16;
+use half::slice::HalfFloatSliceExt;
 
 /// Why a matrix cannot be quantised.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -24,6 +25,12 @@ pub enum QuantError {
     OddColumns {
         /// Columns.
         cols: usize,
+    },
+    /// An infinity or a NaN among the scales.
+    #[error("the scale of row {row} is not finite: download the folder again")]
+    Scale {
+        /// Row, from 0.
+        row: usize,
     },
     /// An infinity or a NaN among the weights.
     #[error("the weight at row {row}, column {col} is not finite")]
@@ -54,7 +61,7 @@ impl Bits {
     }
 
     /// Bytes of a row of `cols` codes.
-    fn row_bytes(self, cols: usize) -> usize {
+    pub fn row_bytes(self, cols: usize) -> usize {
         match self {
             Bits::Eight => cols,
             Bits::Four => cols / 2,
@@ -92,24 +99,29 @@ impl QuantisedMatrix {
         cols: usize,
         bits: Bits,
     ) -> Result<Self, QuantError> {
-        check_shape(weight.len(), rows, cols, bits)?;
-        if let Some(index) = weight.iter().position(|w| !w.is_finite()) {
-            return Err(QuantError::NotFinite {
-                row: index / cols,
-                col: index % cols,
-            });
+        if rows.checked_mul(cols) != Some(weight.len()) {
+            let values = weight.len();
+            return Err(QuantError::Shape { rows, cols, values });
         }
+        check_cols(cols, bits)?;
+        let row_bytes = bits.row_bytes(cols);
         let mut matrix = QuantisedMatrix {
             bits,
             rows,
             cols,
-            codes: Vec::with_capacity(rows * bits.row_bytes(cols)),
+            codes: vec![0; rows * row_bytes],
             scales: vec![f16::ZERO; rows],
         };
-        for (row, scale) in weight.chunks_exact(cols.max(1)).zip(&mut matrix.scales) {
-            *scale = row_scale(row, bits);
-            let codes: Vec<i8> = row.iter().map(|&w| code(w, *scale, bits)).collect();
-            pack(&mut matrix.codes, &codes, bits);
+        if cols == 0 {
+            return Ok(matrix);
+        }
+        let codes = matrix.codes.chunks_exact_mut(row_bytes);
+        let weights = weight.chunks_exact(cols);
+        for (row, ((codes, weights), scale)) in
+            codes.zip(weights).zip(&mut matrix.scales).enumerate()
+        {
+            *scale = quantise_row(codes, weights, bits)
+                .map_err(|col| QuantError::NotFinite { row, col })?;
         }
         Ok(matrix)
     }
@@ -125,9 +137,7 @@ impl QuantisedMatrix {
         bits: Bits,
     ) -> Result<Self, QuantError> {
         let rows = scales.len();
-        if bits == Bits::Four && !cols.is_multiple_of(2) {
-            return Err(QuantError::OddColumns { cols });
-        }
+        check_cols(cols, bits)?;
         if rows.checked_mul(bits.row_bytes(cols)) != Some(codes.len()) {
             return Err(QuantError::Shape {
                 rows,
@@ -175,37 +185,77 @@ impl QuantisedMatrix {
     }
 }
 
-fn check_shape(values: usize, rows: usize, cols: usize, bits: Bits) -> Result<(), QuantError> {
-    if rows.checked_mul(cols) != Some(values) {
-        return Err(QuantError::Shape { rows, cols, values });
+/// Whether rows of `cols` weights can be stored with codes of this width.
+///
+/// # Errors
+/// int4 and an odd number.
+pub fn check_cols(cols: usize, bits: Bits) -> Result<(), QuantError> {
+    match bits == Bits::Four && !cols.is_multiple_of(2) {
+        true => Err(QuantError::OddColumns { cols }),
+        false => Ok(()),
     }
-    if bits == Bits::Four && !cols.is_multiple_of(2) {
-        return Err(QuantError::OddColumns { cols });
-    }
-    Ok(())
 }
 
-fn row_scale(row: &[f16], bits: Bits) -> f16 {
-    let magnitudes = row.iter().map(|w| w.to_f32().abs());
-    let largest = magnitudes.fold(0.0, f32::max);
-    f16::from_f32(largest / f32::from(bits.largest_code()))
-}
+/// Weights that are quantised at a time: even, so that pairs stay together.
+const BLOCK: usize = 512;
 
-fn code(weight: f16, scale: f16, bits: Bits) -> i8 {
+/// Quantises one row: `codes` gets its [`Bits::row_bytes`] bytes, and the scale is returned. The
+/// number of weights is even with int4.
+///
+/// # Errors
+/// The column of the first weight that is not finite.
+pub fn quantise_row(codes: &mut [i8], weights: &[f16], bits: Bits) -> Result<f16, usize> {
+    // Halves without their sign are ordered as their bits are; infinity and NaN come last.
+    let magnitudes = weights.iter().map(|weight| weight.to_bits() & 0x7fff);
+    let largest = f16::from_bits(magnitudes.fold(0, u16::max));
+    if !largest.is_finite() {
+        let col = weights.iter().position(|weight| !weight.is_finite());
+        return Err(col.unwrap_or_default());
+    }
+    let scale = f16::from_f32(largest.to_f32() / f32::from(bits.largest_code()));
     if scale == f16::ZERO {
-        return 0;
+        codes.fill(0);
+        return Ok(scale);
     }
-    let quotient = f16::from_f32(weight.to_f32() / scale.to_f32()).to_f32();
-    let largest = f32::from(bits.largest_code());
-    quotient.round_ties_even().clamp(-largest - 1.0, largest) as i8
+    let mut block = [0; BLOCK];
+    let rows = codes.chunks_mut(bits.row_bytes(BLOCK));
+    for (out, weights) in rows.zip(weights.chunks(BLOCK)) {
+        let block = &mut block[..weights.len()];
+        codes_of(block, weights, scale, bits);
+        pack(out, block, bits);
+    }
+    Ok(scale)
 }
 
-fn pack(out: &mut Vec<i8>, codes: &[i8], bits: Bits) {
+/// The codes of at most a block of weights.
+fn codes_of(codes: &mut [i8], weights: &[f16], scale: f16, bits: Bits) {
+    // Adding and taking it away again rounds to a whole number, ties to even: from here on floats are
+    // whole.
+    const WHOLE: f32 = 12_582_912.0;
+    let (mut quotients, mut rounded) = ([0.0; BLOCK], [f16::ZERO; BLOCK]);
+    let quotients = &mut quotients[..weights.len()];
+    let rounded = &mut rounded[..weights.len()];
+    weights.convert_to_f32_slice(quotients);
+    let scale = scale.to_f32();
+    for quotient in &mut *quotients {
+        *quotient /= scale;
+    }
+    rounded.convert_from_f32_slice(quotients);
+    rounded.convert_to_f32_slice(quotients);
+    let largest = f32::from(bits.largest_code());
+    for (code, quotient) in codes.iter_mut().zip(quotients) {
+        *code = ((quotient.clamp(-largest - 1.0, largest) + WHOLE) - WHOLE) as i8;
+    }
+}
+
+fn pack(out: &mut [i8], codes: &[i8], bits: Bits) {
     match bits {
-        Bits::Eight => out.extend(codes),
+        Bits::Eight => out.copy_from_slice(codes),
         Bits::Four => {
             let (pairs, _) = codes.as_chunks::<2>();
-            out.extend(pairs.iter().map(|[even, odd]| (even << 4) | (odd & 0x0f)));
+            for (out, [even, odd]) in out.iter_mut().zip(pairs) {
+                *out = (even << 4) | (odd & 0x0f);
+            }
         }
     }
 }
@@ -250,11 +300,52 @@ mod tests {
         let codes: Vec<i8> = (-8..8)
             .flat_map(|a| (-8..8).flat_map(move |b| [a, b]))
             .collect();
-        let mut packed = Vec::new();
+        let mut packed = vec![0; codes.len() / 2];
         pack(&mut packed, &codes, Bits::Four);
         let scales = vec![f16::ONE];
         let matrix = QuantisedMatrix::from_stored(packed, scales, codes.len(), Bits::Four).unwrap();
         assert_eq!(matrix.unpacked(), codes);
+    }
+
+    /// One weight's code, by the definition.
+    fn code(weight: f16, scale: f16, bits: Bits) -> i8 {
+        let quotient = f16::from_f32(weight.to_f32() / scale.to_f32()).to_f32();
+        let largest = f32::from(bits.largest_code());
+        quotient.round_ties_even().clamp(-largest - 1.0, largest) as i8
+    }
+
+    /// Every finite half, in rows of every magnitude, longer and shorter than a block.
+    #[test]
+    fn blocks_of_codes_are_those_of_one_weight_after_another() {
+        let finite = |bits: u16| f16::from_bits(bits).is_finite();
+        let all: Vec<f16> = (0..=u16::MAX)
+            .filter(|&bits| finite(bits))
+            .map(f16::from_bits)
+            .collect();
+        let mut sorted = all;
+        sorted.sort_by(|a, b| a.to_f32().abs().total_cmp(&b.to_f32().abs()));
+        for (bits, cols) in [
+            (Bits::Eight, 1),
+            (Bits::Eight, 700),
+            (Bits::Eight, 2 * BLOCK),
+            (Bits::Four, 6),
+            (Bits::Four, 1030),
+        ] {
+            for weights in sorted.chunks_exact(cols) {
+                let matrix = QuantisedMatrix::quantise(weights, 1, cols, bits).unwrap();
+                let scale = matrix.scales[0];
+                let largest = weights[cols - 1].to_f32().abs();
+                assert_eq!(
+                    scale,
+                    f16::from_f32(largest / f32::from(bits.largest_code()))
+                );
+                let expected = weights.iter().map(|&weight| match scale == f16::ZERO {
+                    true => 0,
+                    false => code(weight, scale, bits),
+                });
+                assert_eq!(matrix.unpacked(), expected.collect::<Vec<i8>>());
+            }
+        }
     }
 
     /// A quotient a little off k + 1/2 that float16 rounds onto k + 1/2 goes to the even code.

@@ -12,8 +12,8 @@ use mp_train::config::layers::Layers;
 use mp_train::config::model::ModelConfig;
 use mp_train::config::raw::RawConfig;
 use mp_train::config::run::{
-    AdapterSection, Device, LossNormalisation, LrSchedule, Precision, Recompute, Resume, RunConfig,
-    ScheduleKind,
+    AdapterSection, Device, LossNormalisation, LrSchedule, Precision, Quantization, Recompute,
+    Resume, RunConfig, ScheduleKind,
 };
 use mp_train::report::StepReport;
 use mp_train::report::metrics::{Metrics, STEPS};
@@ -556,6 +556,7 @@ fn printed_configurations_read_back_the_same() {
             "3GB",
             "--resume",
         ],
+        &["--kind", "prefix", "--quantization", "int4"],
         &[
             "--devices",
             "0,1",
@@ -671,7 +672,8 @@ fn a_model_config_is_read_with_its_defaults() {
             ("tie_word_embeddings", false.into()),
             ("pre_seq_len", 6.into()),
             ("prefix_projection", true.into()),
-            ("quantization_bit", 0.into()),
+            ("quantization_bit", 4.into()),
+            ("quantization_embeddings", false.into()),
             ("position_encoding_2d", true.into()),
             ("layernorm_epsilon", 1e-6.into()),
         ] {
@@ -688,6 +690,41 @@ fn a_model_config_is_read_with_its_defaults() {
         (Some(6), true)
     );
     assert_eq!(given.layernorm_epsilon, 1e-6);
+    assert_eq!(config.quantization, Quantization::None);
+    assert_eq!(given.quantization, Quantization::Int4);
+    for (bits, quantization) in [(0, Quantization::None), (8, Quantization::Int8)] {
+        let text = model_json(|json| {
+            json.insert("quantization_bit".to_owned(), bits.into());
+        });
+        let config = ModelConfig::from_json(&text).unwrap();
+        assert_eq!(config.quantization, quantization);
+    }
+    let embeddings = ModelConfig::from_json(&model_json(|json| {
+        json.insert("quantization_bit".to_owned(), 4.into());
+        json.insert("quantization_embeddings".to_owned(), true.into());
+    }));
+    let message = embeddings.unwrap_err();
+    assert!(
+        message.contains("`quantization_embeddings` is true"),
+        "{message}"
+    );
+    assert!(message.contains("--quantization"), "{message}");
+}
+
+#[test]
+fn a_quantised_base_is_for_adapters() {
+    for kind in ["lora", "prefix"] {
+        let flags = ["--kind", kind, "--quantization", "int8"];
+        let config = resolve(REQUIRED, &flags).unwrap();
+        assert_eq!(config.model.quantization, Quantization::Int8);
+    }
+    let none = resolve(REQUIRED, &["--kind", "full", "--quantization", "none"]).unwrap();
+    assert_eq!(none.model.quantization, Quantization::None);
+    let refused = resolve(REQUIRED, &["--kind", "full", "--quantization", "int4"]);
+    let message = refused.unwrap_err().to_string();
+    for word in ["--quantization", "int4", "none", "adapter.kind = \"full\""] {
+        assert!(message.contains(word), "{message}");
+    }
 }
 
 #[test]
@@ -708,8 +745,8 @@ fn other_models_and_broken_configs_are_refused() {
         ),
         (
             "quantization_bit",
-            "4",
-            "quantization_bit is 4: packed int8 and int4 folders",
+            "2",
+            "`quantization_bit` is 2; folders of 8 and of 4 bits are known: use THUDM/chatglm-6b-int8",
         ),
         (
             "position_encoding_2d",

@@ -4,6 +4,10 @@
 #![allow(clippy::unwrap_used)]
 
 mod cuda_emulator;
+#[path = "cuda_emulator/bench/devices.rs"]
+mod devices;
+#[path = "cuda_emulator/bench/faults.rs"]
+mod faults;
 #[path = "cuda_emulator/bench/gpu.rs"]
 mod gpu;
 #[path = "cuda_emulator/bench/kernels.rs"]

@@ -5,6 +5,7 @@ use std::io::Write;
 use std::path::Path;
 
 use mp_train::config::model::ModelConfig;
+use mp_train::config::run::Quantization;
 use mp_train::data::batch::{MicroBatch, Sequence, Target};
 use mp_train::data::pretokenised::{read_prompts, read_rows};
 use mp_train::data::rows::{PromptRow, RawRow, Row, Rows};
@@ -30,6 +31,7 @@ fn model() -> ModelConfig {
         tie_word_embeddings: false,
         pre_seq_len: None,
         prefix_projection: false,
+        quantization: Quantization::None,
     }
 }
 

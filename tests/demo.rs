@@ -10,7 +10,7 @@ use std::process::Command;
 use std::sync::atomic::AtomicBool;
 
 use mp_train::config::model::ModelConfig;
-use mp_train::config::run::Device;
+use mp_train::config::run::{Device, Quantization};
 use mp_train::data::pretokenised::read_rows;
 use mp_train::data::tokenizer::{ConfigIds, GlmTokenizer, TokenizerFiles};
 use mp_train::demo::corpus::{self, Identity, Question, Who};
@@ -111,7 +111,7 @@ fn the_ordinary_loaders_read_what_the_demo_makes() {
     let model = folder.path().join("untrained");
     let tokenizer = tokenizer(&model);
     assert_eq!(tokenizer.size(), 760);
-    let base = Base::open(&model).unwrap();
+    let base = Base::open(&model, Quantization::None).unwrap();
     for (file, questions) in [
         ("base.jsonl", corpus::for_base()),
         ("tuning.jsonl", corpus::for_tuning()),

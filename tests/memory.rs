@@ -10,9 +10,13 @@ use half::f16;
 use mp_train::adapter::{ParameterSpec, ParameterState};
 use mp_train::backend::cpu::Cpu;
 use mp_train::backend::{Backend, Element};
-use mp_train::checkpoint::{CheckpointError, Dtype, HostTensor, TensorInfo, TensorSource};
+use mp_train::checkpoint::{
+    CheckpointError, Dtype, HostTensor, OpenTensor, TensorInfo, TensorSource,
+};
 use mp_train::config::model::ModelConfig;
-use mp_train::config::run::{AdapterSection, FullSection, LoraSection, PrefixSection, Recompute};
+use mp_train::config::run::{
+    AdapterSection, FullSection, LoraSection, PrefixSection, Quantization, Recompute,
+};
 use mp_train::model::load::Loader;
 use mp_train::model::memory::{StageSizes, choose_recompute, stage_bytes};
 use mp_train::model::rotary::RotaryPrecision;
@@ -24,11 +28,16 @@ thread_local! {
     /// Bytes that this thread has allocated and not given back: the test runner's own thread, which
     /// works beside the test's, does not count.
     static LIVE: Cell<isize> = const { Cell::new(0) };
+    /// The most that there were.
+    static PEAK: Cell<isize> = const { Cell::new(0) };
 }
 
 fn count(bytes: isize) {
     // Fails only while a thread ends, when nobody measures any more.
-    let _ = LIVE.try_with(|live| live.set(live.get() + bytes));
+    let _ = LIVE.try_with(|live| {
+        live.set(live.get() + bytes);
+        let _ = PEAK.try_with(|peak| peak.set(peak.get().max(live.get())));
+    });
 }
 
 struct Counting;
@@ -72,12 +81,17 @@ impl TensorSource for Zeros {
     }
 
     fn read(&self, name: &str) -> Result<HostTensor, CheckpointError> {
+        panic!("{name} is taken into memory as a whole");
+    }
+
+    fn open(&self, name: &str) -> Result<OpenTensor<'_>, CheckpointError> {
         let shape = self.info(name).unwrap().shape;
-        let values = vec![f16::ZERO; shape.iter().product()];
         // Not all alike: equal matrices of embedding and head would become one.
-        let mut tensor = HostTensor::from_f16(shape, &values)?;
-        tensor.bytes[0] = name.len() as u8;
-        Ok(tensor)
+        let pattern: &[u8] = match name == weights::LM_HEAD {
+            true => &[1, 0],
+            false => &[0, 0],
+        };
+        OpenTensor::repeating(Dtype::F16, shape, pattern)
     }
 }
 
@@ -134,13 +148,23 @@ fn sizes<E: Element>(rank: usize, stages: usize, rows: usize) -> StageSizes {
     }
 }
 
-/// Bytes that are allocated for a stage and stay.
+/// What loading a stage took.
+struct Measured {
+    /// Bytes that are allocated for the stage and stay.
+    stay: u64,
+    /// Bytes beyond them at the worst moment.
+    beside: u64,
+    /// Bytes of the model's files that were told of.
+    told: u64,
+}
+
 fn measured<E: Element>(
     trainables: &Trainables,
     sizes: &StageSizes,
     recompute: Recompute,
     tied: bool,
-) -> u64
+    quantization: Quantization,
+) -> Measured
 where
     Cpu<E>: Backend<Element = E>,
 {
@@ -151,6 +175,11 @@ where
         ..config
     };
     let head_source = weights::check(&source, &config).unwrap();
+    let config = ModelConfig {
+        quantization,
+        ..config
+    };
+    let told = Cell::new(0);
     let backend = Cpu::<E>::new(1).unwrap();
     let initial = |spec: &ParameterSpec| Ok(ParameterState::fresh(vec![0.0; spec.len()]));
     let loader = Loader {
@@ -161,6 +190,7 @@ where
         initial: &initial,
         pulse: &Arc::default(),
         first_stage: sizes.embedding,
+        on_bytes: &|bytes| told.set(told.get() + bytes),
     };
     let shape = StageShape {
         chunks: sizes.chunks.clone(),
@@ -172,17 +202,21 @@ where
         rotary: RotaryPrecision::F32,
     };
     let before = LIVE.get();
+    PEAK.set(before);
     let stage = Stage::load(&loader, shape, &head_source).unwrap();
-    let after = LIVE.get();
+    let (after, peak) = (LIVE.get(), PEAK.get());
     drop(stage);
-    (after - before) as u64
+    Measured {
+        stay: (after - before) as u64,
+        beside: (peak - after) as u64,
+        told: told.get(),
+    }
 }
 
 fn planned_is_measured<E: Element>()
 where
     Cpu<E>: Backend<Element = E>,
 {
-    let config = model();
     let adapters = [
         lora(0.0, &["query_key_value"]),
         lora(
@@ -193,18 +227,33 @@ where
         prefix(true),
         AdapterSection::Full(FullSection {}),
     ];
-    for (adapter, tied) in adapters.iter().flat_map(|a| [(a, false), (a, true)]) {
-        let trainables = Trainables::new(&config, adapter, tied).unwrap();
+    let bases = [Quantization::None, Quantization::Int8, Quantization::Int4];
+    let all = adapters.iter().flat_map(|adapter| {
+        bases
+            .into_iter()
+            .flat_map(move |base| [(adapter, false, base), (adapter, true, base)])
+    });
+    for (adapter, tied, quantization) in all {
+        let config = ModelConfig {
+            quantization,
+            ..model()
+        };
+        let Ok(trainables) = Trainables::new(&config, adapter, tied) else {
+            let full = matches!(adapter, AdapterSection::Full(_));
+            assert!(full && quantization != Quantization::None);
+            continue;
+        };
         for (rank, stages) in [(0, 1), (0, 2), (1, 2)] {
             for recompute in [Recompute::None, Recompute::AttentionFree, Recompute::Block] {
                 let what = format!(
-                    "{} stage {rank} of {stages}, {recompute:?}, tied {tied}, {adapter:?}",
+                    "{} stage {rank} of {stages}, {recompute:?}, tied {tied}, {quantization:?}, {adapter:?}",
                     E::NAME
                 );
                 let both = [61, 331].map(|rows| {
                     let sizes = sizes::<E>(rank, stages, rows);
                     let planned = stage_bytes(&config, &trainables, &sizes, recompute).total();
-                    let measured = measured::<E>(&trainables, &sizes, recompute, tied);
+                    let measured =
+                        measured::<E>(&trainables, &sizes, recompute, tied, quantization).stay;
                     assert!(
                         (planned..planned + METADATA).contains(&measured),
                         "{what}: planned {planned}, measured {measured}"
@@ -224,7 +273,40 @@ where
 fn planned_bytes_are_those_that_a_stage_takes() {
     planned_is_measured::<f32>();
     planned_is_measured::<f16>();
+    loading_takes_little_beside_the_stage::<f32>();
+    loading_takes_little_beside_the_stage::<f16>();
     the_choice_of_recomputation_takes_the_cheapest_that_fits();
+}
+
+/// One row of weights on its way to codes, scales, and a LoRA's values; no copy of a tensor, and every
+/// byte of the stage's tensors is told of as it is read.
+fn loading_takes_little_beside_the_stage<E: Element>()
+where
+    Cpu<E>: Backend<Element = E>,
+{
+    const LITTLE: u64 = 40_000;
+    for quantization in [Quantization::None, Quantization::Int8, Quantization::Int4] {
+        let config = ModelConfig {
+            quantization,
+            ..model()
+        };
+        let shapes = weights::model_tensors(&config).into_iter();
+        let sizes_in_file: Vec<u64> = shapes
+            .map(|(_, shape)| 2 * shape.iter().product::<usize>() as u64)
+            .collect();
+        let largest = *sizes_in_file.iter().max().unwrap();
+        assert!(largest > 4 * LITTLE, "a copy of a tensor would not be seen");
+        let trainables = Trainables::new(&config, &lora(0.0, &["dense"]), false).unwrap();
+        let sizes = sizes::<E>(0, 1, 61);
+        let Measured { beside, told, .. } =
+            measured::<E>(&trainables, &sizes, Recompute::None, false, quantization);
+        println!(
+            "{} {quantization:?}: {beside} bytes beside the stage",
+            E::NAME
+        );
+        assert!(beside <= LITTLE, "{quantization:?}: {beside}");
+        assert_eq!(told, sizes_in_file.iter().sum::<u64>(), "{quantization:?}");
+    }
 }
 
 fn the_choice_of_recomputation_takes_the_cheapest_that_fits() {

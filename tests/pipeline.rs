@@ -15,7 +15,7 @@ use mp_train::checkpoint::TensorSource;
 use mp_train::comm::in_process;
 use mp_train::config::run::{
     AdapterSection, Device, LoraSection, LossNormalisation, LrSchedule, OptimizerSection,
-    PrefixSection, Recompute, ScheduleKind,
+    PrefixSection, Quantization, Recompute, ScheduleKind,
 };
 use mp_train::data::batch::MicroBatch;
 use mp_train::data::rows::{RawRow, Rows};
@@ -70,7 +70,7 @@ fn within_limit<R: Send + 'static>(work: impl FnOnce() -> R + Send + 'static) ->
 
 fn base() -> Base {
     let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/chatglm-6b");
-    Base::open(&golden.join("model")).unwrap()
+    Base::open(&golden.join("model"), Quantization::None).unwrap()
 }
 
 fn lora() -> AdapterSection {

@@ -20,6 +20,8 @@ mod layout;
 mod outcome;
 #[path = "run/program.rs"]
 mod program;
+#[path = "run/quantised.rs"]
+mod quantised;
 #[path = "run/refused_models.rs"]
 mod refused_models;
 #[path = "run/refused_runs.rs"]

@@ -10,6 +10,15 @@ impl Plain for f16 {}
 impl Plain for u32 {}
 impl Plain for i8 {}
 
+/// Elements by their type, for code that knows it and not the storage type.
+#[derive(Debug)]
+pub enum ElementsMut<'a> {
+    /// IEEE binary32.
+    F32(&'a mut [f32]),
+    /// IEEE binary16.
+    F16(&'a mut [f16]),
+}
+
 /// A floating-point storage type. Arithmetic is always done in f32.
 pub trait Element: Plain {
     /// The name of the type, as in `precision = "f16"`.
@@ -25,6 +34,8 @@ pub trait Element: Plain {
     fn as_f32(values: &[Self]) -> Option<&[f32]>;
     /// The slice itself where the storage type is f32.
     fn as_f32_mut(values: &mut [Self]) -> Option<&mut [f32]>;
+    /// The slice by what it is.
+    fn by_type(values: &mut [Self]) -> ElementsMut<'_>;
     /// Widens a slice into another of the same length.
     fn widen(out: &mut [f32], values: &[Self]);
 }
@@ -48,6 +59,10 @@ impl Element for f32 {
 
     fn as_f32_mut(values: &mut [Self]) -> Option<&mut [f32]> {
         Some(values)
+    }
+
+    fn by_type(values: &mut [Self]) -> ElementsMut<'_> {
+        ElementsMut::F32(values)
     }
 
     fn widen(out: &mut [f32], values: &[Self]) {
@@ -74,6 +89,10 @@ impl Element for f16 {
 
     fn as_f32_mut(_: &mut [Self]) -> Option<&mut [f32]> {
         None
+    }
+
+    fn by_type(values: &mut [Self]) -> ElementsMut<'_> {
+        ElementsMut::F16(values)
     }
 
     fn widen(out: &mut [f32], values: &[Self]) {

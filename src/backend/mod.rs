@@ -1,8 +1,8 @@
 //! The op vocabulary of the engine and its contracts; [`cpu`] is the readable reference.
 //!
 //! Conventions of every op: outputs come first; buffers hold contiguous rows and may be longer than
-//! what the op touches (the shape arguments say how much that is); nothing but [`Backend::zeros`] and
-//! [`Backend::upload`] allocates; sums are taken in f32 in an order that depends on the shape alone,
+//! what the op touches (the shape arguments say how much that is); nothing but [`Backend::zeros`],
+//! [`Backend::upload`] and [`Backend::upload_pieces`] allocates; sums are taken in f32 in an order that depends on the shape alone,
 //! so that a result repeats bit for bit at every thread count; an element is rounded once, when it
 //! is stored. Every sequence has at least one query, and every shape at least one row: a micro-batch
 //! without tokens does not exist.
@@ -21,7 +21,7 @@ use half::f16;
 
 use crate::quant::Bits;
 
-pub use element::{Element, Plain};
+pub use element::{Element, ElementsMut, Plain};
 pub use left_behind::{any_left_behind, leave_behind};
 pub use pulse::Pulse;
 pub use shapes::{
@@ -74,6 +74,17 @@ impl BackendError {
 
 type Result<T> = std::result::Result<T, BackendError>;
 
+/// Bytes of a piece of [`Backend::upload_pieces`]: much longer than a copy takes to start, and small
+/// beside any model.
+pub const PIECE_BYTES: usize = 1 << 20;
+
+/// Values of a piece: as many whole units of `unit` values as [`PIECE_BYTES`] has room for, or one.
+fn piece_len<T>(unit: usize) -> usize {
+    let unit = unit.max(1);
+    let fitting = PIECE_BYTES / size_of::<T>().max(1);
+    (fitting / unit).max(1) * unit
+}
+
 /// A device that holds buffers and runs the ops of the engine on them.
 ///
 /// `Element` is the storage type of weights and activations. Residual sums, statistics, gradients of
@@ -92,6 +103,19 @@ pub trait Backend: Sized + 'static {
 
     /// A buffer with the values of `host`.
     fn upload<T: Plain>(&self, host: &[T]) -> Result<Self::Buffer<T>>;
+
+    /// A buffer of `len` values that never stand in host memory together: `fill` gets where a piece
+    /// begins and the room for its values, which it fills, from the first piece to the last. A piece
+    /// is a number of whole `unit`s, as is the buffer; it has [`PIECE_BYTES`] at most, or is one unit.
+    ///
+    /// # Errors
+    /// Of the device, or the first of `fill`.
+    fn upload_pieces<T: Plain, E: From<BackendError>>(
+        &self,
+        len: usize,
+        unit: usize,
+        fill: impl FnMut(usize, &mut [T]) -> std::result::Result<(), E>,
+    ) -> std::result::Result<Self::Buffer<T>, E>;
 
     /// Overwrites the first `host.len()` values of `out`.
     fn write<T: Plain>(&self, out: &mut Self::Buffer<T>, host: &[T]) -> Result<()>;

@@ -3,7 +3,8 @@
 //! This room imports nothing of the rest of the crate. It knows files, not models: which tensors a
 //! model needs and how they are called stands in `model::weights`.
 //!
-//! Reading order: [`HostTensor`] is what everything here carries; [`safetensors`] and [`torch_bin`]
+//! Reading order: [`HostTensor`] is what everything small here carries, [`OpenTensor`] what a model's
+//! weights go through on their way to a device; [`safetensors`] and [`torch_bin`]
 //! read one file each; [`model_folder`] reads a Hugging Face folder of them; [`adapter_files`] and
 //! [`prefix_files`] read and write what a fine-tuning leaves behind; [`run_state`] saves a run so that
 //! a kill at any moment loses at most the work since the last save.
@@ -20,6 +21,7 @@ mod error;
 mod input_file;
 mod manifest;
 pub mod model_folder;
+pub mod pieces;
 pub mod prefix_files;
 pub mod run_state;
 pub mod safetensors;
@@ -30,6 +32,7 @@ pub mod torch_bin;
 pub use adapter_files::{LoraFileConfig, LoraFiles};
 pub use error::CheckpointError;
 pub use model_folder::ModelFolder;
+pub use pieces::OpenTensor;
 pub use prefix_files::PrefixFiles;
 pub use tensor::{Dtype, HostTensor};
 
@@ -55,6 +58,20 @@ pub trait TensorSource: Send + Sync {
     /// # Errors
     /// There is no such tensor, or its file cannot be read or no longer holds what it said at first.
     fn read(&self, name: &str) -> Result<HostTensor, CheckpointError>;
+
+    /// Opens one tensor, to be taken piece by piece: from the file itself where it is mapped, else
+    /// from a copy of this one tensor.
+    ///
+    /// # Errors
+    /// As [`TensorSource::read`].
+    fn open(&self, name: &str) -> Result<OpenTensor<'_>, CheckpointError> {
+        let HostTensor {
+            dtype,
+            shape,
+            bytes,
+        } = self.read(name)?;
+        OpenTensor::new(dtype, shape, bytes)
+    }
 }
 
 /// Opens one file of tensors: safetensors when it is called so, a PyTorch file otherwise.

@@ -6,7 +6,7 @@ use std::path::{Component, Path, PathBuf};
 use serde::Deserialize;
 
 use super::input_file::read_json;
-use super::{CheckpointError, HostTensor, TensorInfo, TensorSource, open_tensor_file};
+use super::{CheckpointError, HostTensor, OpenTensor, TensorInfo, TensorSource, open_tensor_file};
 
 /// The names weights go by, in the order they are looked for.
 const WEIGHT_FILES: [&str; 4] = [
@@ -141,6 +141,14 @@ impl ModelFolder {
         let &place = self.shard_of.get(name)?;
         self.shards.get(place).map(Box::as_ref)
     }
+
+    fn shard_with(&self, name: &str) -> Result<&dyn TensorSource, CheckpointError> {
+        self.shard(name)
+            .ok_or_else(|| CheckpointError::NoSuchTensor {
+                path: self.path.clone(),
+                tensor: name.to_owned(),
+            })
+    }
 }
 
 impl std::fmt::Debug for ModelFolder {
@@ -162,13 +170,11 @@ impl TensorSource for ModelFolder {
     }
 
     fn read(&self, name: &str) -> Result<HostTensor, CheckpointError> {
-        match self.shard(name) {
-            Some(shard) => shard.read(name),
-            None => Err(CheckpointError::NoSuchTensor {
-                path: self.path.clone(),
-                tensor: name.to_owned(),
-            }),
-        }
+        self.shard_with(name)?.read(name)
+    }
+
+    fn open(&self, name: &str) -> Result<OpenTensor<'_>, CheckpointError> {
+        self.shard_with(name)?.open(name)
     }
 }
 

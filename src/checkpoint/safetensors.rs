@@ -13,7 +13,7 @@ use ::safetensors::tensor::{Metadata, TensorInfo as FileEntry};
 use memmap2::Mmap;
 
 use super::input_file::open_plain;
-use super::{CheckpointError, Dtype, HostTensor, TensorInfo, TensorSource, durable};
+use super::{CheckpointError, Dtype, HostTensor, OpenTensor, TensorInfo, TensorSource, durable};
 
 const LENGTH_BYTES: usize = 8;
 
@@ -126,6 +126,11 @@ impl TensorSource for SafetensorsFile {
     fn read(&self, name: &str) -> Result<HostTensor, CheckpointError> {
         let entry = self.entry(name)?;
         HostTensor::new(entry.dtype, entry.shape.clone(), self.bytes(name)?.to_vec())
+    }
+
+    fn open(&self, name: &str) -> Result<OpenTensor<'_>, CheckpointError> {
+        let entry = self.entry(name)?;
+        OpenTensor::new(entry.dtype, entry.shape.clone(), self.bytes(name)?)
     }
 }
 

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use half::f16;
 
-use super::{CheckpointError, Dtype, HostTensor, TensorInfo, TensorSource};
+use super::{CheckpointError, Dtype, HostTensor, OpenTensor, TensorInfo, TensorSource};
 use crate::random::{Domain, Key};
 
 /// Standard deviation of matrices, as models of this kind are initialised with.
@@ -48,18 +48,23 @@ impl TensorSource for SyntheticTensors {
     }
 
     fn read(&self, name: &str) -> Result<HostTensor, CheckpointError> {
+        let tensor = self.open(name)?;
+        let (dtype, shape) = (tensor.dtype(), tensor.shape().to_vec());
+        HostTensor::new(dtype, shape, tensor.into_bytes())
+    }
+
+    fn open(&self, name: &str) -> Result<OpenTensor<'_>, CheckpointError> {
         let Some(shape) = self.shapes.get(name) else {
             return Err(CheckpointError::NoSuchTensor {
                 path: PathBuf::from("synthetic"),
                 tensor: name.to_owned(),
             });
         };
-        let len = shape.iter().product();
-        let values: Vec<f16> = match shape.len() {
-            1 if name.ends_with(".weight") => vec![f16::ONE; len],
-            1 => vec![f16::ZERO; len],
-            _ => self.values.iter().copied().cycle().take(len).collect(),
+        let values: &[f16] = match shape.len() {
+            1 if name.ends_with(".weight") => &[f16::ONE],
+            1 => &[f16::ZERO],
+            _ => &self.values,
         };
-        HostTensor::from_f16(shape.clone(), &values)
+        OpenTensor::repeating(Dtype::F16, shape.clone(), bytemuck::cast_slice(values))
     }
 }

@@ -2,9 +2,9 @@
 
 use std::fmt;
 
-use half::{bf16, f16};
+use half::f16;
 
-use super::CheckpointError;
+use super::{CheckpointError, pieces};
 
 #[cfg(target_endian = "big")]
 compile_error!("tensor files are little-endian and are used here as they are");
@@ -165,13 +165,9 @@ impl HostTensor {
     /// The elements are no floating-point numbers, or shape and bytes disagree.
     pub fn to_f32(&self) -> Result<Vec<f32>, CheckpointError> {
         self.check()?;
-        Ok(match self.dtype {
-            Dtype::F32 => self.map(f32::from_le_bytes),
-            Dtype::F16 => self.map(|b| f16::from_le_bytes(b).to_f32()),
-            Dtype::Bf16 => self.map(|b| bf16::from_le_bytes(b).to_f32()),
-            Dtype::F64 => self.map(|b| f64::from_le_bytes(b) as f32),
-            _ => return Err(self.not("floating-point numbers")),
-        })
+        let mut values = vec![0.0; self.bytes.len() / self.dtype.size()];
+        pieces::to_f32(&mut values, self.dtype, &self.bytes)?;
+        Ok(values)
     }
 
     /// The elements of a floating-point tensor as `f16`, rounded to nearest even once.
@@ -180,13 +176,9 @@ impl HostTensor {
     /// The elements are no floating-point numbers, or shape and bytes disagree.
     pub fn to_f16(&self) -> Result<Vec<f16>, CheckpointError> {
         self.check()?;
-        Ok(match self.dtype {
-            Dtype::F16 => self.map(f16::from_le_bytes),
-            Dtype::F32 => self.map(|b| f16::from_f32(f32::from_le_bytes(b))),
-            Dtype::Bf16 => self.map(|b| f16::from_f32(bf16::from_le_bytes(b).to_f32())),
-            Dtype::F64 => self.map(|b| f16::from_f64(f64::from_le_bytes(b))),
-            _ => return Err(self.not("floating-point numbers")),
-        })
+        let mut values = vec![f16::ZERO; self.bytes.len() / self.dtype.size()];
+        pieces::to_f16(&mut values, self.dtype, &self.bytes)?;
+        Ok(values)
     }
 
     /// The elements of an integer or boolean tensor as `i64`.
@@ -201,15 +193,13 @@ impl HostTensor {
             Dtype::I16 => self.map(|b| i16::from_le_bytes(b).into()),
             Dtype::I8 => self.map(|b| i8::from_le_bytes(b).into()),
             Dtype::U8 | Dtype::Bool => self.map(|[b]| b.into()),
-            _ => return Err(self.not("integers")),
+            found => {
+                return Err(CheckpointError::Elements {
+                    found,
+                    wanted: "integers",
+                });
+            }
         })
-    }
-
-    fn not(&self, wanted: &'static str) -> CheckpointError {
-        CheckpointError::Elements {
-            found: self.dtype,
-            wanted,
-        }
     }
 
     /// Element by element; the callers choose `N` to be the size of `dtype`.

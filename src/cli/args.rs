@@ -15,8 +15,8 @@ use crate::config::file::ConfigFile;
 use crate::config::layers::Layers;
 use crate::config::raw::{AdapterKind, RawConfig};
 use crate::config::run::{
-    Device, Precision, Recompute, RotaryPrecision, RunConfig, ScheduleKind, TemplateKind,
-    TransportKind,
+    Device, Precision, Quantization, Recompute, RotaryPrecision, RunConfig, ScheduleKind,
+    TemplateKind, TransportKind,
 };
 
 /// Model-parallel fine-tuning of ChatGLM-6B: LoRA, P-Tuning v2, whole model
@@ -135,6 +135,9 @@ pub(super) struct ModelArgs {
     /// Storage of weights and activations [f32 on cpu]
     #[arg(long, value_name = "f32|f16", hide_possible_values = true)]
     pub precision: Option<Precision>,
+    /// Storage of the linear layers, none, int8 or int4; that of the training [the folder's]
+    #[arg(long, value_name = "WHAT", hide_possible_values = true)]
+    pub quantization: Option<Quantization>,
     /// Rounding of the rotary tables; that of the training [original with f16]
     #[arg(long, value_name = "original|f32", hide_possible_values = true)]
     pub rotary_table: Option<RotaryPrecision>,
@@ -235,6 +238,14 @@ pub(super) struct BenchArgs {
     /// Storage of weights and activations [f32 on cpu]
     #[arg(long, value_name = "f32|f16", hide_possible_values = true)]
     pub precision: Option<Precision>,
+    /// Storage of the frozen linear layers: none, int8 or int4
+    #[arg(
+        long,
+        value_name = "WHAT",
+        default_value = "none",
+        hide_possible_values = true
+    )]
+    pub quantization: Quantization,
     /// Rows of a micro-batch
     #[arg(long, value_name = "N", default_value_t = 1,
         value_parser = clap::value_parser!(u32).range(1..=4_096))]

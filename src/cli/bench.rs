@@ -49,6 +49,7 @@ fn options(args: &BenchArgs) -> BenchOptions {
         },
         devices: args.devices.clone(),
         precision: args.precision.unwrap_or(precision),
+        quantization: args.quantization,
         micro_batch_size: args.micro_batch_size as usize,
         sequence_length: args.sequence_length as usize,
         gradient_accumulation: args.gradient_accumulation as usize,

@@ -116,6 +116,7 @@ pub(super) fn options(args: &ModelArgs, sampling: Sampling) -> Result<GenerateOp
     Ok(GenerateOptions {
         adapter: args.adapter.clone(),
         precision,
+        quantization: args.quantization.unwrap_or_default(),
         rotary_table: args.rotary_table.unwrap_or(precision.rotary_table()),
         balance: args
             .balance

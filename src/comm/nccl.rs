@@ -13,7 +13,7 @@ use cudarc::nccl::sys::{self, ncclResult_t};
 
 use super::{CommError, Flow, Mailbox, Parcel, Room, Transport};
 use crate::backend::cuda::{Cuda, CudaBuffer, Event, NcclLibrary, SideStream};
-use crate::backend::{Plain, Pulse};
+use crate::backend::{Backend, Plain, Pulse};
 
 /// How often a wait for the library looks again.
 const NAP: Duration = Duration::from_micros(100);
@@ -27,6 +27,9 @@ const UNDEFINED: i32 = i32::MIN;
 const MAGIC: u32 = 0xcafe_beef;
 /// The version whose configuration is filled in below: 2.24.
 const CONFIG_VERSION: u32 = 22_400;
+
+/// Words of the first exchange: the one that is sent, and those from both neighbours.
+const WORDS: usize = 3;
 
 /// The two communicators' ids, the same on all ranks.
 #[derive(Clone, Copy)]
@@ -224,6 +227,24 @@ impl Link {
         Ok(self.stream.record(&self.done)?)
     }
 
+    /// Exchanges a word with both neighbours of the ring. NCCL connects two ranks when both have
+    /// called for their first transfer, and the call is not finished before: without this, a receive
+    /// that is posted long before its send would hold up its stage, and the other would wait for it.
+    fn greet(&self, cuda: &Cuda, words: &CudaBuffer<f32>, stages: usize) -> Result<(), CommError> {
+        let mut neighbours = vec![(self.rank + 1) % stages, (self.rank + stages - 1) % stages];
+        neighbours.dedup();
+        let at = cuda.place(words).pointer();
+        let bytes = size_of::<f32>();
+        self.group(cuda, || {
+            for (place, &peer) in (1..).zip(&neighbours) {
+                self.queue_send(peer, at, bytes)?;
+                self.queue_recv(peer, at + place * bytes as u64, bytes)?;
+            }
+            Ok(())
+        })?;
+        self.await_group(cuda)
+    }
+
     /// Lets what is computed from here on wait for the last group.
     fn await_group(&self, cuda: &Cuda) -> Result<(), CommError> {
         Ok(cuda.wait(&self.done)?)
@@ -325,7 +346,12 @@ impl Transport<Cuda> for Nccl {
     fn start(&mut self, cuda: &Cuda, pulse: &Arc<Pulse>, _: Room) -> Result<(), CommError> {
         let place = (self.rank, self.stages);
         let open = |id| Link::open(cuda, self.library, place, id, pulse);
-        self.links = Some([open(self.ids.forward)?, open(self.ids.backward)?]);
+        let links = [open(self.ids.forward)?, open(self.ids.backward)?];
+        let words = cuda.zeros(WORDS)?;
+        for link in &links {
+            link.greet(cuda, &words, self.stages)?;
+        }
+        self.links = Some(links);
         Ok(())
     }
 

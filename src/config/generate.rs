@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use super::resolve;
-use super::run::{Device, Precision, RotaryPrecision, TemplateKind};
+use super::run::{Device, Precision, Quantization, RotaryPrecision, TemplateKind};
 
 /// How to generate.
 #[derive(Clone, Debug, PartialEq)]
@@ -14,6 +14,8 @@ pub struct GenerateOptions {
     pub adapter: Option<PathBuf>,
     /// Storage type of weights and activations.
     pub precision: Precision,
+    /// Storage of the linear layers of all blocks.
+    pub quantization: Quantization,
     /// Rounding of the rotary tables.
     pub rotary_table: RotaryPrecision,
     /// One stage per entry.
@@ -40,6 +42,7 @@ impl GenerateOptions {
             model,
             adapter: None,
             precision,
+            quantization: Quantization::None,
             rotary_table: precision.rotary_table(),
             devices,
             balance: None,

@@ -6,6 +6,7 @@ use serde_json::{Map, Value};
 
 use super::error::ConfigError;
 use super::file::read_text;
+use super::run::Quantization;
 
 /// Longest `config.json` that is read; real ones have some kilobytes.
 const MAX_BYTES: u64 = 1 << 20;
@@ -49,6 +50,9 @@ pub struct ModelConfig {
     pub pre_seq_len: Option<usize>,
     /// `prefix_projection` of a P-Tuning checkpoint's config.
     pub prefix_projection: bool,
+    /// How the linear layers of the blocks are held: in the folder, by `quantization_bit`; or, once a
+    /// run has opened it, on its devices.
+    pub quantization: Quantization,
 }
 
 impl ModelConfig {
@@ -94,6 +98,7 @@ impl ModelConfig {
             prefix_projection: keys
                 .optional("prefix_projection", |key| keys.flag(key))?
                 .unwrap_or(false),
+            quantization: keys.quantization()?,
         };
         config.check_together()?;
         Ok(config)
@@ -164,16 +169,6 @@ fn refuse_other_models(json: &Map<String, Value>) -> Result<(), String> {
     if !looks_like.is_empty() {
         return Err(format!("{looks_like}; {TRAINS}"));
     }
-    match json.get("quantization_bit") {
-        None | Some(Value::Null) => {}
-        Some(bits) if bits.as_u64() == Some(0) => {}
-        Some(bits) => {
-            return Err(format!(
-                "quantization_bit is {bits}: packed int8 and int4 folders cannot be trained on yet; \
-                 use the full folder (THUDM/chatglm-6b)"
-            ));
-        }
-    }
     match json.get("position_encoding_2d") {
         None | Some(Value::Bool(true)) => Ok(()),
         Some(found) => Err(format!(
@@ -222,6 +217,33 @@ impl Keys<'_> {
             .ok_or_else(|| {
                 format!("`{key}` is {found}; it must be a whole number from 1 to {most}")
             })
+    }
+
+    fn quantization(&self) -> Result<Quantization, String> {
+        let quantization = match self.0.get("quantization_bit") {
+            None | Some(Value::Null) => Quantization::None,
+            Some(bits) => match bits.as_u64() {
+                Some(0) => Quantization::None,
+                Some(8) => Quantization::Int8,
+                Some(4) => Quantization::Int4,
+                _ => {
+                    return Err(format!(
+                        "`quantization_bit` is {bits}; folders of 8 and of 4 bits are known: use \
+                         THUDM/chatglm-6b-int8, THUDM/chatglm-6b-int4 or the full folder \
+                         (THUDM/chatglm-6b)"
+                    ));
+                }
+            },
+        };
+        let key = "quantization_embeddings";
+        let embeddings = self.optional(key, |key| self.flag(key))?;
+        match quantization != Quantization::None && embeddings == Some(true) {
+            true => Err(format!(
+                "`{key}` is true; folders with a quantised embedding are not read: use one without \
+                 (THUDM/chatglm-6b-int4), or the full folder (THUDM/chatglm-6b) with --quantization"
+            )),
+            false => Ok(quantization),
+        }
     }
 
     fn token_id(&self, key: &str, vocab_size: usize) -> Result<u32, String> {

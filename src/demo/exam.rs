@@ -7,7 +7,7 @@ use serde::Serialize;
 use super::corpus::{self, Identity, Question, Who};
 use super::{DemoError, DemoOptions, rows};
 use crate::config::generate::GenerateOptions;
-use crate::config::run::{Device, Precision, RotaryPrecision};
+use crate::config::run::{Device, Precision, Quantization, RotaryPrecision};
 use crate::data::rows::PromptRow;
 use crate::data::tokenizer::{ConfigIds, TokenizerFiles};
 use crate::generate::Generator;
@@ -123,7 +123,7 @@ pub fn ask(
     questions: &Questions,
     options: &DemoOptions,
 ) -> Result<Answers, DemoError> {
-    let base = Base::open(model)?;
+    let base = Base::open(model, Quantization::None)?;
     let config = &base.config;
     let ids = ConfigIds::from(config);
     let (tokenizer, _) = TokenizerFiles::read(model)?.build(&ids, Some(config.vocab_size))?;

@@ -114,7 +114,7 @@ pub fn run(
     stop: &AtomicBool,
 ) -> Result<Outcome, GenerateError> {
     options.sampling.check()?;
-    let base = Base::open(&options.model)?;
+    let base = Base::open(&options.model, options.quantization)?;
     let wording = wording(options, &base, inputs, notify)?;
     let ready = prepare(&base, wording.as_ref(), inputs, notify)?;
     let Some(longest) = ready.iter().map(|row| row.prompt.input_ids.len()).max() else {

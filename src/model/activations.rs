@@ -1,6 +1,7 @@
 //! What the forward pass leaves for the backward pass, and the room that both share.
 
 use super::batch::{Batch, BatchLimits};
+use super::linear::LinearScratch;
 use crate::adapter::lora::LoraScratch;
 use crate::backend::{Backend, BackendError};
 use crate::config::run::Recompute;
@@ -24,6 +25,8 @@ pub struct ActivationShape {
     pub lora_rank: usize,
     /// Whether LoRA has dropout, which needs room for a copy of its input.
     pub lora_dropout: bool,
+    /// Weights of the largest layer that is held as codes; 0 for none.
+    pub dequantised: usize,
 }
 
 /// What attention leaves: the dear part, kept by `none` and `attention_free`.
@@ -156,8 +159,8 @@ pub struct Scratch<B: Backend> {
     pub prefix: B::Buffer<B::Element>,
     /// Its gradient.
     pub dprefix: B::Buffer<f32>,
-    /// Low-rank activations.
-    pub lora: LoraScratch<B>,
+    /// Room of the linear layers.
+    pub linear: LinearScratch<B>,
 }
 
 /// Room of a stage that is not bound to a micro-batch.
@@ -200,7 +203,10 @@ impl<B: Backend> Workspace<B> {
                 dinner: backend.zeros(rows * inner)?,
                 prefix: backend.zeros(prefix)?,
                 dprefix: backend.zeros(prefix)?,
-                lora: LoraScratch::new(backend, rows, shape.lora_rank, widest)?,
+                linear: LinearScratch {
+                    weight: backend.zeros(shape.dequantised)?,
+                    lora: LoraScratch::new(backend, rows, shape.lora_rank, widest)?,
+                },
             },
         })
     }

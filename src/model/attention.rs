@@ -90,10 +90,13 @@ impl<B: Backend> Attention<B> {
         scratch: &mut Scratch<B>,
     ) -> Result<(), BackendError> {
         let Scratch {
-            prefix: room, lora, ..
+            prefix: room,
+            linear,
+            ..
         } = scratch;
         let qkv = &mut acts.qkv;
-        self.query_key_value.forward(backend, qkv, x, batch, lora)?;
+        self.query_key_value
+            .forward(backend, qkv, x, batch, linear)?;
         self.rotate(backend, qkv, batch, rotary, false)?;
         let layer = self.query_key_value.layer;
         let prefix = match prefix {

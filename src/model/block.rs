@@ -69,9 +69,9 @@ impl<B: Backend> Block<B> {
         self.attend(shared, attention, dense, prefix, cache, scratch)?;
         self.norm2_and_widen(shared, attention, dense, scratch)?;
         let Shared { backend, batch, .. } = *shared;
-        let Scratch { branch, lora, .. } = scratch;
+        let Scratch { branch, linear, .. } = scratch;
         let narrow = &self.mlp.dense_4h_to_h;
-        narrow.forward(backend, branch, &dense.gelu, batch, lora)?;
+        narrow.forward(backend, branch, &dense.gelu, batch, linear)?;
         let len = batch.rows * narrow.out_features;
         backend.residual(out, &dense.norm2, RESIDUAL_ALPHA, branch, len)
     }
@@ -140,9 +140,9 @@ impl<B: Backend> Block<B> {
         let x = &dense.norm1;
         self.attention
             .forward(backend, attention, x, batch, rotary, prefix, cache, scratch)?;
-        let Scratch { branch, lora, .. } = scratch;
+        let Scratch { branch, linear, .. } = scratch;
         let layer = &self.attention.dense;
-        layer.forward(backend, branch, &attention.context, batch, lora)?;
+        layer.forward(backend, branch, &attention.context, batch, linear)?;
         let len = batch.rows * layer.out_features;
         backend.residual(&mut attention.sum, x, RESIDUAL_ALPHA, branch, len)
     }
@@ -161,7 +161,7 @@ impl<B: Backend> Block<B> {
         let sum = &attention.sum;
         self.norm2
             .forward(backend, norm2, norm2_stats, sum, batch.rows)?;
-        self.mlp.widen(backend, dense, batch, &mut scratch.lora)
+        self.mlp.widen(backend, dense, batch, &mut scratch.linear)
     }
 
     /// The lowest place of the block with something to train; `None` when there is nothing.
@@ -213,7 +213,14 @@ impl<B: Backend> Block<B> {
         let below = wanted(Depth::FourHToH);
         let dinner = below.then_some(&mut scratch.dinner);
         let narrow = &mut self.mlp.dense_4h_to_h;
-        narrow.backward(backend, dinner, dout, &dense.gelu, batch, &mut scratch.lora)?;
+        narrow.backward(
+            backend,
+            dinner,
+            dout,
+            &dense.gelu,
+            batch,
+            &mut scratch.linear,
+        )?;
         if !below {
             return Ok(());
         }
@@ -221,9 +228,9 @@ impl<B: Backend> Block<B> {
 
         let below = wanted(Depth::HTo4h);
         let dnorm2 = below.then_some(&mut scratch.branch);
-        let (dinner, lora) = (&scratch.dinner, &mut scratch.lora);
+        let (dinner, linear) = (&scratch.dinner, &mut scratch.linear);
         let widen = &mut self.mlp.dense_h_to_4h;
-        widen.backward(backend, dnorm2, dinner, &dense.norm2, batch, lora)?;
+        widen.backward(backend, dnorm2, dinner, &dense.norm2, batch, linear)?;
         if !below {
             return Ok(());
         }
@@ -243,9 +250,9 @@ impl<B: Backend> Block<B> {
 
         let below = wanted(Depth::Dense);
         let dcontext = below.then_some(&mut scratch.dcontext);
-        let (dsum, lora) = (&scratch.dsum, &mut scratch.lora);
+        let (dsum, linear) = (&scratch.dsum, &mut scratch.linear);
         let layer = &mut self.attention.dense;
-        layer.backward(backend, dcontext, dsum, &attention.context, batch, lora)?;
+        layer.backward(backend, dcontext, dsum, &attention.context, batch, linear)?;
         if !below {
             return Ok(());
         }
@@ -259,9 +266,9 @@ impl<B: Backend> Block<B> {
 
         let below = wanted(Depth::QueryKeyValue);
         let dnorm1 = below.then_some(&mut scratch.branch);
-        let (dqkv, lora) = (&scratch.dqkv, &mut scratch.lora);
+        let (dqkv, linear) = (&scratch.dqkv, &mut scratch.linear);
         let layer = &mut self.attention.query_key_value;
-        layer.backward(backend, dnorm1, dqkv, &dense.norm1, batch, lora)?;
+        layer.backward(backend, dnorm1, dqkv, &dense.norm1, batch, linear)?;
         if !below {
             return Ok(());
         }

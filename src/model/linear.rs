@@ -1,6 +1,7 @@
 //! A linear layer: frozen or trained weight and bias, and a LoRA beside it where one is asked for.
 
 use super::batch::Batch;
+use super::quantised::Matrix;
 use super::weights::LinearSite;
 use crate::adapter::Parameter;
 use crate::adapter::lora::{Lora, LoraNoise, LoraScratch};
@@ -38,6 +39,14 @@ impl<B: Backend> Weight<B> {
     }
 }
 
+/// Room that the linear layers of a stage share.
+pub struct LinearScratch<B: Backend> {
+    /// Weights of one layer out of their codes; empty where none is quantised.
+    pub weight: B::Buffer<B::Element>,
+    /// Low-rank activations.
+    pub lora: LoraScratch<B>,
+}
+
 /// `out = x weightᵀ + bias`, and LoRA's share.
 pub struct Linear<B: Backend> {
     /// Which layer of the block.
@@ -49,7 +58,7 @@ pub struct Linear<B: Backend> {
     /// O.
     pub out_features: usize,
     /// `[O, I]`.
-    pub weight: Weight<B>,
+    pub weight: Matrix<B>,
     /// `[O]`.
     pub bias: Weight<B>,
     /// Beside the weight.
@@ -84,7 +93,7 @@ impl<B: Backend> Linear<B> {
 
     /// Whether anything of this layer is trained.
     pub fn is_trained(&self) -> bool {
-        self.lora.is_some() || matches!(self.weight, Weight::Trained(_))
+        self.lora.is_some() || self.weight.is_trained()
     }
 
     /// `out [T, O]` from `x [T, I]`.
@@ -97,13 +106,15 @@ impl<B: Backend> Linear<B> {
         out: &mut B::Buffer<B::Element>,
         x: &B::Buffer<B::Element>,
         batch: &Batch<B>,
-        scratch: &mut LoraScratch<B>,
+        scratch: &mut LinearScratch<B>,
     ) -> Result<(), BackendError> {
         let shape = self.shape(batch.rows);
-        let (weight, bias) = (self.weight.values(), Some(self.bias.values()));
+        let weight = self.weight.values(backend, &mut scratch.weight)?;
+        let bias = Some(self.bias.values());
         backend.linear(out, x, weight, bias, shape, 1.0, false)?;
         if let Some(lora) = &self.lora {
-            lora.forward(backend, out, x, shape, scratch, self.noise(batch))?;
+            let noise = self.noise(batch);
+            lora.forward(backend, out, x, shape, &mut scratch.lora, noise)?;
         }
         Ok(())
     }
@@ -119,7 +130,7 @@ impl<B: Backend> Linear<B> {
         dout: &B::Buffer<B::Element>,
         x: &B::Buffer<B::Element>,
         batch: &Batch<B>,
-        scratch: &mut LoraScratch<B>,
+        scratch: &mut LinearScratch<B>,
     ) -> Result<(), BackendError> {
         let shape = self.shape(batch.rows);
         if let Some(dweight) = self.weight.accumulate() {
@@ -129,11 +140,12 @@ impl<B: Backend> Linear<B> {
             backend.bias_gradient(dbias, dout, shape)?;
         }
         if let Some(dx) = dx.as_deref_mut() {
-            backend.linear_backward(dx, dout, self.weight.values(), shape, 1.0, false)?;
+            let weight = self.weight.values(backend, &mut scratch.weight)?;
+            backend.linear_backward(dx, dout, weight, shape, 1.0, false)?;
         }
         let noise = self.noise(batch);
         if let Some(lora) = &mut self.lora {
-            lora.backward(backend, dx, dout, x, shape, scratch, noise)?;
+            lora.backward(backend, dx, dout, x, shape, &mut scratch.lora, noise)?;
         }
         Ok(())
     }

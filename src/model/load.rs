@@ -1,6 +1,9 @@
 //! From tensors in files to the layers of a stage.
 
+use std::path::PathBuf;
 use std::sync::Arc;
+
+use half::f16;
 
 use super::ModelError;
 use super::attention::Attention;
@@ -8,15 +11,17 @@ use super::block::Block;
 use super::linear::{Linear, Weight};
 use super::mlp::Mlp;
 use super::norm::LayerNorm;
+use super::quantised::{self, Matrix, QuantisedWeight};
 use super::trainables::{self, Trainables};
-use super::weights::{LinearSite, NormSite};
+use super::weights::{self, LinearSite, NormSite};
 use crate::adapter::lora::Lora;
 use crate::adapter::prefix::PrefixEncoder;
 use crate::adapter::{AdapterError, Parameter, ParameterSpec, ParameterState};
-use crate::backend::{AttentionLayout, Backend, Element, Pulse};
-use crate::checkpoint::TensorSource;
+use crate::backend::{AttentionLayout, Backend, Element, ElementsMut, Pulse};
+use crate::checkpoint::{CheckpointError, Dtype, TensorSource};
 use crate::config::model::ModelConfig;
 use crate::config::run::AdapterSection;
+use crate::quant::{Bits, QuantError, check_cols, quantise_row};
 
 /// Gives a trainable tensor (or its part) its values and moments: from a file, a saved run, or by
 /// random numbers.
@@ -35,7 +40,7 @@ pub struct Loader<'a, B: Backend> {
     pub trainables: &'a Trainables,
     /// Values of what is trained.
     pub initial: InitialState<'a>,
-    /// Beats with every tensor that is loaded, and with every block that is computed later.
+    /// Beats with every piece of a tensor that is loaded, and with every block that is computed later.
     pub pulse: &'a Arc<Pulse>,
     /// Whether this is the stage that counts parameters held by several stages.
     pub first_stage: bool,
@@ -44,15 +49,86 @@ pub struct Loader<'a, B: Backend> {
 impl<B: Backend> Loader<'_, B> {
     /// A tensor of the base model, in the storage type.
     fn frozen(&self, name: &str) -> Result<Weight<B>, ModelError> {
-        let values: Vec<B::Element> = self
-            .source
-            .read(name)?
-            .to_f32()?
-            .into_iter()
-            .map(B::Element::from_f32)
-            .collect();
+        let tensor = self.source.open(name)?;
+        let upload = |start, out: &mut [B::Element]| {
+            let read = match B::Element::by_type(out) {
+                ElementsMut::F32(out) => tensor.read_f32(start, out),
+                ElementsMut::F16(out) => tensor.read_f16(start, out),
+            };
+            self.read(name, read)
+        };
+        let values = self
+            .backend
+            .upload_pieces(tensor.element_count(), 1, upload)?;
+        Ok(Weight::Frozen(values))
+    }
+
+    /// A piece of a tensor is read, or could not be.
+    fn read(&self, name: &str, read: Result<(), CheckpointError>) -> Result<(), ModelError> {
         self.pulse.beat();
-        Ok(Weight::Frozen(self.backend.upload(&values)?))
+        Ok(read.map_err(|error| error.in_tensor(&self.file(name), name))?)
+    }
+
+    fn file(&self, name: &str) -> PathBuf {
+        self.source
+            .info(name)
+            .map(|info| info.file)
+            .unwrap_or_default()
+    }
+
+    /// The weight of a linear layer as codes: those of a quantised folder, or made of the weights row
+    /// by row.
+    fn quantised(
+        &self,
+        site: LinearSite,
+        name: &str,
+        bits: Bits,
+    ) -> Result<QuantisedWeight<B>, ModelError> {
+        let (cols, rows) = site.features(self.config);
+        let wrong = |reason| ModelError::Quantised {
+            file: self.file(name),
+            name: name.to_owned(),
+            reason,
+        };
+        check_cols(cols, bits).map_err(wrong)?;
+        let row_bytes = bits.row_bytes(cols);
+        let tensor = self.source.open(name)?;
+        let mut scales = vec![f16::ZERO; rows];
+        let codes = if tensor.dtype() == Dtype::I8 {
+            let scale_name = weights::scale_name(name);
+            let stored = self.source.open(&scale_name)?;
+            let read = stored.read_f16(0, &mut scales);
+            self.read(&scale_name, read)?;
+            if let Some(row) = scales.iter().position(|scale| !scale.is_finite()) {
+                return Err(wrong(QuantError::Scale { row }));
+            }
+            let upload = |start, out: &mut [i8]| {
+                let read = tensor.read_i8(start, out);
+                self.read(name, read)
+            };
+            self.backend.upload_pieces(rows * row_bytes, 1, upload)?
+        } else {
+            let mut row_values = vec![f16::ZERO; cols];
+            let upload = |start, out: &mut [i8]| {
+                for (index, codes) in out.chunks_exact_mut(row_bytes).enumerate() {
+                    let row = start / row_bytes + index;
+                    let read = tensor.read_f16(row * cols, &mut row_values);
+                    self.read(name, read)?;
+                    scales[row] = quantise_row(codes, &row_values, bits)
+                        .map_err(|col| wrong(QuantError::NotFinite { row, col }))?;
+                }
+                Ok::<_, ModelError>(())
+            };
+            self.backend
+                .upload_pieces(rows * row_bytes, row_bytes, upload)?
+        };
+        Ok(QuantisedWeight {
+            codes,
+            scales: self.backend.upload(&scales)?,
+            bits,
+            rows,
+            cols,
+        })
     }
 
     /// A tensor of the base model: `name` among the trainables, `file_name` in the files.
@@ -120,7 +196,12 @@ impl<B: Backend> Loader<'_, B> {
             layer,
             in_features,
             out_features,
-            weight: tensor("weight")?,
+            weight: match quantised::bits(self.config.quantization) {
+                Some(bits) => {
+                    Matrix::Quantised(self.quantised(site, &format!("{module}.weight"), bits)?)
+                }
+                None => Matrix::Plain(tensor("weight")?),
+            },
             bias: tensor("bias")?,
             lora: None,
             lora_dropout: 0.0,

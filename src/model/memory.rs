@@ -3,9 +3,10 @@
 //! The terms mirror what `Stage::load` allocates, field by field; a test holds them together.
 
 use super::head::chunk_rows;
+use super::quantised::{self, dequantised_len};
 use super::stage::ChunkShape;
 use super::trainables::Trainables;
-use super::weights;
+use super::weights::{self, LinearSite};
 use crate::config::model::ModelConfig;
 use crate::config::run::{AdapterSection, Recompute};
 
@@ -109,8 +110,16 @@ pub fn stage_bytes(
     } else {
         0
     };
-    let workspace =
-        t * (4 * h + 2 * h * e) + attention + dense + scratch + lora + head + rotary + mailboxes;
+    let dequantised = dequantised_len(config) as u64 * e;
+    let workspace = t * (4 * h + 2 * h * e)
+        + attention
+        + dense
+        + scratch
+        + lora
+        + dequantised
+        + head
+        + rotary
+        + mailboxes;
     StageBytes {
         weights: weight_bytes(config, trainables, sizes),
         trainables: trainable_bytes(config, trainables, sizes),
@@ -141,10 +150,20 @@ fn base_values(config: &ModelConfig, tied: bool, sizes: &StageSizes) -> u64 {
 }
 
 fn weight_bytes(config: &ModelConfig, trainables: &Trainables, sizes: &StageSizes) -> u64 {
-    match trainables.is_full() {
-        true => 0,
-        false => base_values(config, trainables.tied, sizes) * sizes.element_size as u64,
+    if trainables.is_full() {
+        return 0;
     }
+    let element_size = sizes.element_size as u64;
+    let stored = base_values(config, trainables.tied, sizes) * element_size;
+    let Some(bits) = quantised::bits(config.quantization) else {
+        return stored;
+    };
+    // In place of the values: codes, and a half per row.
+    let saved = LinearSite::ALL.into_iter().map(|site| {
+        let (cols, rows) = site.features(config);
+        (rows * cols) as u64 * element_size - (rows * (bits.row_bytes(cols) + 2)) as u64
+    });
+    stored - sizes.layers().count() as u64 * saved.sum::<u64>()
 }
 
 fn trainable_bytes(config: &ModelConfig, trainables: &Trainables, sizes: &StageSizes) -> u64 {

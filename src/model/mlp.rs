@@ -2,8 +2,7 @@
 
 use super::activations::DenseActivations;
 use super::batch::Batch;
-use super::linear::Linear;
-use crate::adapter::lora::LoraScratch;
+use super::linear::{Linear, LinearScratch};
 use crate::backend::{Backend, BackendError};
 
 /// The two linear layers around GELU.
@@ -24,7 +23,7 @@ impl<B: Backend> Mlp<B> {
         backend: &B,
         acts: &mut DenseActivations<B>,
         batch: &Batch<B>,
-        scratch: &mut LoraScratch<B>,
+        scratch: &mut LinearScratch<B>,
     ) -> Result<(), BackendError> {
         let layer = &self.dense_h_to_4h;
         layer.forward(backend, &mut acts.inner, &acts.norm2, batch, scratch)?;

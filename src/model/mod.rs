@@ -11,6 +11,7 @@ pub mod load;
 pub mod memory;
 pub mod mlp;
 pub mod norm;
+pub mod quantised;
 pub mod rotary;
 pub mod stage;
 pub mod trainables;
@@ -20,7 +21,8 @@ use std::path::PathBuf;
 
 use crate::adapter::AdapterError;
 use crate::backend::BackendError;
-use crate::checkpoint::CheckpointError;
+use crate::checkpoint::{CheckpointError, Dtype};
+use crate::quant::QuantError;
 
 /// Why a model could not be put together or run.
 #[derive(Debug, thiserror::Error)]
@@ -58,6 +60,53 @@ pub enum ModelError {
         found: Vec<usize>,
         /// Shape by config.json.
         expected: Vec<usize>,
+    },
+    /// A tensor of numbers where codes should be, or of codes where numbers should be.
+    #[error(
+        "{file}: `{name}` holds {found}, but config.json {expected}: are both from one model folder?"
+    )]
+    WrongElements {
+        /// The file.
+        file: PathBuf,
+        /// The tensor.
+        name: String,
+        /// Its elements.
+        found: Dtype,
+        /// What config.json says.
+        expected: &'static str,
+    },
+    /// A quantised folder, and other codes asked for.
+    #[error(
+        "{folder} holds {found} weights, of which {asked} cannot be made: leave out \
+         `quantization = \"{asked}\"` (--quantization) to use them as they are, or give the folder of \
+         the full model (THUDM/chatglm-6b)"
+    )]
+    OtherCodes {
+        /// The model folder.
+        folder: PathBuf,
+        /// What it holds.
+        found: &'static str,
+        /// What was asked for.
+        asked: &'static str,
+    },
+    /// Whole-model training from a quantised folder.
+    #[error(
+        "{found} weights cannot be trained: use adapter.kind = \"lora\" or \"prefix\", or the folder of \
+         the full model (THUDM/chatglm-6b)"
+    )]
+    TrainedCodes {
+        /// What it holds.
+        found: &'static str,
+    },
+    /// A weight that cannot be quantised, or a quantised one that is damaged.
+    #[error("{file}: `{name}`: {reason}")]
+    Quantised {
+        /// The file.
+        file: PathBuf,
+        /// The tensor.
+        name: String,
+        /// What is wrong with it.
+        reason: QuantError,
     },
     /// A LoRA target that the model does not have.
     #[error("target_modules: this model has no linear layer `{name}`; it has {known}")]

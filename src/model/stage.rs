@@ -12,11 +12,13 @@ use super::embedding::Embedding;
 use super::head::{Head, HeadMatrix, Logits, LogitsRows};
 use super::linear::Weight;
 use super::load::Loader;
+use super::quantised::dequantised_len;
 use super::rotary::{Rotary, RotaryPrecision};
 use super::weights::{FINAL_NORM, HeadSource, LM_HEAD, WORD_EMBEDDINGS};
 use crate::adapter::Parameter;
 use crate::adapter::prefix::PrefixEncoder;
 use crate::backend::{Backend, Pulse};
+use crate::checkpoint::pieces::same_tensor;
 use crate::config::run::{AdapterSection, Recompute};
 
 /// What a stage holds and how much it must have room for.
@@ -111,6 +113,7 @@ impl<B: Backend> Stage<B> {
             key_value_width: 2 * config.hidden_size,
             lora_rank,
             lora_dropout,
+            dequantised: dequantised_len(config),
         };
         let full = trainables.is_full();
         let tied = full && head_source.tied;
@@ -524,12 +527,9 @@ fn lm_head<B: Backend>(
     source: &HeadSource,
 ) -> Result<Option<Weight<B>>, ModelError> {
     if shape.embedding {
-        let same_bytes = || -> Result<bool, ModelError> {
-            let embedding = loader.source.read(source.embedding)?;
-            Ok(embedding == loader.source.read(source.head)?)
-        };
+        let same = || same_tensor(loader.source, source.embedding, source.head);
         let full = loader.trainables.is_full();
-        if source.tied || (!full && same_bytes()?) {
+        if source.tied || (!full && same()?) {
             return Ok(None);
         }
     }

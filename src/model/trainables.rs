@@ -2,12 +2,12 @@
 
 use std::ops::Range;
 
-use super::ModelError;
 use super::weights::{self, LinearSite};
+use super::{ModelError, quantised};
 use crate::adapter::prefix::PrefixShape;
 use crate::adapter::{ParameterSpec, Role, Slice};
 use crate::config::model::ModelConfig;
-use crate::config::run::AdapterSection;
+use crate::config::run::{AdapterSection, Quantization};
 
 /// Lead of LoRA names in PEFT's files.
 const PEFT_LEAD: &str = "base_model.model";
@@ -47,7 +47,7 @@ impl Trainables {
     /// The trainable tensors of `adapter` on a model.
     ///
     /// # Errors
-    /// A LoRA target that the model does not have.
+    /// A LoRA target that the model does not have, or a quantised model trained as a whole.
     pub fn new(
         config: &ModelConfig,
         adapter: &AdapterSection,
@@ -58,6 +58,11 @@ impl Trainables {
             AdapterSection::Prefix(prefix) => {
                 let shape = prefix_shape(config, prefix.pre_seq_len);
                 prefix_specs(config.num_layers, shape, prefix.prefix_projection)
+            }
+            AdapterSection::Full(_) if config.quantization != Quantization::None => {
+                return Err(ModelError::TrainedCodes {
+                    found: quantised::word(config.quantization),
+                });
             }
             AdapterSection::Full(_) => base_specs(config, tied),
         };

@@ -1,7 +1,8 @@
 //! The only table of checkpoint names: which tensors a ChatGLM-6B model has, and their shapes.
 
-use super::ModelError;
-use crate::checkpoint::TensorSource;
+use super::{ModelError, quantised};
+use crate::checkpoint::pieces::same_tensor;
+use crate::checkpoint::{Dtype, TensorInfo, TensorSource};
 use crate::config::model::ModelConfig;
 
 /// `[V, H]`.
@@ -113,6 +114,11 @@ pub fn block_tensors(config: &ModelConfig, layer: usize) -> Vec<NamedShape> {
     tensors
 }
 
+/// Name of the scales beside a weight that is stored as codes.
+pub fn scale_name(weight: &str) -> String {
+    format!("{weight}_scale")
+}
+
 /// All tensors of a model, lm_head included, in the order of the forward pass.
 pub fn model_tensors(config: &ModelConfig) -> Vec<NamedShape> {
     let (vocab, hidden) = (config.vocab_size, config.hidden_size);
@@ -144,15 +150,72 @@ pub struct HeadSource {
     pub warning: Option<String>,
 }
 
-/// Checks names and shapes of a model folder against its configuration.
+/// A tensor as the files hold it.
+struct Stored {
+    name: String,
+    shape: Vec<usize>,
+    /// Whether its elements are codes.
+    codes: bool,
+}
+
+/// What the files of a model hold when its linear layers are as `config.quantization` says.
+fn stored_tensors(config: &ModelConfig) -> Vec<Stored> {
+    let plain = |(name, shape)| Stored {
+        name,
+        shape,
+        codes: false,
+    };
+    let Some(bits) = quantised::bits(config.quantization) else {
+        return model_tensors(config).into_iter().map(plain).collect();
+    };
+    let mut stored = Vec::new();
+    for (name, shape) in model_tensors(config) {
+        match shape[..] {
+            [rows, cols] if name != WORD_EMBEDDINGS && name != LM_HEAD => {
+                stored.push(plain((scale_name(&name), vec![rows])));
+                stored.push(Stored {
+                    name,
+                    shape: vec![rows, bits.row_bytes(cols)],
+                    codes: true,
+                });
+            }
+            _ => stored.push(plain((name, shape))),
+        }
+    }
+    stored
+}
+
+/// Refuses codes where numbers should be, and the other way round.
+fn check_elements(expected: &Stored, info: &TensorInfo) -> Result<(), ModelError> {
+    if expected.codes == (info.dtype == Dtype::I8) {
+        return Ok(());
+    }
+    Err(ModelError::WrongElements {
+        file: info.file.clone(),
+        name: expected.name.clone(),
+        found: info.dtype,
+        expected: match expected.codes {
+            true => "gives a quantization_bit, so that it should be I8",
+            false => "gives no quantization_bit for it, so that it should be F16",
+        },
+    })
+}
+
+/// Checks names, shapes and codes of a model folder against its configuration, whose `quantization` is
+/// that of the folder.
 ///
 /// # Errors
 /// A missing, extra or misshapen tensor, by name; reading fails.
 pub fn check(source: &dyn TensorSource, config: &ModelConfig) -> Result<HeadSource, ModelError> {
-    let expected = model_tensors(config);
+    let expected = stored_tensors(config);
     let mut missing = Vec::new();
-    for (name, shape) in &expected {
-        match source.info(name) {
+    for tensor in &expected {
+        let Stored { name, shape, .. } = tensor;
+        let info = source.info(name);
+        if let Some(info) = &info {
+            check_elements(tensor, info)?;
+        }
+        match info {
             Some(info) if info.shape == *shape => {}
             Some(info) => {
                 return Err(ModelError::WrongShape {
@@ -180,7 +243,7 @@ pub fn check(source: &dyn TensorSource, config: &ModelConfig) -> Result<HeadSour
     let names = source.names();
     let extra: Vec<&String> = names
         .iter()
-        .filter(|name| !is_ignored(name) && !expected.iter().any(|(known, _)| known == *name))
+        .filter(|name| !is_ignored(name) && !expected.iter().any(|known| known.name == **name))
         .collect();
     if let Some(name) = extra.first() {
         return Err(ModelError::ExtraTensor {
@@ -217,7 +280,7 @@ fn head_source(
         (false, _) => both(LM_HEAD, None),
         (true, true) if config.tie_word_embeddings => {
             // Hugging Face's loader shares the matrices and reads lm_head last, so that it wins.
-            let differ = source.read(WORD_EMBEDDINGS)?.bytes != source.read(LM_HEAD)?.bytes;
+            let differ = !same_tensor(source, WORD_EMBEDDINGS, LM_HEAD)?;
             let warning = format!(
                 "`{WORD_EMBEDDINGS}` and `{LM_HEAD}` differ although config.json ties them (its \
                  default); `{LM_HEAD}` is used for both, as Hugging Face does. Set \

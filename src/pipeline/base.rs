@@ -18,12 +18,15 @@ use crate::checkpoint::{CheckpointError, ModelFolder, TensorSource};
 use crate::comm::{CommError, in_process, nccl, peer_copy};
 use crate::config::error::ConfigError;
 use crate::config::model::ModelConfig;
-use crate::config::run::{AdapterSection, Device, Precision, Recompute, TransportKind};
+use crate::config::run::{
+    AdapterSection, Device, Precision, Quantization, Recompute, TransportKind,
+};
 use crate::data::DataError;
 use crate::data::tokenizer::TokenizerError;
 use crate::model::ModelError;
 use crate::model::head::chunk_rows;
 use crate::model::memory::{self, StageSizes};
+use crate::model::quantised;
 use crate::model::rotary::RotaryPrecision;
 use crate::model::trainables::Trainables;
 use crate::model::weights::{self, HeadSource};
@@ -335,14 +338,17 @@ impl StagePlan {
 }
 
 impl Base {
-    /// Opens a model folder and checks that it holds what `config.json` says, no more and no less.
+    /// Opens a model folder and checks that it holds what `config.json` says, no more and no less. Its
+    /// linear layers will be held as `quantization` says, or as a quantised folder has them.
     ///
     /// # Errors
-    /// A file is missing or damaged; a tensor is missing, extra or misshapen.
-    pub fn open(path: &Path) -> Result<Self, StartError> {
-        let config = ModelConfig::from_json_file(&path.join("config.json"))?;
+    /// A file is missing or damaged; a tensor is missing, extra or misshapen; the folder has other
+    /// codes than `quantization` asks for.
+    pub fn open(path: &Path, quantization: Quantization) -> Result<Self, StartError> {
+        let mut config = ModelConfig::from_json_file(&path.join("config.json"))?;
         let folder = ModelFolder::open(path)?;
         let head_source = weights::check(&folder, &config)?;
+        config.quantization = quantised::chosen(quantization, config.quantization, path)?;
         Ok(Base {
             config,
             source: Arc::new(folder),

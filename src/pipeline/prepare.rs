@@ -49,7 +49,7 @@ impl Prepared {
         state: SamplerState,
         on_progress: OnProgress<'_>,
     ) -> Result<Self, StartError> {
-        let base = Base::open(&config.model.path)?;
+        let base = Base::open(&config.model.path, config.model.quantization)?;
         let mut warnings: Vec<String> = base.head_source.warning.iter().cloned().collect();
         let tokenizer = open_tokenizer(config, &base.config, &mut warnings)?;
         let settings = data_settings(config);

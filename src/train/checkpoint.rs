@@ -153,6 +153,11 @@ impl Resumed {
             &now.model.precision,
         );
         fact(
+            "model.quantization",
+            &then.model.quantization,
+            &now.model.quantization,
+        );
+        fact(
             "model.rotary_table",
             &then.model.rotary_table,
             &now.model.rotary_table,

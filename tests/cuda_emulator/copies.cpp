@@ -11,6 +11,10 @@ static CUresult check_range(const char* call, const char* what, CUdeviceptr addr
     if (!allocation) return refuse(invalid_value, "%s: the %s range of %zu bytes is outside of any allocation", call, what, bytes);
     return success;
 }
+// Before the work is done: the ranges may have been freed since it was put in.
+static CUresult still_there(const char* call, CUdeviceptr address, size_t bytes) {
+    return find_allocation(address, bytes) ? success : refuse(illegal_address, "%s: memory was freed before the stream came to it", call);
+}
 static int device_of(CUdeviceptr address) {
     const auto allocation = find_allocation(address, 0);
     return !allocation || allocation->residence == Residence::pinned ? -1 : allocation->device;
@@ -34,10 +38,18 @@ static CUresult copy_to_device(CUdeviceptr to, const void* from, size_t bytes, v
     if (const CUresult error = check_range("copy to the device", "destination", to, bytes)) return error;
     count_copy(Direction::to_device, bytes);
     if (pinned(from, bytes)) {  // read when the stream gets there: it may not change before
-        enqueue(stream, [=] { return memcpy((void*)to, from, bytes), success; });
+        enqueue(stream, [=] {
+            const CUresult gone = still_there("copy to the device", to, bytes);
+            if (gone == success) memcpy((void*)to, from, bytes);
+            return gone;
+        });
     } else {
         auto staged = std::make_shared<std::vector<char>>((const char*)from, (const char*)from + bytes);
-        enqueue(stream, [=] { return memcpy((void*)to, staged->data(), bytes), success; });
+        enqueue(stream, [=] {
+            const CUresult gone = still_there("copy to the device", to, bytes);
+            if (gone == success) memcpy((void*)to, staged->data(), bytes);
+            return gone;
+        });
     }
     return wait ? finish(stream) : success;
 }
@@ -49,11 +61,22 @@ static CUresult copy_to_host(void* to, CUdeviceptr from, size_t bytes, void* han
     if (bytes == 0) return success;
     if (const CUresult error = check_range("copy to the host", "source", from, bytes)) return error;
     count_copy(Direction::to_host, bytes);
-    enqueue(stream, [=] { return memcpy(to, (const void*)from, bytes), success; });
+    enqueue(stream, [=] {
+        const CUresult gone = still_there("copy to the host", from, bytes);
+        if (gone == success) memcpy(to, (const void*)from, bytes);
+        return gone;
+    });
     if (!wait && pinned(to, bytes)) return success;
     count_on(current->device, "synchronisations");
     trace("synchronise", "\"call\":\"copy to pageable memory\"");
     return finish(stream);
+}
+
+static CUresult move(CUdeviceptr to, CUdeviceptr from, size_t bytes) {
+    if (const CUresult gone = still_there("copy on the device", to, bytes)) return gone;
+    if (const CUresult gone = still_there("copy on the device", from, bytes)) return gone;
+    memcpy((void*)to, (const void*)from, bytes);
+    return success;
 }
 
 static CUresult copy_between_devices(CUdeviceptr to, CUdeviceptr from, size_t bytes, const StreamRef& stream) {
@@ -64,7 +87,7 @@ static CUresult copy_between_devices(CUdeviceptr to, CUdeviceptr from, size_t by
     if (planned_always("peer_copy_error", device)) return refuse(peer_access_unsupported, "copy between devices: fails, as EMULATOR_FAIL says");
     if (planned_always("peer_copy_hang", device)) return enqueue_hang(stream);
     if (planned_always("peer_copy_garbage", device)) return enqueue(stream, [=] { return memset((void*)to, 0x55, bytes), success; });
-    return enqueue(stream, [=] { return memcpy((void*)to, (const void*)from, bytes), success; });
+    return enqueue(stream, [=] { return move(to, from, bytes); });
 }
 
 static CUresult copy_on_device(CUdeviceptr to, CUdeviceptr from, size_t bytes, void* handle) {
@@ -78,7 +101,7 @@ static CUresult copy_on_device(CUdeviceptr to, CUdeviceptr from, size_t bytes, v
     const int there = device_of(to), here = device_of(from);
     if (there >= 0 && here >= 0 && there != here) return copy_between_devices(to, from, bytes, stream);
     count_copy(Direction::on_device, bytes);
-    return enqueue(stream, [=] { return memcpy((void*)to, (const void*)from, bytes), success; });
+    return enqueue(stream, [=] { return move(to, from, bytes); });
 }
 
 static CUresult copy_peer(CUdeviceptr to, const Context* to_context, CUdeviceptr from, const Context* from_context, size_t bytes, void* handle) {
@@ -110,7 +133,8 @@ static CUresult fill_words(CUdeviceptr to, const void* word, size_t word_bytes, 
     trace("fill", "\"bytes\":" + std::to_string(word_bytes * words));
     uint32_t value = 0;
     memcpy(&value, word, word_bytes);
-    return enqueue(stream, [=] {
+    return enqueue(stream, [=]() -> CUresult {
+        if (const CUresult gone = still_there("memset", to, word_bytes * words)) return gone;
         char* p = (char*)to;
         if (word_bytes == 1) memset(p, (int)value, words);
         else for (size_t i = 0; i < words; i++) memcpy(p + i * word_bytes, &value, word_bytes);

@@ -58,7 +58,9 @@ void trace(const char* event, const std::string& members) {
         return path == nullptr ? -1 : open(path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0666);
     }();
     if (file < 0) return;
-    const std::string line = "{\"event\":" + json_text(event) + (members.empty() ? "" : "," + members) + "}\n";
+    const bool named = current == nullptr || members.find("\"device\":") != std::string::npos;
+    const std::string device = named ? "" : ",\"device\":" + std::to_string(current->device);
+    const std::string line = "{\"event\":" + json_text(event) + device + (members.empty() ? "" : "," + members) + "}\n";
     if (write(file, line.data(), line.size()) < 0) perror("emulator: EMULATOR_TRACE");
 }
 

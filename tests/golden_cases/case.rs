@@ -120,6 +120,7 @@ impl Family {
         let words = text("weights")?.split(|c: char| c.is_whitespace() || "()".contains(c));
         let folders = words.filter(|word| word.ends_with('/') && *word != "model/");
         Ok(Case {
+            name: name.to_owned(),
             hyper_parameters: entry["hyper_parameters"].clone(),
             folders: folders.map(|word| self.folder.join(word)).collect(),
             source,
@@ -165,6 +166,8 @@ impl std::fmt::Display for Role {
 
 /// One case.
 pub struct Case {
+    /// As the manifest calls it.
+    pub name: String,
     /// As the manifest has them.
     pub hyper_parameters: Value,
     /// The folders of adapters and prefixes that the case names.

@@ -205,7 +205,7 @@ fn alone<B: Golden>(
         rotary_table: RotaryPrecision::F32,
         ..GenerateOptions::new(family.model_folder(), vec![B::DEVICE])
     };
-    let base = Base::open(&options.model)?;
+    let base = Base::open(&options.model, options.quantization)?;
     let mut generator = Generator::start(&base, &options, prompts.max_len())?;
     for sequence in &prompts.sequences {
         let rows = sequence.start..sequence.start + sequence.len;

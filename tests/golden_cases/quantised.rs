@@ -1,10 +1,13 @@
-//! Weights quantised on the host: codes, scales, and the model on what they stand for.
+//! A base of codes: codes and scales, and the model on what they stand for, which must be the model on
+//! those weights, bit for bit.
 
 use std::sync::Arc;
 
 use half::f16;
-use mp_train::checkpoint::{CheckpointError, HostTensor, TensorInfo, TensorSource};
-use mp_train::model::weights::LinearSite;
+use mp_train::checkpoint::{CheckpointError, Dtype, HostTensor, TensorInfo, TensorSource};
+use mp_train::config::run::Quantization;
+use mp_train::model::quantised;
+use mp_train::model::weights::{LinearSite, scale_name};
 use mp_train::quant::{Bits, QuantisedMatrix};
 
 use super::adapter::Adapter;
@@ -12,25 +15,41 @@ use super::batch::{Padding, Stored};
 use super::case::{Case, Family};
 use super::compare::{Found, FoundTensors, Report};
 use super::single::Parts;
-use super::{Golden, Outcome, forward, gradients};
+use super::{Golden, Outcome, forward, gradients, training};
+
+/// What stands in the model's files in place of the four linear layers of every block.
+#[derive(Clone, Copy, PartialEq)]
+enum Form {
+    /// Codes and scales, as THUDM's `quantize()` leaves them.
+    Codes,
+    /// The weights that they stand for, rounded to float16 as the original does.
+    Rounded,
+    /// The same without that rounding.
+    Unrounded,
+}
 
 /// The model's files with the four linear layers of every block quantised.
 struct Quantised {
     model: Arc<dyn TensorSource>,
     bits: Bits,
-    /// Whether `code * scale` is rounded to float16, as the original does.
-    rounded: bool,
+    form: Form,
+}
+
+/// The weight that a tensor of scales belongs to.
+fn weight_of(scale: &str) -> Option<&str> {
+    let weight = scale.strip_suffix("_scale")?;
+    (scale_name(weight) == scale && is_quantised(weight)).then_some(weight)
+}
+
+fn is_quantised(name: &str) -> bool {
+    let Some(module) = name.strip_suffix(".weight") else {
+        return false;
+    };
+    let site = module.rsplit('.').next().unwrap_or(module);
+    module.contains(".layers.") && LinearSite::ALL.iter().any(|known| known.target() == site)
 }
 
 impl Quantised {
-    fn is_quantised(name: &str) -> bool {
-        let Some(module) = name.strip_suffix(".weight") else {
-            return false;
-        };
-        let site = module.rsplit('.').next().unwrap_or(module);
-        module.contains(".layers.") && LinearSite::ALL.iter().any(|known| known.target() == site)
-    }
-
     fn matrix(&self, name: &str) -> Result<QuantisedMatrix, CheckpointError> {
         let tensor = self.model.read(name)?;
         let (rows, cols) = (tensor.shape[0], tensor.shape[1]);
@@ -41,58 +60,140 @@ impl Quantised {
 
 impl TensorSource for Quantised {
     fn names(&self) -> Vec<String> {
-        self.model.names()
+        let names = self.model.names();
+        let scales = names.iter().filter(|name| is_quantised(name));
+        let scales: Vec<String> = scales.map(|name| scale_name(name)).collect();
+        match self.form {
+            Form::Codes => names.into_iter().chain(scales).collect(),
+            Form::Rounded | Form::Unrounded => names,
+        }
     }
 
     fn info(&self, name: &str) -> Option<TensorInfo> {
-        self.model.info(name)
+        let (name, scale) = match weight_of(name) {
+            Some(weight) if self.form == Form::Codes => (weight, true),
+            _ => (name, false),
+        };
+        let mut info = self.model.info(name)?;
+        if scale {
+            info.shape.pop();
+            info.dtype = Dtype::F16;
+        } else if self.form == Form::Codes && is_quantised(name) {
+            info.shape[1] = self.bits.row_bytes(info.shape[1]);
+            info.dtype = Dtype::I8;
+        }
+        Some(info)
     }
 
     fn read(&self, name: &str) -> Result<HostTensor, CheckpointError> {
-        if !Quantised::is_quantised(name) {
+        if let Some(weight) = weight_of(name).filter(|_| self.form == Form::Codes) {
+            let matrix = self.matrix(weight)?;
+            return HostTensor::from_f16([matrix.rows], &matrix.scales);
+        }
+        if !is_quantised(name) {
             return self.model.read(name);
         }
         let matrix = self.matrix(name)?;
         let shape = [matrix.rows, matrix.cols];
-        match self.rounded {
-            true => HostTensor::from_f16(shape, &matrix.dequantised()),
-            false => HostTensor::from_f32(shape, &matrix.dequantised_unrounded()),
+        match self.form {
+            Form::Rounded => HostTensor::from_f16(shape, &matrix.dequantised()),
+            Form::Unrounded => HostTensor::from_f32(shape, &matrix.dequantised_unrounded()),
+            Form::Codes => {
+                let bytes = matrix.codes.iter().map(|code| code.to_le_bytes()[0]);
+                let shape = self.info(name).unwrap().shape;
+                HostTensor::new(Dtype::I8, shape, bytes.collect())
+            }
         }
     }
 }
 
 pub fn run<B: Golden>(family: &Family, case: &Case, report: &mut Report<'_>) -> Outcome<()> {
-    let bits = match case.hyper::<u32>("bits")? {
-        8 => Bits::Eight,
-        4 => Bits::Four,
+    let quantization = match case.hyper::<u32>("bits")? {
+        8 => Quantization::Int8,
+        4 => Quantization::Int4,
         bits => return Err(format!("{bits} bits").into()),
     };
-    let quantised = |rounded| {
+    let bits = quantised::bits(quantization).ok_or("no bits")?;
+    let quantised = |form| {
         Arc::new(Quantised {
             model: Arc::clone(&family.model),
             bits,
-            rounded,
+            form,
         })
     };
-    let rounded = quantised(true);
+    let rounded = quantised(Form::Rounded);
     report.compare(case, "codes", &codes(family, case, &rounded)?)?;
 
+    let source = |form| quantised(form) as Arc<dyn TensorSource>;
+    let bases = [
+        ("quantised_at_load", Arc::clone(&family.model), quantization),
+        ("from_codes", source(Form::Codes), quantization),
+        ("frozen", source(Form::Rounded), Quantization::None),
+    ];
     let stored = Stored::of(case)?;
     let (none, prefix) = (Adapter::none(), Adapter::prefix(case.folder()?)?);
     for padding in Padding::BOTH {
         let batch = stored.right_padded(family, padding)?;
-        let parts = |source: &Arc<Quantised>, adapter| Parts {
-            source: Arc::clone(source) as Arc<dyn TensorSource>,
-            ..Parts::new(family, adapter)
+        let found = |source: &Arc<dyn TensorSource>, quantization| -> Outcome<FoundTensors> {
+            let parts = |adapter| Parts {
+                source: Arc::clone(source),
+                quantization,
+                ..Parts::new(family, adapter)
+            };
+            let mut found = forward::found::<B>(&parts(&none), &batch)?;
+            let with_prefix = gradients::found::<B>(&parts(&prefix), &batch)?;
+            found.extend(under("ptuning", with_prefix));
+            Ok(found)
         };
-        let mut found = forward::found::<B>(&parts(&rounded, &none), &batch)?;
-        let unrounded = forward::found::<B>(&parts(&quantised(false), &none), &batch)?;
-        found.extend(under("unrounded", unrounded));
-        let with_prefix = gradients::found::<B>(&parts(&rounded, &prefix), &batch)?;
-        found.extend(under("ptuning", with_prefix));
-        report.compare(case, padding.name(), &found)?;
+        let mut all = Vec::new();
+        for (name, source, quantization) in &bases {
+            all.push((*name, found(source, *quantization)?));
+        }
+        let (_, mut first) = all.remove(0);
+        for (name, other) in &all {
+            let what = format!("bits/{}/{name}", padding.name());
+            report.same(&what, difference(&first, other));
+        }
+        let unrounded = Parts {
+            source: source(Form::Unrounded),
+            ..Parts::new(family, &none)
+        };
+        let unrounded = forward::found::<B>(&unrounded, &batch)?;
+        first.extend(under("unrounded", unrounded));
+        report.compare(case, padding.name(), &first)?;
+    }
+
+    for (name, adapter) in [
+        ("lora_train", Adapter::lora as fn(&_) -> _),
+        ("ptuning_train", Adapter::prefix),
+    ] {
+        let case = family.case(name)?;
+        let adapter: Adapter = adapter(case.folder()?)?;
+        let parts = bases.clone().map(|(name, source, quantization)| {
+            let parts = Parts {
+                source,
+                quantization,
+                ..Parts::new(family, &adapter)
+            };
+            (name, parts)
+        });
+        training::same_on_all::<B>(&parts, &case, report)?;
     }
     Ok(())
+}
+
+/// The first tensor that is not the same, bit for bit.
+fn difference(one: &FoundTensors, other: &FoundTensors) -> Option<String> {
+    let bits = |found: &Found| -> Vec<Option<u64>> {
+        let values = found.values.iter();
+        values.map(|value| value.map(f64::to_bits)).collect()
+    };
+    if one.is_empty() || !one.keys().eq(other.keys()) {
+        return Some("other tensors".to_owned());
+    }
+    let mut pairs = one.iter().zip(other.values());
+    let differs = pairs.find(|((_, one), other)| bits(one) != bits(other));
+    differs.map(|((name, _), _)| name.clone())
 }
 
 fn under(run: &str, found: FoundTensors) -> impl Iterator<Item = (String, Found)> {
@@ -110,10 +211,7 @@ fn codes(family: &Family, case: &Case, quantised: &Quantised) -> Outcome<FoundTe
             let shape = [matrix.rows, matrix.codes.len() / matrix.rows];
             found.insert(name.clone(), Found::whole(shape, &matrix.codes));
             let scales: Vec<f32> = matrix.scales.iter().map(|scale| scale.to_f32()).collect();
-            found.insert(
-                format!("{name}_scale"),
-                Found::whole([scales.len()], &scales),
-            );
+            found.insert(scale_name(&name), Found::whole([scales.len()], &scales));
             let weights = matrix.dequantised();
             let weights: Vec<f32> = weights.iter().map(|weight| weight.to_f32()).collect();
             // `.._rows_0_7`, its first rows.

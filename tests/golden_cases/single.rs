@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use mp_train::checkpoint::TensorSource;
 use mp_train::comm::in_process;
-use mp_train::config::run::Recompute;
+use mp_train::config::model::ModelConfig;
+use mp_train::config::run::{Quantization, Recompute};
 use mp_train::data::batch::MicroBatch;
 use mp_train::model::batch::BatchRows;
 use mp_train::model::load::Loader;
@@ -32,6 +33,8 @@ pub struct Parts<'a> {
     pub source: Arc<dyn TensorSource>,
     pub head_source: HeadSource,
     pub adapter: &'a Adapter,
+    /// How the linear layers are held.
+    pub quantization: Quantization,
 }
 
 impl<'a> Parts<'a> {
@@ -42,6 +45,15 @@ impl<'a> Parts<'a> {
             source: Arc::clone(&family.model),
             head_source: family.head_source.clone(),
             adapter,
+            quantization: Quantization::None,
+        }
+    }
+
+    /// The family's model, held so.
+    pub fn config(&self) -> ModelConfig {
+        ModelConfig {
+            quantization: self.quantization,
+            ..self.family.config.clone()
         }
     }
 }
@@ -49,7 +61,7 @@ impl<'a> Parts<'a> {
 impl<B: Golden> Single<B> {
     /// Loads the model with room for one micro-batch.
     pub fn load(parts: &Parts<'_>, micro: &MicroBatch) -> Outcome<Single<B>> {
-        let config = &parts.family.config;
+        let config = &parts.config();
         let trainables = parts.adapter.trainables(config, parts.head_source.tied)?;
         let backend = B::open(1)?;
         let initial = |spec: &_| parts.adapter.initial(spec);

@@ -100,6 +100,35 @@ fn train<B: Golden>(parts: &Parts<'_>, case: &Case, report: &mut Report<'_>) -> 
     Ok(())
 }
 
+/// Steps on each of some bases that must be the same, on one stage and on three: the same bits.
+pub fn same_on_all<B: Golden>(
+    bases: &[(&str, Parts<'_>)],
+    case: &Case,
+    report: &mut Report<'_>,
+) -> Outcome<()> {
+    const STEPS: usize = 3;
+    let on = |stages: usize, recompute| Configuration {
+        stages,
+        recompute,
+        ..Configuration::PLAIN
+    };
+    let mut reference: Option<Run> = None;
+    for (name, parts) in bases {
+        let job = Job::new(parts, case, Padding::Removed)?;
+        let stages = 3.min(parts.family.config.num_layers);
+        for configuration in [on(1, Recompute::None), on(stages, Recompute::Block)] {
+            let run = job.run::<B>(configuration, None, STEPS)?;
+            let differs = reference
+                .as_ref()
+                .and_then(|reference| run.difference(reference));
+            let stages = configuration.stages;
+            report.same(&format!("bits/{}/{name}/{stages}", case.name), differs);
+            reference.get_or_insert(run);
+        }
+    }
+    Ok(())
+}
+
 /// What is done with padding. Emulated GPUs are slow: they train without any, as the program does, and
 /// see it where a single step is compared.
 fn paddings<B: Golden>() -> &'static [Padding] {

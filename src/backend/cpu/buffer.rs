@@ -13,12 +13,25 @@ impl<T: Plain> CpuBuffer<T> {
         let mut values = Vec::new();
         values
             .try_reserve_exact(len)
-            .map_err(|_| BackendError::OutOfMemory {
-                device: "cpu".to_owned(),
-                bytes: len.saturating_mul(size_of::<T>()),
-            })?;
+            .map_err(|_| out_of_memory::<T>(len))?;
         values.resize(len, T::zeroed());
         Ok(CpuBuffer(values))
+    }
+
+    /// The same for values that are overwritten at once: the system's own zeros, which cost nothing
+    /// until then.
+    pub(super) fn untouched(len: usize) -> Result<Self, BackendError> {
+        match bytemuck::allocation::try_zeroed_vec(len) {
+            Ok(values) => Ok(CpuBuffer(values)),
+            Err(()) => Err(out_of_memory::<T>(len)),
+        }
+    }
+}
+
+fn out_of_memory<T>(len: usize) -> BackendError {
+    BackendError::OutOfMemory {
+        device: "cpu".to_owned(),
+        bytes: len.saturating_mul(size_of::<T>()),
     }
 }
 

@@ -24,7 +24,7 @@ pub use self::buffer::CpuBuffer;
 use self::threads::Threads;
 use super::{
     AdamwStep, AdamwTensor, AttentionLayout, Backend, BackendError, Dropout, Element, LinearShape,
-    NormShape, Plain, Prefix, Pulse, RowGradient, Span, SumOf,
+    NormShape, Plain, Prefix, Pulse, RowGradient, Span, SumOf, piece_len,
 };
 use crate::quant::Bits;
 
@@ -88,8 +88,22 @@ impl<E: Element> Backend for Cpu<E> {
     }
 
     fn upload<T: Plain>(&self, host: &[T]) -> Result<CpuBuffer<T>, BackendError> {
-        let mut buffer = self.zeros(host.len())?;
+        let mut buffer = CpuBuffer::untouched(host.len())?;
         buffer.copy_from_slice(host);
+        Ok(buffer)
+    }
+
+    fn upload_pieces<T: Plain, F: From<BackendError>>(
+        &self,
+        len: usize,
+        unit: usize,
+        mut fill: impl FnMut(usize, &mut [T]) -> Result<(), F>,
+    ) -> Result<CpuBuffer<T>, F> {
+        let mut buffer = CpuBuffer::untouched(len)?;
+        let piece_len = piece_len::<T>(unit);
+        for (index, piece) in buffer.chunks_mut(piece_len).enumerate() {
+            fill(index * piece_len, piece)?;
+        }
         Ok(buffer)
     }
 

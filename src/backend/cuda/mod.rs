@@ -49,7 +49,7 @@ pub use survey::{GpuInfo, Survey, check, free_memory, survey, visible};
 
 use super::{
     AdamwStep, AdamwTensor, AttentionLayout, Backend, BackendError, Dropout, Element, LinearShape,
-    NormShape, Plain, Prefix, Pulse, RowGradient, Span, SumOf,
+    NormShape, Plain, Prefix, Pulse, RowGradient, Span, SumOf, piece_len,
 };
 use crate::quant::Bits;
 use device::{Device, Pointer};
@@ -151,6 +151,22 @@ impl Backend for Cuda {
         let buffer = self.memory.buffer(host.len())?;
         self.staging
             .write(buffer.at(), bytemuck::cast_slice(host))?;
+        Ok(buffer)
+    }
+
+    fn upload_pieces<T: Plain, E: From<BackendError>>(
+        &self,
+        len: usize,
+        unit: usize,
+        mut fill: impl FnMut(usize, &mut [T]) -> std::result::Result<(), E>,
+    ) -> std::result::Result<CudaBuffer<T>, E> {
+        let buffer = self.memory.buffer(len)?;
+        let piece_len = piece_len::<T>(unit);
+        for start in (0..len).step_by(piece_len) {
+            let count = piece_len.min(len - start);
+            self.staging
+                .write_with(buffer.at_index(start), count, |piece| fill(start, piece))?;
+        }
         Ok(buffer)
     }
 

@@ -23,8 +23,6 @@ pub enum PeerCopies {
 
 /// A copy of this size took less than a second on every box it works on.
 const BYTES: usize = 1 << 20;
-/// Words that are not what fresh memory holds.
-const PATTERN: u32 = 0x5eed_c0de;
 
 /// Copies once from GPU `from` to GPU `to`, for at most `limit`. What hangs is left behind, with its
 /// thread and its megabyte.
@@ -47,7 +45,10 @@ pub fn peer_copies(from: u32, to: u32, limit: Duration) -> Result<PeerCopies, Cu
     }
     match answers.recv_timeout(limit) {
         Ok(found) => found,
-        Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
+        Err(RecvTimeoutError::Disconnected) => Ok(PeerCopies::Broken(format!(
+            "the thread that copied from GPU {from} to GPU {to} ended without a word"
+        ))),
+        Err(RecvTimeoutError::Timeout) => {
             let seconds = limit.as_secs();
             Ok(PeerCopies::Broken(format!(
                 "a copy from GPU {from} to GPU {to} did not arrive within {seconds} s"
@@ -119,15 +120,16 @@ fn copy(from: u32, to: u32) -> Result<PeerCopies, CudaError> {
     let (source, target) = (Place::open(from)?, Place::open(to)?);
     source.enter()?;
     let mut direct = 0;
-    // SAFETY: devices, contexts and buffers are alive; the buffers hold BYTES bytes each.
-    let filled = unsafe {
-        let can = sys::cuDeviceCanAccessPeer(&mut direct, target.device, source.device);
-        call(from, "cuDeviceCanAccessPeer", can.result())?;
-        let words = BYTES / size_of::<u32>();
-        sys::cuMemsetD32_v2(source.buffer, PATTERN, words).result()
-    };
-    call(from, "cuMemsetD32", filled)?;
-    // A fill of the null stream is done before other streams are asked for more only when waited for.
+    // SAFETY: both devices were returned by the driver; writes one integer.
+    let can = unsafe { sys::cuDeviceCanAccessPeer(&mut direct, target.device, source.device) };
+    call(from, "cuDeviceCanAccessPeer", can.result())?;
+    // Every word another, and none what fresh memory holds.
+    let words = 1..=(BYTES / size_of::<u32>()) as u32;
+    let sent: Vec<u32> = words.map(|word| word.wrapping_mul(0x9e37_79b9)).collect();
+    // SAFETY: the buffer holds BYTES bytes.
+    let filled = unsafe { result::memcpy_htod_sync(source.buffer, &sent) };
+    call(from, "cuMemcpyHtoD", filled)?;
+    // The copy is done only when it was waited for: DMA may still be under way.
     call(from, "cuCtxSynchronize", result::ctx::synchronize())?;
     target.enter()?;
     if direct != 0 {
@@ -140,7 +142,7 @@ fn copy(from: u32, to: u32) -> Result<PeerCopies, CudaError> {
             _ => {}
         }
     }
-    let mut found = vec![0_u32; BYTES / size_of::<u32>()];
+    let mut found = vec![0_u32; sent.len()];
     let queue = stream::create(stream::StreamKind::NonBlocking);
     let queue = call(to, "cuStreamCreate", queue)?;
     // SAFETY: everything named is alive until the stream is destroyed, which is after its work is done.
@@ -160,7 +162,7 @@ fn copy(from: u32, to: u32) -> Result<PeerCopies, CudaError> {
         copied.and(stream::destroy(queue))
     };
     call(to, "cuMemcpyPeerAsync", copied)?;
-    if found.iter().any(|&word| word != PATTERN) {
+    if found != sent {
         return Ok(PeerCopies::Broken(format!(
             "a copy from GPU {from} to GPU {to} brought other bytes than were sent"
         )));

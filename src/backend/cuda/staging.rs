@@ -1,5 +1,5 @@
-//! Small copies between host and device through pinned memory, so that they neither wait for the
-//! stream (as copies from ordinary memory may) nor keep the caller's memory busy.
+//! Copies between host and device through pinned memory, so that they neither wait for the stream (as
+//! copies from ordinary memory may) nor keep the caller's memory busy.
 
 use std::cell::RefCell;
 use std::ffi::c_void;
@@ -8,13 +8,13 @@ use std::rc::Rc;
 use cudarc::driver::{result, sys};
 
 use super::device::{Device, Pointer};
-use crate::backend::BackendError;
+use crate::backend::{BackendError, PIECE_BYTES, Plain};
 
 type Result<T> = std::result::Result<T, BackendError>;
 
 const SEGMENTS: usize = 4;
-/// A micro-batch of 8,192 tokens has 192 KiB of ids and positions.
-const SEGMENT_BYTES: usize = 1 << 20;
+/// A piece of a model's weights. A micro-batch of 8,192 tokens has 192 KiB of ids and positions.
+const SEGMENT_BYTES: usize = PIECE_BYTES;
 
 /// A ring of pinned segments; a segment is used again when the copies out of it are done.
 pub(super) struct Staging {
@@ -70,6 +70,31 @@ impl Staging {
         // SAFETY: the pinned bytes stay as they are until the event of their segment has passed.
         let copied = unsafe { result::memcpy_htod_async(to.0, pinned, self.device.stream()) };
         self.device.check("cuMemcpyHtoDAsync", copied)
+    }
+
+    /// Queues a copy of `count` values that `fill` writes into the pinned memory itself; where they are
+    /// more than a segment, into ordinary memory.
+    pub fn write_with<T: Plain, E: From<BackendError>>(
+        &self,
+        to: Pointer,
+        count: usize,
+        fill: impl FnOnce(&mut [T]) -> std::result::Result<(), E>,
+    ) -> std::result::Result<(), E> {
+        let bytes = count * size_of::<T>();
+        if bytes > SEGMENT_BYTES {
+            let mut values = vec![T::zeroed(); count];
+            fill(&mut values)?;
+            return Ok(self.write(to, bytemuck::cast_slice(&values))?);
+        }
+        let room = self.room(bytes)?.cast::<T>();
+        // SAFETY: `room` gives `bytes` pinned bytes, at a multiple of 16, that no copy under way uses
+        // and nothing else refers to; any bytes are valid values of a plain type.
+        let pinned = unsafe { std::slice::from_raw_parts_mut(room, count) };
+        fill(pinned)?;
+        let pinned: &[u8] = bytemuck::cast_slice(pinned);
+        // SAFETY: the pinned bytes stay as they are until the event of their segment has passed.
+        let copied = unsafe { result::memcpy_htod_async(to.0, pinned, self.device.stream()) };
+        Ok(self.device.check("cuMemcpyHtoDAsync", copied)?)
     }
 
     /// Copies from the device and waits for the copy, and so for everything queued before it.

@@ -40,6 +40,8 @@ pub fn bench(settings: &[(&str, &str)]) -> Option<Bench> {
         ("EMULATOR_NCCL_MULTI_RANK", "0"),
         ("EMULATOR_SILENCE", "5"),
     ];
+    let planned = std::env::var("EMULATOR_FAIL").unwrap_or_default();
+    emulator.set("EMULATOR_FAIL", &planned);
     for (name, value) in defaults.iter().chain(settings) {
         emulator.set(name, value);
     }

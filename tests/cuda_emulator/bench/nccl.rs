@@ -132,6 +132,30 @@ fn sends_towards_each_other_hang_until_aborted() {
 }
 
 #[test]
+fn to_synchronise_waits_for_what_another_thread_brings() {
+    let Some(bench) = bench(&[]) else { return };
+    let both = Barrier::new(2);
+    let seen = on_ranks(&bench, &[0, 1], |rank| {
+        let mut x = rank.floats(&[rank.rank as f32 + 1.0; 4]);
+        if rank.rank == 0 {
+            rank.receive(&mut x, 1).unwrap();
+            settle(rank.communicator);
+            both.wait();
+            rank.transfers.synchronize().unwrap();
+        } else {
+            both.wait();
+            std::thread::sleep(std::time::Duration::from_millis(20));
+            rank.send(&x, 0).unwrap();
+            rank.launched().synchronize().unwrap();
+        }
+        let seen = rank.read(&x);
+        rank.leave();
+        seen
+    });
+    assert_eq!(seen, [[2.0; 4], [2.0; 4]]);
+}
+
+#[test]
 fn a_silence_is_explained() {
     let said = in_a_child("nccl::a_silence_is_explained", &[], || {
         let bench = bench(&[("EMULATOR_QUIET", "0"), ("EMULATOR_SILENCE", "0.05")]).unwrap();

@@ -11,7 +11,7 @@ const ADD: &str = "#include \"common.cuh\"\nKERNEL __launch_bounds__(32) add(flo
 
 /// Adds a number to 32 floats.
 pub struct Adder {
-    context: Arc<CudaContext>,
+    pub context: Arc<CudaContext>,
     function: cudarc::driver::CudaFunction,
 }
 
