@@ -8,7 +8,7 @@ pub mod launch;
 pub mod messages;
 pub mod partition;
 pub mod permits;
-mod place;
+pub mod place;
 pub mod prepare;
 pub mod schedule;
 mod template;

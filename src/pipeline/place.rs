@@ -4,7 +4,7 @@ use super::schedule::Operation;
 
 /// How far an operation is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Phase {
+pub enum Phase {
     /// Everything before it is done; what it needs of other stages is awaited.
     Input,
     /// It computes.
@@ -19,7 +19,7 @@ pub(super) enum Phase {
 /// completed (`Input` where stages share some, else `Work`), and `n + 1`, where all stages agree (`Input`)
 /// and then update (`Work`). A pass without gradients has one operation per chunk and an end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) struct Place {
+pub struct Place {
     /// Which command, counted from 1; 0 while the stage is loaded.
     pub command: u32,
     /// Which operation of it.
@@ -49,7 +49,7 @@ impl Place {
 }
 
 /// What an operation of a program is called in messages: `F3`, `B0`, `exchange after F3`; what comes
-/// behind the program is the `update`.
+/// behind the program is called `update`.
 pub(super) fn action_name(program: &[Operation], operation: usize) -> String {
     let Some(found) = program.get(operation) else {
         return "update".to_owned();

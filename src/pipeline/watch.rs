@@ -120,6 +120,9 @@ impl<'a> Watch<'a> {
         if let Some((silent, rank)) = worst {
             return Some(self.watched.verdict(rank, silent, sights, &states));
         }
+        if self.suspected.iter().any(Option::is_some) {
+            return None;
+        }
         let owing = || (0..sights.len()).filter(|&rank| sights[rank].owes);
         let silent = owing().map(|rank| sights[rank].silent).min()?;
         if silent < self.watched.bound {
@@ -230,8 +233,10 @@ impl Watched<'_> {
                 waits(vec![source], sent && !self.turns)
             }
             (Some(&Operation::Run(run)), Phase::Output) => {
-                let destination = self.schedule.destination(rank, run);
-                waits(destination.into_iter().collect(), false)
+                match self.untaken(rank, run, place.operation, sights) {
+                    Some(destination) => waits(vec![destination], false),
+                    None => State::Works { action },
+                }
             }
             (Some(&Operation::Exchange { send, receive, .. }), _) => {
                 let from = receive.map(|(peer, _)| peer);
@@ -330,6 +335,33 @@ impl Watched<'_> {
         place.command == self.command && place.operation > posted
     }
 
+    /// The stage that has not taken what stage `rank` sent before `action`, operation `at` of its program;
+    /// nothing where it was taken, or none was sent.
+    fn untaken(&self, rank: usize, action: Action, at: usize, sights: &[Sight]) -> Option<usize> {
+        let before = self.programs[rank][..at].iter().rev();
+        let (sent, destination) = before
+            .filter_map(|operation| match *operation {
+                Operation::Run(sent) if sent.flow == action.flow => {
+                    Some((sent, self.schedule.destination(rank, sent)?))
+                }
+                _ => None,
+            })
+            .next()?;
+        let Sight { owes, place, .. } = &sights[destination];
+        let stages = self.programs.len();
+        let here = sent.chunk * stages + rank;
+        let chunk = match sent.flow {
+            Flow::Forward => here + 1,
+            Flow::Backward => here.saturating_sub(1),
+        } / stages;
+        let user = Operation::Run(Action { chunk, ..sent });
+        let program = &self.programs[destination];
+        let user = program.iter().position(|operation| *operation == user);
+        let used = place.command == self.command
+            && user.is_some_and(|user| (place.operation, place.phase) >= (user, Phase::Work));
+        (*owes && !used).then_some(destination)
+    }
+
     fn others(&self, rank: usize, which: impl Fn(usize) -> bool) -> Vec<usize> {
         let all = 0..self.programs.len();
         all.filter(|&peer| peer != rank && which(peer)).collect()
@@ -341,4 +373,190 @@ fn wait_in_words((rank, state): (usize, &State)) -> Option<String> {
         return None;
     };
     Some(format!("stage {rank} at {action} for {}", stages(on)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BOUND: Duration = Duration::from_secs(10);
+    const LONG: Duration = Duration::from_secs(11);
+    const SHORT: Duration = Duration::from_secs(1);
+
+    /// A run of three stages at its second step, its stages at the given operations.
+    struct Scene {
+        schedule: Schedule,
+        programs: Vec<Vec<Operation>>,
+        sights: Vec<Sight>,
+        turns: bool,
+    }
+
+    /// Device at the end of what was asked before, thread alive and waiting, both silent for long.
+    fn scene() -> Scene {
+        let schedule = Schedule::gpipe(3, 4);
+        let sight = Sight {
+            owes: true,
+            place: Place {
+                command: 2,
+                operation: 0,
+                phase: Phase::Work,
+            },
+            silent: LONG,
+            lost: Duration::ZERO,
+            doing: "B3".to_owned(),
+        };
+        Scene {
+            programs: (0..3).map(|rank| schedule.program(rank)).collect(),
+            schedule,
+            sights: vec![sight; 3],
+            turns: false,
+        }
+    }
+
+    impl Scene {
+        /// Puts the device of a stage to a named operation of the present command.
+        fn at(mut self, rank: usize, action: &str, phase: Phase) -> Self {
+            let program = &self.programs[rank];
+            let named = |&operation: &usize| action_name(program, operation) == action;
+            self.sights[rank].place = Place {
+                command: 3,
+                operation: (0..=program.len()).find(named).unwrap_or(usize::MAX),
+                phase,
+            };
+            self
+        }
+
+        fn with(mut self, rank: usize, change: impl FnOnce(&mut Sight)) -> Self {
+            change(&mut self.sights[rank]);
+            self
+        }
+
+        /// The verdict when it has been like this for long.
+        fn judged(&self) -> Option<(usize, String, Stall)> {
+            let mut watch = Watch::new(Watched {
+                schedule: &self.schedule,
+                programs: &self.programs,
+                command: 3,
+                task: Task::Step(2),
+                bound: BOUND,
+                turns: self.turns,
+            });
+            let first = watch.look(&self.sights);
+            for since in watch.suspected.iter_mut().flatten() {
+                *since -= LONG;
+            }
+            let second = watch.look(&self.sights);
+            first
+                .or(second)
+                .map(|verdict| (verdict.rank, verdict.action, verdict.stall))
+        }
+    }
+
+    fn device(rank: usize, action: &str) -> Option<(usize, String, Stall)> {
+        Some((rank, action.to_owned(), Stall::Device))
+    }
+
+    #[test]
+    fn a_device_that_hangs_is_named_with_its_action_not_that_of_its_thread() {
+        let scene = scene()
+            .at(0, "B0", Phase::Input)
+            .at(1, "F1", Phase::Work)
+            .at(2, "F1", Phase::Input);
+        assert_eq!(scene.judged(), device(1, "F1"));
+    }
+
+    #[test]
+    fn a_device_that_still_computes_keeps_all_that_wait_for_it_innocent() {
+        // Even a thread that is stuck behind a full queue of its waiting device.
+        let scene = scene()
+            .at(0, "B0", Phase::Input)
+            .at(1, "F1", Phase::Work)
+            .with(1, |sight| sight.silent = SHORT)
+            .at(2, "F1", Phase::Input)
+            .with(2, |sight| sight.lost = LONG);
+        assert_eq!(scene.judged(), None);
+    }
+
+    #[test]
+    fn a_thread_that_hangs_is_found_behind_a_device_that_seems_to_wait() {
+        // What was last seen of stage 1 is its wait for F1, before stage 0 had sent that.
+        let waiting = || {
+            scene()
+                .at(0, "B0", Phase::Input)
+                .at(1, "F1", Phase::Input)
+                .at(2, "F1", Phase::Input)
+        };
+        let lost = |sight: &mut Sight| {
+            sight.lost = LONG;
+            sight.doing = "F2".to_owned();
+        };
+        let device_at = Some("F1".to_owned());
+        let expected = (1, "F2".to_owned(), Stall::Thread { device_at });
+        assert_eq!(waiting().with(1, lost).judged(), Some(expected));
+        // With its thread alive it is the transfer.
+        let expected = (1, "F1".to_owned(), Stall::Transfer { from: vec![0] });
+        assert_eq!(waiting().judged(), Some(expected));
+        // And with turns to wait for, nobody has anything to be blamed for but the circle.
+        let scene = Scene {
+            turns: true,
+            ..waiting()
+        };
+        let (_, _, stall) = scene.judged().unwrap_or((0, String::new(), Stall::Device));
+        let waits =
+            "stage 0 at B0 for stage 1, stage 1 at F1 for stage 0, stage 2 at F1 for stage 1";
+        assert_eq!(
+            stall,
+            Stall::Circle {
+                waits: waits.to_owned()
+            }
+        );
+    }
+
+    #[test]
+    fn an_output_that_waits_to_leave_is_the_receiver_s_unless_it_was_taken() {
+        let sender = || scene().at(0, "F2", Phase::Output);
+        // Stage 1 has not even begun with F1: its own hang.
+        let scene = sender().at(1, "F0", Phase::Work).at(2, "F0", Phase::Input);
+        assert_eq!(scene.judged(), device(1, "F0"));
+        // It computes F1, so F1 has left stage 0, which has no excuse.
+        let busy = |sight: &mut Sight| sight.silent = SHORT;
+        let scene = sender().at(1, "F1", Phase::Work).with(1, busy);
+        let scene = scene.at(2, "F1", Phase::Input);
+        assert_eq!(scene.judged(), device(0, "F2"));
+    }
+
+    #[test]
+    fn the_end_of_a_step_waits_for_those_that_are_further_back() {
+        let scene = scene()
+            .at(0, "update", Phase::Input)
+            .at(1, "B2", Phase::Work)
+            .at(2, "update", Phase::Input);
+        assert_eq!(scene.judged(), device(1, "B2"));
+        let scene = scene
+            .at(1, "B2", Phase::Input)
+            .at(2, "update", Phase::Input);
+        // B2 of stage 1 comes from stage 2, which is far beyond it.
+        let expected = (1, "B2".to_owned(), Stall::Transfer { from: vec![2] });
+        assert_eq!(scene.judged(), Some(expected));
+    }
+
+    #[test]
+    fn a_device_at_the_end_of_the_step_before_has_not_begun() {
+        let scene = scene()
+            .at(0, "B0", Phase::Input)
+            .at(2, "F0", Phase::Input)
+            .with(1, |sight| sight.doing = "F2".to_owned());
+        assert_eq!(scene.judged(), device(1, "F2"));
+    }
+
+    #[test]
+    fn who_has_answered_is_innocent() {
+        let answered = |sight: &mut Sight| sight.owes = false;
+        let scene = scene()
+            .with(0, answered)
+            .with(1, answered)
+            .at(2, "update", Phase::Work);
+        assert_eq!(scene.judged(), device(2, "update"));
+        assert_eq!(scene.with(2, |sight| sight.silent = SHORT).judged(), None);
+    }
 }

@@ -1,10 +1,11 @@
 //! The pipeline, on as many stages as asked for.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use mp_train::adapter::{AdapterError, ParameterSpec, ParameterState};
 use mp_train::comm::in_process;
-use mp_train::config::run::{Precision, Recompute, ScheduleKind};
+use mp_train::config::run::{Device, Precision, Recompute, STALL_TIMEOUT, ScheduleKind};
 use mp_train::model::rotary::RotaryPrecision;
 use mp_train::pipeline::launch::{Blueprint, Engine, launch};
 use mp_train::pipeline::partition;
@@ -89,6 +90,7 @@ pub fn start<B: Golden>(
         head_source: parts.head_source.clone(),
         trainables: parts.adapter.trainables(config, parts.head_source.tied)?,
         initial: Box::new(move |spec| values(spec)),
+        devices: vec![Device::Cpu; stages],
         stages: partition::by_cost(config.num_layers, stages, virtual_stages, 1.0)?,
         schedule: Schedule::build(schedule, stages, virtual_stages, room.micro_batches)?,
         recompute: vec![recompute; stages],
@@ -96,6 +98,7 @@ pub fn start<B: Golden>(
         max_sequences: room.sequences,
         rotary: RotaryPrecision::F32,
         threads,
+        stall_timeout: Duration::from_secs(STALL_TIMEOUT),
     };
     let transports = in_process::connect(stages);
     Ok(launch(blueprint, transports, |_, threads, _| {
