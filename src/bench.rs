@@ -1,7 +1,7 @@
 //! `mp-train bench`: how fast a model of a named size trains here, with made-up weights and rows.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
@@ -12,7 +12,7 @@ use crate::checkpoint::synthetic::SyntheticTensors;
 use crate::config::model::ModelConfig;
 use crate::config::run::{
     AdapterSection, Device, LossNormalisation, LrSchedule, OptimizerSection, Precision,
-    Quantization, Recompute, ScheduleKind,
+    Quantization, Recompute, STALL_TIMEOUT, ScheduleKind, TransportKind,
 };
 use crate::data::batch::{MicroBatch, Sequence, Target};
 use crate::model::memory;
@@ -105,6 +105,10 @@ pub struct BenchOptions {
     pub steps: usize,
     /// CPU threads of all stages together.
     pub threads: usize,
+    /// How activations travel between GPUs.
+    pub transport: TransportKind,
+    /// Parts of the model per stage, with the interleaved schedule.
+    pub virtual_stages: usize,
 }
 
 /// One device of a measurement.
@@ -270,18 +274,25 @@ fn layout(
 ) -> Result<Layout, StartError> {
     let full = trainables.is_full();
     let head_cost = partition::head_cost(&base.config, 0.5, options.recompute, full);
-    let stages = base.stages(&options.devices, None, head_cost)?;
+    let stages = base.stages(&options.devices, options.virtual_stages, None, head_cost)?;
     let (count, micro_batches) = (stages.len(), options.gradient_accumulation);
     let mut layout = Layout {
         devices: options.devices.clone(),
         precision: options.precision,
         rotary_table: options.precision.rotary_table(),
-        schedule: Schedule::build(options.schedule, count, micro_batches),
+        schedule: Schedule::build(
+            options.schedule,
+            count,
+            options.virtual_stages,
+            micro_batches,
+        )?,
         recompute: vec![options.recompute; count],
         stages,
         max_rows: options.micro_batch_size * options.sequence_length,
         max_sequences: options.micro_batch_size,
+        transport: options.transport,
         threads: options.threads,
+        stall_timeout: Duration::from_secs(STALL_TIMEOUT),
     };
     layout.choose_recompute(&base.config, trainables, None)?;
     Ok(layout)
@@ -407,7 +418,11 @@ fn devices(
         DeviceResult {
             device,
             name: gpu.map_or("cpu".to_owned(), |gpu| gpu.name.clone()),
-            blocks: layout.stages[rank].blocks.len(),
+            blocks: layout.stages[rank]
+                .chunks
+                .iter()
+                .map(ExactSizeIterator::len)
+                .sum(),
             recompute,
             planned_bytes: memory::stage_bytes(config, trainables, &sizes, recompute).total(),
             used_bytes: gpu.map(|gpu| gpu.total_memory - gpu.free_memory),

@@ -66,7 +66,12 @@ pub fn describe(config: &RunConfig) -> Result<String, PlanError> {
             text,
             "{rank:<5}  {:<6}  {:<6} {ends:<4} {:<14} {:>8.1}  {:>10.1}  {:>11.1}  {:>9.1}  {:>9.1}",
             layout.devices[rank].to_string(),
-            format!("{}..{}", stage.blocks.start, stage.blocks.end),
+            stage
+                .chunks
+                .iter()
+                .map(|run| format!("{}..{}", run.start, run.end))
+                .collect::<Vec<_>>()
+                .join(" "),
             format!("{recompute:?}"),
             mib(bytes.weights),
             mib(bytes.trainables),

@@ -4,6 +4,7 @@
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use half::f16;
 use mp_train::adapter::{ParameterSpec, ParameterState};
@@ -19,7 +20,7 @@ use mp_train::config::run::{
 use mp_train::model::load::Loader;
 use mp_train::model::memory::{StageSizes, choose_recompute, stage_bytes};
 use mp_train::model::rotary::RotaryPrecision;
-use mp_train::model::stage::{Stage, StageShape};
+use mp_train::model::stage::{ChunkShape, Stage, StageShape};
 use mp_train::model::trainables::Trainables;
 use mp_train::model::weights;
 
@@ -144,12 +145,12 @@ fn sizes<E: Element>(rank: usize, stages: usize, rows: usize) -> StageSizes {
         _ => 2..3,
     };
     StageSizes {
-        blocks,
+        chunks: vec![ChunkShape { blocks, slots: 2 }],
+        exchanges: false,
         embedding: rank == 0,
         head: rank + 1 == stages,
         max_rows: rows,
         max_sequences: 4,
-        slots: 2,
         element_size: E::SIZE,
     }
 }
@@ -191,16 +192,16 @@ where
         config: &config,
         trainables,
         initial: &initial,
+        pulse: &Arc::default(),
         first_stage: sizes.embedding,
         on_bytes: &|_| {},
     };
     let shape = StageShape {
-        blocks: sizes.blocks.clone(),
+        chunks: sizes.chunks.clone(),
         embedding: sizes.embedding,
         head: sizes.head,
         max_rows: sizes.max_rows,
         max_sequences: sizes.max_sequences,
-        slots: sizes.slots,
         recompute,
         rotary: RotaryPrecision::F32,
     };

@@ -13,6 +13,8 @@
 pub mod cpu;
 pub mod cuda;
 mod element;
+mod left_behind;
+mod pulse;
 mod shapes;
 
 use half::f16;
@@ -20,6 +22,8 @@ use half::f16;
 use crate::quant::Bits;
 
 pub use element::{Element, ElementsMut, Plain};
+pub use left_behind::{any_left_behind, leave_behind};
+pub use pulse::Pulse;
 pub use shapes::{
     AdamwStep, AdamwTensor, AttentionLayout, Dropout, HeadLayout, LinearShape, NormShape, Prefix,
     RowGradient, Span, SumOf,
@@ -48,6 +52,9 @@ pub enum BackendError {
         /// What the system said.
         reason: String,
     },
+    /// The worker was told to give up while it waited for its device.
+    #[error("gave up waiting for the device, because the run is ending")]
+    Stopped,
     /// A CUDA device, its driver or its libraries.
     #[error(transparent)]
     Cuda(#[from] cuda::CudaError),
@@ -57,7 +64,9 @@ impl BackendError {
     /// Whether the machine or a bug is to blame, not what was asked for.
     pub fn is_machine(&self) -> bool {
         match self {
-            BackendError::OutOfMemory { .. } | BackendError::Threads { .. } => true,
+            BackendError::OutOfMemory { .. }
+            | BackendError::Threads { .. }
+            | BackendError::Stopped => true,
             BackendError::Cuda(error) => error.is_machine(),
         }
     }
@@ -85,6 +94,9 @@ pub trait Backend: Sized + 'static {
     type Element: Element;
     /// Memory on the device.
     type Buffer<T: Plain>;
+
+    /// Lets the worker's [`Pulse`] reach `place` when everything queued so far is done.
+    fn mark(&self, place: u64) -> Result<()>;
 
     /// A buffer of `len` zeros.
     fn zeros<T: Plain>(&self, len: usize) -> Result<Self::Buffer<T>>;

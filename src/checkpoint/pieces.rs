@@ -90,11 +90,6 @@ impl<'a> OpenTensor<'a> {
         self.len / self.dtype.size()
     }
 
-    /// Bytes of `count` elements in the file.
-    pub fn bytes_of(&self, count: usize) -> usize {
-        count * self.dtype.size()
-    }
-
     /// The whole tensor in memory.
     pub(super) fn into_bytes(self) -> Vec<u8> {
         match self.bytes.len() == self.len {

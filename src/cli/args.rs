@@ -16,7 +16,7 @@ use crate::config::layers::Layers;
 use crate::config::raw::{AdapterKind, RawConfig};
 use crate::config::run::{
     Device, Precision, Quantization, Recompute, RotaryPrecision, RunConfig, ScheduleKind,
-    TemplateKind,
+    TemplateKind, TransportKind,
 };
 
 /// Model-parallel fine-tuning of ChatGLM-6B: LoRA, P-Tuning v2, whole model
@@ -265,7 +265,7 @@ pub(super) struct BenchArgs {
         hide_possible_values = true
     )]
     pub recompute: Recompute,
-    /// 1f1b or gpipe
+    /// 1f1b, gpipe or interleaved
     #[arg(
         long,
         value_name = "NAME",
@@ -273,6 +273,18 @@ pub(super) struct BenchArgs {
         hide_possible_values = true
     )]
     pub schedule: ScheduleKind,
+    /// Interleaved: parts of the model per stage
+    #[arg(long, value_name = "N", default_value_t = 2,
+        value_parser = clap::value_parser!(u32).range(1..=4_096))]
+    pub virtual_stages: u32,
+    /// Between GPUs: auto, nccl or p2p
+    #[arg(
+        long,
+        value_name = "HOW",
+        default_value = "auto",
+        hide_possible_values = true
+    )]
+    pub transport: TransportKind,
     /// Steps before the measured ones
     #[arg(long, value_name = "N", default_value_t = 2)]
     pub warm_up: u32,

@@ -2,7 +2,10 @@
 
 /// Every section with its keys, in the order in which they are printed.
 pub(super) const SECTIONS: &[(&str, &[&str])] = &[
-    ("model", &["path", "precision", "quantization", "rotary_table"]),
+    (
+        "model",
+        &["path", "precision", "quantization", "rotary_table"],
+    ),
     (
         "adapter",
         &[

@@ -221,7 +221,11 @@ pub struct RawPipeline {
     #[arg(long, value_name = "N,N,..", value_delimiter = ',', value_parser = whole::<usize>)]
     pub balance: Option<Vec<usize>>,
     /// Order of the micro-batches [1f1b]
-    #[arg(long, value_name = "1f1b|gpipe|interleaved", hide_possible_values = true)]
+    #[arg(
+        long,
+        value_name = "1f1b|gpipe|interleaved",
+        hide_possible_values = true
+    )]
     pub schedule: Option<ScheduleKind>,
     /// Interleaved: parts of the model per stage [2]
     #[arg(long, value_name = "N", value_parser = whole::<usize>)]

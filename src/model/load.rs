@@ -1,6 +1,7 @@
 //! From tensors in files to the layers of a stage.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use half::f16;
 
@@ -16,8 +17,8 @@ use super::weights::{self, LinearSite, NormSite};
 use crate::adapter::lora::Lora;
 use crate::adapter::prefix::PrefixEncoder;
 use crate::adapter::{AdapterError, Parameter, ParameterSpec, ParameterState};
-use crate::backend::{AttentionLayout, Backend, Element, ElementsMut};
-use crate::checkpoint::{CheckpointError, Dtype, OpenTensor, TensorSource};
+use crate::backend::{AttentionLayout, Backend, Element, ElementsMut, Pulse};
+use crate::checkpoint::{CheckpointError, Dtype, TensorSource};
 use crate::config::model::ModelConfig;
 use crate::config::run::AdapterSection;
 use crate::quant::{Bits, QuantError, check_cols, quantise_row};
@@ -39,10 +40,10 @@ pub struct Loader<'a, B: Backend> {
     pub trainables: &'a Trainables,
     /// Values of what is trained.
     pub initial: InitialState<'a>,
+    /// Beats with every piece of a tensor that is loaded, and with every block that is computed later.
+    pub pulse: &'a Arc<Pulse>,
     /// Whether this is the stage that counts parameters held by several stages.
     pub first_stage: bool,
-    /// Is told of the bytes of each piece of the model's files as it is read: a sign of life.
-    pub on_bytes: &'a dyn Fn(u64),
 }
 
 impl<B: Backend> Loader<'_, B> {
@@ -50,12 +51,11 @@ impl<B: Backend> Loader<'_, B> {
     fn frozen(&self, name: &str) -> Result<Weight<B>, ModelError> {
         let tensor = self.source.open(name)?;
         let upload = |start, out: &mut [B::Element]| {
-            let count = out.len();
             let read = match B::Element::by_type(out) {
                 ElementsMut::F32(out) => tensor.read_f32(start, out),
                 ElementsMut::F16(out) => tensor.read_f16(start, out),
             };
-            self.done(&tensor, count, name, read)
+            self.read(name, read)
         };
         let values = self
             .backend
@@ -63,15 +63,9 @@ impl<B: Backend> Loader<'_, B> {
         Ok(Weight::Frozen(values))
     }
 
-    /// A piece of `count` elements of a tensor is read, or could not be.
-    fn done(
-        &self,
-        tensor: &OpenTensor<'_>,
-        count: usize,
-        name: &str,
-        read: Result<(), CheckpointError>,
-    ) -> Result<(), ModelError> {
-        (self.on_bytes)(tensor.bytes_of(count) as u64);
+    /// A piece of a tensor is read, or could not be.
+    fn read(&self, name: &str, read: Result<(), CheckpointError>) -> Result<(), ModelError> {
+        self.pulse.beat();
         Ok(read.map_err(|error| error.in_tensor(&self.file(name), name))?)
     }
 
@@ -104,13 +98,13 @@ impl<B: Backend> Loader<'_, B> {
             let scale_name = weights::scale_name(name);
             let stored = self.source.open(&scale_name)?;
             let read = stored.read_f16(0, &mut scales);
-            self.done(&stored, rows, &scale_name, read)?;
+            self.read(&scale_name, read)?;
             if let Some(row) = scales.iter().position(|scale| !scale.is_finite()) {
                 return Err(wrong(QuantError::Scale { row }));
             }
             let upload = |start, out: &mut [i8]| {
                 let read = tensor.read_i8(start, out);
-                self.done(&tensor, out.len(), name, read)
+                self.read(name, read)
             };
             self.backend.upload_pieces(rows * row_bytes, 1, upload)?
         } else {
@@ -119,7 +113,7 @@ impl<B: Backend> Loader<'_, B> {
                 for (index, codes) in out.chunks_exact_mut(row_bytes).enumerate() {
                     let row = start / row_bytes + index;
                     let read = tensor.read_f16(row * cols, &mut row_values);
-                    self.done(&tensor, cols, name, read)?;
+                    self.read(name, read)?;
                     scales[row] = quantise_row(codes, &row_values, bits)
                         .map_err(|col| wrong(QuantError::NotFinite { row, col }))?;
                 }
@@ -166,6 +160,7 @@ impl<B: Backend> Loader<'_, B> {
             });
         };
         let state = (self.initial)(spec)?;
+        self.pulse.beat();
         Ok(Parameter::new(
             self.backend,
             spec.clone(),
@@ -248,13 +243,13 @@ impl<B: Backend> Loader<'_, B> {
         })
     }
 
-    /// The prefix of `blocks`, where one is trained.
+    /// The prefix of the blocks `layers`, where one is trained.
     ///
     /// # Errors
     /// A tensor cannot be read, or the device has no memory for it.
     pub fn prefix(
         &self,
-        blocks: std::ops::Range<usize>,
+        layers: impl Iterator<Item = usize>,
     ) -> Result<Option<PrefixEncoder<B>>, ModelError> {
         let Some(AdapterSection::Prefix(prefix)) = &self.trainables.adapter else {
             return Ok(None);
@@ -273,12 +268,12 @@ impl<B: Backend> Loader<'_, B> {
                 whole("trans.0.weight")?,
                 whole("trans.0.bias")?,
             ];
-            let outputs = blocks
+            let outputs = layers
                 .map(|layer| Ok((part("trans.2.weight", layer)?, part("trans.2.bias", layer)?)))
                 .collect::<Result<_, ModelError>>()?;
             PrefixEncoder::projected(self.backend, shape, shared, outputs)?
         } else {
-            let embeddings = blocks
+            let embeddings = layers
                 .map(|layer| part("embedding.weight", layer))
                 .collect::<Result<_, ModelError>>()?;
             PrefixEncoder::plain(self.backend, shape, embeddings)?

@@ -2,10 +2,9 @@
 //!
 //! The terms mirror what `Stage::load` allocates, field by field; a test holds them together.
 
-use std::ops::Range;
-
 use super::head::chunk_rows;
 use super::quantised::{self, dequantised_len};
+use super::stage::ChunkShape;
 use super::trainables::Trainables;
 use super::weights::{self, LinearSite};
 use crate::config::model::ModelConfig;
@@ -14,8 +13,10 @@ use crate::config::run::{AdapterSection, Recompute};
 /// What decides the bytes of a stage beside the model.
 #[derive(Clone, Debug)]
 pub struct StageSizes {
-    /// Its blocks.
-    pub blocks: Range<usize>,
+    /// Its blocks, with the micro-batches in flight through them.
+    pub chunks: Vec<ChunkShape>,
+    /// Whether it exchanges activations with other stages.
+    pub exchanges: bool,
     /// Whether it holds the embedding.
     pub embedding: bool,
     /// Whether it holds lm_head and the loss.
@@ -24,10 +25,15 @@ pub struct StageSizes {
     pub max_rows: usize,
     /// S of the largest micro-batch.
     pub max_sequences: usize,
-    /// Micro-batches in flight.
-    pub slots: usize,
     /// Bytes of a stored element.
     pub element_size: usize,
+}
+
+impl StageSizes {
+    /// Indices of its blocks in the model.
+    fn layers(&self) -> impl Iterator<Item = usize> + '_ {
+        self.chunks.iter().flat_map(|chunk| chunk.blocks.clone())
+    }
 }
 
 /// Bytes of a stage by purpose.
@@ -64,7 +70,6 @@ pub fn stage_bytes(
     );
     let (v, n) = (config.vocab_size as u64, config.num_attention_heads as u64);
     let e = sizes.element_size as u64;
-    let blocks = sizes.blocks.len() as u64;
     let attention = t * (3 * h * e + h * e + 4 * n + 4 * h);
     let dense = t * (2 * h * e + 2 * f * e + 16);
     let kept = match recompute {
@@ -73,8 +78,18 @@ pub fn stage_bytes(
         Recompute::Block | Recompute::Auto => 0,
     };
     let batch = 6 * 4 * t;
-    let head_slot = if sizes.head { t * (h * e + 4) } else { 0 };
-    let slot = batch + blocks * (4 * t * h + kept) + head_slot;
+    let block_slot = 4 * t * h + kept;
+    let in_chunks: u64 = sizes
+        .chunks
+        .iter()
+        .map(|chunk| chunk.slots as u64 * (batch + chunk.blocks.len() as u64 * block_slot))
+        .sum();
+    let last_slots = sizes.chunks.last().map_or(0, |chunk| chunk.slots as u64);
+    let head_slots = if sizes.head {
+        last_slots * t * (h * e + 4)
+    } else {
+        0
+    };
 
     let (rank, dropout, prefix_len) = match &trainables.adapter {
         Some(AdapterSection::Lora(lora)) => (lora.r as u64, lora.lora_dropout > 0.0, 0),
@@ -90,13 +105,25 @@ pub fn stage_bytes(
         false => 0,
     };
     let rotary = 8 * config.max_sequence_length as u64 * (config.head_dim() as u64 / 4);
+    let mailboxes = if sizes.exchanges {
+        2 * t * h * (4 + e)
+    } else {
+        0
+    };
     let dequantised = dequantised_len(config) as u64 * e;
-    let workspace =
-        t * (4 * h + 2 * h * e) + attention + dense + scratch + lora + dequantised + head + rotary;
+    let workspace = t * (4 * h + 2 * h * e)
+        + attention
+        + dense
+        + scratch
+        + lora
+        + dequantised
+        + head
+        + rotary
+        + mailboxes;
     StageBytes {
         weights: weight_bytes(config, trainables, sizes),
         trainables: trainable_bytes(config, trainables, sizes),
-        slots: sizes.slots as u64 * slot,
+        slots: in_chunks + head_slots,
         workspace,
     }
 }
@@ -105,8 +132,7 @@ pub fn stage_bytes(
 fn base_values(config: &ModelConfig, tied: bool, sizes: &StageSizes) -> u64 {
     let count = |shape: &[usize]| shape.iter().product::<usize>() as u64;
     let in_blocks: u64 = sizes
-        .blocks
-        .clone()
+        .layers()
         .flat_map(|layer| weights::block_tensors(config, layer))
         .map(|(_, shape)| count(&shape))
         .sum();
@@ -137,7 +163,7 @@ fn weight_bytes(config: &ModelConfig, trainables: &Trainables, sizes: &StageSize
         let (cols, rows) = site.features(config);
         (rows * cols) as u64 * element_size - (rows * (bits.row_bytes(cols) + 2)) as u64
     });
-    stored - sizes.blocks.len() as u64 * saved.sum::<u64>()
+    stored - sizes.layers().count() as u64 * saved.sum::<u64>()
 }
 
 fn trainable_bytes(config: &ModelConfig, trainables: &Trainables, sizes: &StageSizes) -> u64 {
@@ -152,7 +178,7 @@ fn trainable_bytes(config: &ModelConfig, trainables: &Trainables, sizes: &StageS
         };
         return base_values(config, trainables.tied, sizes) * per_value + tied_room;
     }
-    let share = sizes.blocks.len() as u64;
+    let share = sizes.layers().count() as u64;
     let layers = config.num_layers as u64;
     let all = trainables.specs().iter();
     let (shared, by_block): (Vec<_>, Vec<_>) = all.partition(|spec| {

@@ -1,6 +1,7 @@
 //! The part of the model that one pipeline stage holds, and its forward and backward actions.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use super::ModelError;
 use super::activations::{ActivationShape, Slot, Workspace};
@@ -16,15 +17,15 @@ use super::rotary::{Rotary, RotaryPrecision};
 use super::weights::{FINAL_NORM, HeadSource, LM_HEAD, WORD_EMBEDDINGS};
 use crate::adapter::Parameter;
 use crate::adapter::prefix::PrefixEncoder;
-use crate::backend::Backend;
+use crate::backend::{Backend, Pulse};
 use crate::checkpoint::pieces::same_tensor;
 use crate::config::run::{AdapterSection, Recompute};
 
 /// What a stage holds and how much it must have room for.
 #[derive(Clone, Debug)]
 pub struct StageShape {
-    /// Blocks of the model.
-    pub blocks: Range<usize>,
+    /// The runs of blocks that it holds, ascending; one but for the interleaved schedule.
+    pub chunks: Vec<ChunkShape>,
     /// Whether it holds the embedding.
     pub embedding: bool,
     /// Whether it holds the final norm, lm_head and the loss.
@@ -33,12 +34,25 @@ pub struct StageShape {
     pub max_rows: usize,
     /// Sequences of the largest micro-batch.
     pub max_sequences: usize,
-    /// Micro-batches in flight.
-    pub slots: usize,
     /// What the backward pass computes again; not `auto`.
     pub recompute: Recompute,
     /// Rounding of the rotary tables.
     pub rotary: RotaryPrecision,
+}
+
+/// Consecutive blocks of a stage.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ChunkShape {
+    /// Blocks of the model.
+    pub blocks: Range<usize>,
+    /// Micro-batches in flight through them.
+    pub slots: usize,
+}
+
+/// A chunk's place among the blocks of the stage, and its micro-batches in flight.
+struct Chunk<B: Backend> {
+    blocks: Range<usize>,
+    slots: Vec<Slot<B>>,
 }
 
 /// One stage of the model on its device.
@@ -54,7 +68,8 @@ pub struct Stage<B: Backend> {
     lm_head: Option<Weight<B>>,
     prefix: Option<PrefixEncoder<B>>,
     rotary: Rotary<B>,
-    slots: Vec<Slot<B>>,
+    chunks: Vec<Chunk<B>>,
+    pulse: Arc<Pulse>,
     workspace: Workspace<B>,
     /// The other half of a tied matrix's gradient: the head's on a single stage, else the peer's.
     tied_gradient: Option<B::Buffer<f32>>,
@@ -121,27 +136,38 @@ impl<B: Backend> Stage<B> {
             true => Some(backend.zeros(config.vocab_size * config.hidden_size)?),
             false => None,
         };
-        let blocks = shape.blocks.len();
-        let slot = |_| Slot::new(backend, activations, blocks, shape.head, shape.recompute);
+        let mut blocks = Vec::new();
+        let mut chunks = Vec::with_capacity(shape.chunks.len());
+        for (index, chunk) in shape.chunks.iter().enumerate() {
+            let first = blocks.len();
+            for layer in chunk.blocks.clone() {
+                blocks.push(loader.block(layer)?);
+            }
+            let (count, recompute) = (chunk.blocks.len(), shape.recompute);
+            let head = shape.head && index + 1 == shape.chunks.len();
+            let slot = |_| Slot::new(backend, activations, count, head, recompute);
+            chunks.push(Chunk {
+                blocks: first..blocks.len(),
+                slots: (0..chunk.slots).map(slot).collect::<Result<_, _>>()?,
+            });
+        }
+        let layers = shape.chunks.iter().flat_map(|chunk| chunk.blocks.clone());
         Ok(Stage {
             trains_embedding: full,
             prefix_dropout,
             embedding,
-            blocks: shape
-                .blocks
-                .clone()
-                .map(|layer| loader.block(layer))
-                .collect::<Result<_, _>>()?,
+            blocks,
             head,
             lm_head,
-            prefix: loader.prefix(shape.blocks.clone())?,
+            prefix: loader.prefix(layers)?,
             rotary: Rotary::new(
                 backend,
                 config.head_dim(),
                 config.max_sequence_length,
                 shape.rotary,
             )?,
-            slots: (0..shape.slots).map(slot).collect::<Result<_, _>>()?,
+            chunks,
+            pulse: Arc::clone(loader.pulse),
             workspace: Workspace::new(backend, activations)?,
             tied_gradient,
             activations,
@@ -154,48 +180,60 @@ impl<B: Backend> Stage<B> {
         &self.shape
     }
 
-    /// The micro-batch in a slot and what it left.
-    pub fn slot(&self, slot: usize) -> &Slot<B> {
-        &self.slots[slot]
+    /// Indices in the model of the blocks of the stage, in their order on it.
+    pub fn layers(&self) -> impl Iterator<Item = usize> + '_ {
+        let chunks = self.shape.chunks.iter();
+        chunks.flat_map(|chunk| chunk.blocks.clone())
     }
 
-    /// Output of the last block after [`Stage::forward`], `[T, H]`.
+    /// The micro-batch in a slot of a chunk and what it left.
+    pub fn slot(&self, chunk: usize, slot: usize) -> &Slot<B> {
+        &self.chunks[chunk].slots[slot]
+    }
+
+    /// Output of the last block of a chunk after [`Stage::forward`], `[T, H]`.
+    pub fn output_mut(&mut self) -> &mut B::Buffer<f32> {
+        &mut self.workspace.output
+    }
+
+    /// The same, to be read.
     pub fn output(&self) -> &B::Buffer<f32> {
         &self.workspace.output
     }
 
-    /// Where the activations from the stage before go: `[T, H]`.
-    pub fn input_mut(&mut self, slot: usize) -> &mut B::Buffer<f32> {
-        &mut self.slots[slot].inputs[0]
+    /// Where the activations from the virtual stage before go: `[T, H]`.
+    pub fn input_mut(&mut self, chunk: usize, slot: usize) -> &mut B::Buffer<f32> {
+        &mut self.chunks[chunk].slots[slot].inputs[0]
     }
 
-    /// Where the gradient from the stage after goes, and after [`Stage::backward`] the gradient for
-    /// the stage before stands: `[T, H]`.
+    /// Where the gradient from the virtual stage after goes, and after [`Stage::backward`] the
+    /// gradient for the one before stands: `[T, H]`.
     pub fn gradient_mut(&mut self) -> &mut B::Buffer<B::Element> {
         &mut self.workspace.dout
     }
 
-    /// Values of one activation of the micro-batch in a slot, `T H`.
-    pub fn activation_len(&self, slot: usize) -> usize {
-        self.slots[slot].batch.rows * self.activations.hidden_size
+    /// H.
+    pub fn hidden_size(&self) -> usize {
+        self.activations.hidden_size
     }
 
-    /// Whether the stage before wants the gradient of this stage's input.
-    pub fn sends_gradient(&self) -> bool {
-        !self.shape.embedding
+    /// Values of one activation of the largest micro-batch, `T H`.
+    pub fn largest_activation(&self) -> usize {
+        self.activations.limits.rows * self.activations.hidden_size
     }
 
-    /// Puts a micro-batch into a slot.
+    /// Puts a micro-batch into a slot of a chunk.
     ///
     /// # Errors
     /// It does not fit, or an id or a position is out of range.
     pub fn fill(
         &mut self,
         backend: &B,
+        chunk: usize,
         slot: usize,
         host: BatchRows<'_>,
     ) -> Result<(), ModelError> {
-        self.slots[slot].batch.fill(backend, host)
+        self.chunks[chunk].slots[slot].batch.fill(backend, host)
     }
 
     /// Once per step: gradients cleared, prefix computed.
@@ -224,24 +262,26 @@ impl<B: Backend> Stage<B> {
         Ok(())
     }
 
-    /// Forward of the micro-batch in a slot through the blocks; on the first stage from its ids, else
-    /// from what [`Stage::input_mut`] received. The output stands in [`Stage::output`].
+    /// Forward of the micro-batch in a slot through the blocks of a chunk; in the model's first from its
+    /// ids, else from what [`Stage::input_mut`] received. The output stands in [`Stage::output_mut`].
     ///
     /// # Errors
     /// When the device fails.
     pub fn forward(
         &mut self,
         backend: &B,
+        chunk: usize,
         slot: usize,
         mut cache: Option<&mut KeyValueCache<B>>,
     ) -> Result<(), ModelError> {
+        let Chunk { blocks, slots } = &mut self.chunks[chunk];
         let Slot {
             batch,
             inputs,
             attention: kept_attention,
             dense: kept_dense,
             ..
-        } = &mut self.slots[slot];
+        } = &mut slots[slot];
         let Workspace {
             output,
             attention,
@@ -249,7 +289,7 @@ impl<B: Backend> Stage<B> {
             scratch,
             ..
         } = &mut self.workspace;
-        if let Some(embedding) = &self.embedding {
+        if let Some(embedding) = self.embedding.as_ref().filter(|_| chunk == 0) {
             embedding.forward(backend, &mut inputs[0], &batch.input_ids, batch.rows)?;
         }
         let shared = Shared {
@@ -257,21 +297,23 @@ impl<B: Backend> Stage<B> {
             rotary: &self.rotary,
             batch,
         };
-        for (index, block) in self.blocks.iter().enumerate() {
+        for (index, block) in self.blocks[blocks.clone()].iter().enumerate() {
             let (before, after) = inputs.split_at_mut(index + 1);
             let x = &before[index];
             let out = after.first_mut().unwrap_or(output);
             let attention = kept_attention.get_mut(index).unwrap_or(attention);
             let dense = kept_dense.get_mut(index).unwrap_or(dense);
-            let prefix = block_prefix(self.prefix.as_mut(), index, self.prefix_dropout);
-            let cache = cache.as_mut().map(|cache| &mut cache.blocks[index]);
+            let place = blocks.start + index;
+            let prefix = block_prefix(self.prefix.as_mut(), place, self.prefix_dropout);
+            let cache = cache.as_mut().map(|cache| &mut cache.blocks[place]);
             let prefix = prefix.as_ref();
             block.forward(&shared, out, x, attention, dense, prefix, cache, scratch)?;
+            self.pulse.beat();
         }
         Ok(())
     }
 
-    /// Loss of the micro-batch in a slot, from [`Stage::output`], and `scale` times its gradient,
+    /// Loss of the micro-batch in a slot, from [`Stage::output_mut`], and `scale` times its gradient,
     /// kept in the slot for [`Stage::backward`]. On the last stage.
     ///
     /// # Errors
@@ -282,7 +324,7 @@ impl<B: Backend> Stage<B> {
             loss_gradient,
             token_loss,
             ..
-        } = &mut self.slots[slot];
+        } = &mut last_chunk(&mut self.chunks)[slot];
         let (Some(head), Some(dx), Some(loss)) = (&mut self.head, loss_gradient, token_loss) else {
             return Ok(());
         };
@@ -308,7 +350,7 @@ impl<B: Backend> Stage<B> {
         Ok(head.loss(backend, matrix, loss, dx, x, batch, scale)?)
     }
 
-    /// Logits on the chosen rows of the micro-batch in a slot, from [`Stage::output`]; nothing on a
+    /// Logits on the chosen rows of the micro-batch in a slot, from [`Stage::output_mut`]; nothing on a
     /// stage without a head.
     ///
     /// # Errors
@@ -319,7 +361,8 @@ impl<B: Backend> Stage<B> {
         slot: usize,
         rows: LogitsRows,
     ) -> Result<Option<Logits<B>>, ModelError> {
-        let (batch, x) = (&self.slots[slot].batch, &self.workspace.output);
+        let (slots, x) = (last_chunk(&mut self.chunks), &self.workspace.output);
+        let batch = &slots[slot].batch;
         let matrix = match (&self.lm_head, &self.embedding) {
             (Some(weight), _) => weight.values(),
             (None, Some(embedding)) => embedding.weight.values(),
@@ -331,13 +374,14 @@ impl<B: Backend> Stage<B> {
         }
     }
 
-    /// Backward of the micro-batch in a slot: from the loss's gradient on the last stage, else from
-    /// what [`Stage::gradient_mut`] received; gradients of what is trained are added up, and the
-    /// gradient of the stage's input is left in [`Stage::gradient_mut`] where it is wanted.
+    /// Backward of the micro-batch in a slot of a chunk: from the loss's gradient in the model's last,
+    /// else from what [`Stage::gradient_mut`] received; gradients of what is trained are added up, and the
+    /// gradient of the chunk's input is left in [`Stage::gradient_mut`] where it is wanted.
     ///
     /// # Errors
     /// When the device fails.
-    pub fn backward(&mut self, backend: &B, slot: usize) -> Result<(), ModelError> {
+    pub fn backward(&mut self, backend: &B, chunk: usize, slot: usize) -> Result<(), ModelError> {
+        let Chunk { blocks, slots } = &mut self.chunks[chunk];
         let Slot {
             batch,
             inputs,
@@ -345,7 +389,7 @@ impl<B: Backend> Stage<B> {
             dense: kept_dense,
             loss_gradient,
             ..
-        } = &mut self.slots[slot];
+        } = &mut slots[slot];
         let Workspace {
             dout,
             dx,
@@ -362,8 +406,11 @@ impl<B: Backend> Stage<B> {
             rotary: &self.rotary,
             batch,
         };
-        let input_wanted = !self.shape.embedding || self.trains_embedding;
-        for (index, block) in self.blocks.iter_mut().enumerate().rev() {
+        let from_ids = self.shape.embedding && chunk == 0;
+        let input_wanted = !from_ids || self.trains_embedding;
+        let blocks = blocks.clone();
+        for (index, block) in self.blocks[blocks.clone()].iter_mut().enumerate().rev() {
+            let place = blocks.start + index;
             let x = &inputs[index];
             let mut prefix = self.prefix.as_mut();
             let dropout = self.prefix_dropout;
@@ -371,7 +418,7 @@ impl<B: Backend> Stage<B> {
                 (_, Some(_)) => {}
                 (Some(kept), None) => block.recompute_dense(&shared, x, kept, dense, scratch)?,
                 (None, None) => {
-                    let prefix = block_prefix(prefix.as_deref_mut(), index, dropout);
+                    let prefix = block_prefix(prefix.as_deref_mut(), place, dropout);
                     let prefix = prefix.as_ref();
                     block.recompute_all(&shared, x, attention, dense, prefix, scratch)?;
                 }
@@ -379,14 +426,15 @@ impl<B: Backend> Stage<B> {
             let attention = kept_attention.get(index).unwrap_or(attention);
             let dense = kept_dense.get(index).unwrap_or(dense);
             let wanted = index > 0 || input_wanted;
-            let prefix = block_prefix(prefix, index, dropout);
+            let prefix = block_prefix(prefix, place, dropout);
             let dx_wanted = wanted.then_some(&mut *dx);
             block.backward(
                 &shared, dx_wanted, dout, x, attention, dense, prefix, scratch,
             )?;
             std::mem::swap(dout, dx);
+            self.pulse.beat();
         }
-        if let Some(embedding) = &mut self.embedding {
+        if let Some(embedding) = self.embedding.as_mut().filter(|_| chunk == 0) {
             embedding.backward(backend, dout, &batch.input_ids, batch.rows)?;
         }
         Ok(())
@@ -395,6 +443,12 @@ impl<B: Backend> Stage<B> {
     /// The prefix encoder, where there is one.
     pub fn prefix_mut(&mut self) -> Option<&mut PrefixEncoder<B>> {
         self.prefix.as_mut()
+    }
+
+    /// Values of the gradient that the prefixes of all blocks share, `P H`; 0 where they share none.
+    pub fn shared_gradient_len(&mut self) -> usize {
+        let projection = self.prefix.as_mut().and_then(PrefixEncoder::projection_mut);
+        projection.map_or(0, |projection| projection.hidden_len())
     }
 
     /// The tied matrix this stage holds, and the room for the other half of its gradient; nothing
@@ -442,6 +496,14 @@ impl<B: Backend> Stage<B> {
                 .map(block)
                 .collect::<Result<_, _>>()?,
         })
+    }
+}
+
+/// Slots of the chunk that ends in the head.
+fn last_chunk<B: Backend>(chunks: &mut [Chunk<B>]) -> &mut [Slot<B>] {
+    match chunks.last_mut() {
+        Some(chunk) => &mut chunk.slots,
+        None => &mut [],
     }
 }
 

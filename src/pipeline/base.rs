@@ -2,21 +2,25 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use half::f16;
 
 use super::failure::Failure;
 use super::launch::{Blueprint, Engine, InitialValues, launch};
 use super::partition::{self, PartitionError, StageSpec};
-use super::schedule::Schedule;
-use crate::backend::BackendError;
+use super::schedule::{Schedule, ScheduleError};
+use super::transport::{self, GpuTransport};
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::{self, Cuda, CudaError, LargestBatch, LinearWork};
+use crate::backend::{BackendError, Pulse};
 use crate::checkpoint::{CheckpointError, ModelFolder, TensorSource};
-use crate::comm::in_process;
+use crate::comm::{CommError, in_process, nccl, peer_copy};
 use crate::config::error::ConfigError;
 use crate::config::model::ModelConfig;
-use crate::config::run::{AdapterSection, Device, Precision, Quantization, Recompute};
+use crate::config::run::{
+    AdapterSection, Device, Precision, Quantization, Recompute, TransportKind,
+};
 use crate::data::DataError;
 use crate::data::tokenizer::TokenizerError;
 use crate::model::ModelError;
@@ -66,6 +70,9 @@ pub enum StartError {
     /// The partition.
     #[error(transparent)]
     Partition(#[from] PartitionError),
+    /// The schedule.
+    #[error(transparent)]
+    Schedule(#[from] ScheduleError),
     /// A CUDA device cannot be used.
     #[error(transparent)]
     Cuda(#[from] CudaError),
@@ -75,6 +82,19 @@ pub enum StartError {
          GPUs alone or `cpu` alone"
     )]
     MixedDevices,
+    /// Several stages on a GPU, and NCCL.
+    #[error(
+        "--devices names CUDA device {ordinal} more than once, and --transport nccl takes one stage per \
+         GPU: leave --transport out (p2p is used then), or use NCCL 2.30.3 or newer with \
+         NCCL_MULTI_RANK_GPU_ENABLE=1"
+    )]
+    SharedGpu {
+        /// The device.
+        ordinal: u32,
+    },
+    /// The stages cannot be connected.
+    #[error(transparent)]
+    Comm(#[from] CommError),
     /// A storage type that GPUs do not have here.
     #[error("precision = \"f32\" is for `--devices cpu`: on GPUs use precision = \"f16\"")]
     GpuPrecision,
@@ -107,12 +127,15 @@ impl StartError {
             StartError::Model(error) => error.is_machine(),
             StartError::Data(error) => error.is_machine(),
             StartError::Cuda(error) => error.is_machine(),
+            StartError::Comm(_) => true,
             StartError::Config(_)
             | StartError::Tokenizer(_)
             | StartError::TokenizerOf { .. }
             | StartError::Partition(_)
+            | StartError::Schedule(_)
             | StartError::MixedDevices
             | StartError::GpuPrecision
+            | StartError::SharedGpu { .. }
             | StartError::Memory { .. } => false,
         }
     }
@@ -156,8 +179,12 @@ pub struct Layout {
     pub max_rows: usize,
     /// Sequences of the largest micro-batch.
     pub max_sequences: usize,
+    /// How activations travel between GPUs.
+    pub transport: TransportKind,
     /// CPU threads for all stages together.
     pub threads: usize,
+    /// Silence of a stage after which it counts as hung.
+    pub stall_timeout: Duration,
 }
 
 impl Layout {
@@ -165,12 +192,12 @@ impl Layout {
     pub fn sizes(&self, rank: usize) -> StageSizes {
         let spec = &self.stages[rank];
         StageSizes {
-            blocks: spec.blocks.clone(),
+            chunks: self.schedule.chunks(rank, &spec.chunks),
+            exchanges: self.stages.len() > 1,
             embedding: spec.embedding,
             head: spec.head,
             max_rows: self.max_rows,
             max_sequences: self.max_sequences,
-            slots: self.schedule.slots(rank).max(1),
             element_size: match self.precision {
                 Precision::F32 => 4,
                 Precision::F16 => 2,
@@ -301,8 +328,8 @@ struct StagePlan {
 
 impl StagePlan {
     /// The GPU with the stage's memory reserved and its products prepared.
-    fn open(&self) -> Result<Cuda, BackendError> {
-        let cuda = Cuda::new(self.ordinal.unwrap_or_default())?;
+    fn open(&self, pulse: &Arc<Pulse>) -> Result<Cuda, BackendError> {
+        let cuda = Cuda::with_pulse(self.ordinal.unwrap_or_default(), pulse)?;
         cuda.prepare_batches(&self.batch)?;
         cuda.reserve(self.bytes)?;
         cuda.prepare_products(&self.work)?;
@@ -336,12 +363,20 @@ impl Base {
     pub fn stages(
         &self,
         devices: &[Device],
+        virtual_stages: usize,
         balance: Option<&[usize]>,
         head_cost: f64,
     ) -> Result<Vec<StageSpec>, StartError> {
         Ok(match balance {
-            Some(balance) => partition::from_balance(balance, self.config.num_layers)?,
-            None => partition::by_cost(self.config.num_layers, devices.len(), head_cost)?,
+            Some(balance) => {
+                partition::from_balance(balance, self.config.num_layers, virtual_stages)?
+            }
+            None => partition::by_cost(
+                self.config.num_layers,
+                devices.len(),
+                virtual_stages,
+                head_cost,
+            )?,
         })
     }
 
@@ -375,6 +410,7 @@ impl Base {
             trainables,
             initial,
             stages: layout.stages.clone(),
+            devices: layout.devices.clone(),
             schedule: layout.schedule.clone(),
             recompute: layout.recompute.clone(),
             max_rows: layout.max_rows,
@@ -385,16 +421,29 @@ impl Base {
                 true => layout.stages.len(),
                 false => layout.threads,
             },
+            stall_timeout: layout.stall_timeout,
         };
-        let transports = in_process::connect(layout.stages.len());
+        let stages = layout.stages.len();
         if on_gpus {
-            return Ok(launch(blueprint, transports, move |rank, _| {
-                planned[rank].open()
-            })?);
+            let choice = transport::choose(layout.transport, &layout.devices)?;
+            let open = move |rank: usize, _, pulse: &Arc<Pulse>| planned[rank].open(pulse);
+            let engine = match choice.transport {
+                GpuTransport::Nccl(library) => {
+                    launch(blueprint, nccl::connect(library, stages)?, open)?
+                }
+                GpuTransport::PeerCopy => launch(blueprint, peer_copy::connect(stages), open)?,
+                GpuTransport::HostMemory => launch(blueprint, in_process::connect(stages), open)?,
+            };
+            return Ok(engine.over(choice.description));
         }
+        let transports = in_process::connect(stages);
         Ok(match layout.precision {
-            Precision::F32 => launch(blueprint, transports, |_, n| Cpu::<f32>::new(n))?,
-            Precision::F16 => launch(blueprint, transports, |_, n| Cpu::<f16>::new(n))?,
+            Precision::F32 => launch(blueprint, transports, |_, n, pulse| {
+                Cpu::<f32>::with_pulse(n, pulse)
+            })?,
+            Precision::F16 => launch(blueprint, transports, |_, n, pulse| {
+                Cpu::<f16>::with_pulse(n, pulse)
+            })?,
         })
     }
 }

@@ -35,8 +35,7 @@ fn complete_tied<B: Backend, T: Transport<B>>(
     let len = parameter.spec().len();
     if last > 0 {
         let peer = if rank == 0 { last } else { 0 };
-        transport.send(backend, peer, parameter.gradient(), len)?;
-        transport.recv(backend, peer, other, len)?;
+        transport.trade(backend, peer, parameter.gradient(), other, len)?;
     }
     Ok(backend.add(parameter.accumulate(), other, len)?)
 }
@@ -49,7 +48,7 @@ fn complete_projection<B: Backend, T: Transport<B>>(
     transport: &mut T,
     layers: usize,
 ) -> Result<(), Cause> {
-    let blocks = stage.shape().blocks.clone();
+    let own: Vec<usize> = stage.layers().collect();
     let Some(mut projection) = stage
         .prefix_mut()
         .and_then(|prefix| prefix.projection_mut())
@@ -59,8 +58,8 @@ fn complete_projection<B: Backend, T: Transport<B>>(
     let len = projection.hidden_len();
     projection.begin(backend)?;
     for layer in 0..layers {
-        let own = blocks.contains(&layer).then(|| layer - blocks.start);
-        let part = projection.block_backward(backend, own)?;
+        let place = own.iter().position(|&own| own == layer);
+        let part = projection.block_backward(backend, place)?;
         transport.all_reduce_sum(backend, part, len)?;
         projection.add_part(backend)?;
     }
@@ -87,12 +86,17 @@ impl<B: Backend> Agreement<B> {
         })
     }
 
+    /// Values in the vector.
+    pub fn len(&self) -> usize {
+        self.parameters + self.micro_batches
+    }
+
     /// Starts a step.
     ///
     /// # Errors
     /// When the device fails.
     pub fn clear(&mut self, backend: &B) -> Result<(), Cause> {
-        let len = self.parameters + self.micro_batches;
+        let len = self.len();
         Ok(backend.clear(&mut self.values, len)?)
     }
 
@@ -111,8 +115,30 @@ impl<B: Backend> Agreement<B> {
         Ok(backend.sum(&mut self.values, index, token_loss, targets)?)
     }
 
-    /// Enters this stage's partial norms, sums over all stages, and decides: each partial norm comes
-    /// from one stage, the others hold zero, so the sum is exact and the same everywhere.
+    /// Enters this stage's partial norms.
+    ///
+    /// # Errors
+    /// The device fails, or a tensor would silently not be trained.
+    pub fn enter_norms(
+        &mut self,
+        backend: &B,
+        parameters: &[&mut Parameter<B>],
+        plan: &StepPlan,
+    ) -> Result<(), Cause> {
+        let unscale = 1.0 / plan.loss_scale;
+        for parameter in parameters {
+            if !parameter.written() {
+                let name = parameter.spec().title();
+                return Err(Cause::NeverWritten { name });
+            }
+        }
+        let counted = parameters.iter().filter(|parameter| parameter.counted());
+        let terms: Vec<_> = counted.map(|parameter| parameter.norm_term()).collect();
+        Ok(backend.sum_squares(&mut self.values, &terms, unscale)?)
+    }
+
+    /// Sums over all stages, and decides: each partial norm comes from one stage, the others hold zero, so
+    /// the sum is exact and the same everywhere.
     ///
     /// # Errors
     /// Another stage is gone, the device fails, or a tensor would silently not be trained.
@@ -123,17 +149,7 @@ impl<B: Backend> Agreement<B> {
         parameters: &[&mut Parameter<B>],
         plan: &StepPlan,
     ) -> Result<StepOutcome, Cause> {
-        let unscale = 1.0 / plan.loss_scale;
-        for parameter in parameters {
-            if !parameter.written() {
-                let name = parameter.spec().title();
-                return Err(Cause::NeverWritten { name });
-            }
-        }
-        let counted = parameters.iter().filter(|parameter| parameter.counted());
-        let terms: Vec<_> = counted.map(|parameter| parameter.norm_term()).collect();
-        backend.sum_squares(&mut self.values, &terms, unscale)?;
-        let len = self.parameters + self.micro_batches;
+        let len = self.len();
         transport.all_reduce_sum(backend, &mut self.values, len)?;
         let values = backend.read(&self.values, len)?;
         let (partials, loss_sums) = values.split_at(self.parameters);

@@ -70,6 +70,8 @@ pub struct CachePlan {
 
 /// What the controlling thread asks for.
 pub(super) enum Command {
+    /// Connect with the other stages.
+    Connect,
     /// One training step.
     Step(std::sync::Arc<StepPlan>),
     /// Loss of a micro-batch, without a gradient.
@@ -82,7 +84,7 @@ pub(super) enum Command {
 
 /// What a worker answers.
 pub(super) enum Reply {
-    /// Its stage is loaded.
+    /// Its stage is loaded, or connected.
     Ready,
     /// The step is done.
     Step(StepOutcome),

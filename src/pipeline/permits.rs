@@ -1,6 +1,13 @@
 //! A `--threads` budget smaller than the number of stages.
 
 use std::sync::{Condvar, Mutex, PoisonError};
+use std::time::Duration;
+
+use crate::backend::Pulse;
+use crate::comm::CommError;
+
+/// How often a wait looks whether it is to give up.
+const GLANCE: Duration = Duration::from_millis(20);
 
 /// Lets at most so many stages compute at once.
 pub struct Permits {
@@ -21,14 +28,20 @@ impl Permits {
     }
 
     /// Waits for a permit. Never held while waiting for another stage.
-    pub fn acquire(&self) -> Permit<'_> {
-        let free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut free = self
-            .returned
-            .wait_while(free, |free| *free == 0)
-            .unwrap_or_else(PoisonError::into_inner);
+    ///
+    /// # Errors
+    /// `pulse` was stopped meanwhile.
+    pub fn acquire(&self, pulse: &Pulse) -> Result<Permit<'_>, CommError> {
+        let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
+        while *free == 0 {
+            if pulse.is_stopped() {
+                return Err(CommError::Stopped);
+            }
+            let waited = self.returned.wait_timeout(free, GLANCE);
+            (free, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        }
         *free -= 1;
-        Permit(self)
+        Ok(Permit(self))
     }
 }
 

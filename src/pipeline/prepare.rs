@@ -1,5 +1,7 @@
 //! Before any worker is started: model and data opened, stages laid out.
 
+use std::time::Duration;
+
 use super::base::{Base, Layout, StartError};
 use super::partition;
 use super::schedule::Schedule;
@@ -59,7 +61,12 @@ impl Prepared {
             let full = trainables.is_full();
             partition::head_cost(&base.config, target_share, pipeline.recompute, full)
         };
-        base.stages(&pipeline.devices, balance, head_cost(1.0))?;
+        base.stages(
+            &pipeline.devices,
+            pipeline.virtual_stages,
+            balance,
+            head_cost(1.0),
+        )?;
         let data = open_training_data(&settings, tokenizer.as_ref(), &base.config, on_progress)?;
         let is_text = !data.holds_token_ids;
         warnings.extend(data.notices());
@@ -70,19 +77,31 @@ impl Prepared {
         } = data;
         let sampler = Sampler::over(&rows, batching(config), order(config), state)?;
         let head_cost = head_cost(rows.target_share());
-        let stages = base.stages(&pipeline.devices, balance, head_cost)?;
+        let stages = base.stages(
+            &pipeline.devices,
+            pipeline.virtual_stages,
+            balance,
+            head_cost,
+        )?;
         let micro_batches = config.run.gradient_accumulation;
         let longest = validation.iter().flat_map(Rows::lengths).max();
         let mut layout = Layout {
             devices: pipeline.devices.clone(),
             precision: config.model.precision,
             rotary_table: config.model.rotary_table,
-            schedule: Schedule::build(pipeline.schedule, stages.len(), micro_batches),
+            schedule: Schedule::build(
+                pipeline.schedule,
+                stages.len(),
+                pipeline.virtual_stages,
+                micro_batches,
+            )?,
             recompute: vec![pipeline.recompute; stages.len()],
             stages,
             max_rows: sampler.max_tokens(&rows).max(longest.unwrap_or(0)),
             max_sequences: sampler.max_sequences(&rows),
+            transport: pipeline.transport,
             threads: pipeline.threads,
+            stall_timeout: Duration::from_secs(pipeline.stall_timeout),
         };
         layout.choose_recompute(&base.config, &trainables, pipeline.memory_per_device)?;
         let epochs = config.run.epochs.unwrap_or(1);

@@ -6,24 +6,20 @@
 //! in the same order by every schedule at every number of stages, to the same bits.
 
 use std::fmt;
+use std::ops::Range;
 
 use crate::config::run::ScheduleKind;
+use crate::model::stage::ChunkShape;
 
+mod graph;
 mod simulate;
 mod timeline;
 mod validate;
 
+pub use crate::comm::Flow;
 pub use simulate::Transfers;
+pub use timeline::Prediction;
 pub use validate::ScheduleError;
-
-/// Which way activations or their gradients go through the model.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Flow {
-    /// Activations, from the embedding to the head.
-    Forward,
-    /// Their gradients, from the head to the embedding.
-    Backward,
-}
 
 /// One unit of work of one stage: a micro-batch through one of its chunks.
 ///
@@ -123,9 +119,7 @@ impl Schedule {
                 Self::one_forward_one_backward(stages, micro_batches)
             }
             ScheduleKind::Gpipe => Self::gpipe(stages, micro_batches),
-            ScheduleKind::Interleaved => {
-                Self::interleaved(stages, virtual_stages, micro_batches)?
-            }
+            ScheduleKind::Interleaved => Self::interleaved(stages, virtual_stages, micro_batches)?,
         })
     }
 
@@ -184,10 +178,7 @@ impl Schedule {
         }
         let total = micro_batches * virtual_stages;
         let place = |k: usize| {
-            let (group, within) = (
-                k / (stages * virtual_stages),
-                k % (stages * virtual_stages),
-            );
+            let (group, within) = (k / (stages * virtual_stages), k % (stages * virtual_stages));
             (group * stages + within % stages, within / stages)
         };
         let forward = |k| {
@@ -270,16 +261,22 @@ impl Schedule {
     /// Slots for saved activations that chunk `chunk` of stage `rank` needs: the most micro-batches
     /// whose forward has run and whose backward has not.
     pub fn slots(&self, rank: usize, chunk: usize) -> usize {
-        let (mut in_flight, mut most) = (0_usize, 0);
         let actions = self.stages.get(rank).into_iter().flatten();
-        for action in actions.filter(|action| action.chunk == chunk) {
-            match action.flow {
-                Flow::Forward => in_flight += 1,
-                Flow::Backward => in_flight = in_flight.saturating_sub(1),
-            }
-            most = most.max(in_flight);
-        }
-        most
+        most_in_flight(actions.filter(|action| action.chunk == chunk))
+    }
+
+    /// The most micro-batches that stage `rank` has in flight at once, summed over its chunks.
+    pub fn in_flight(&self, rank: usize) -> usize {
+        most_in_flight(self.stages.get(rank).into_iter().flatten())
+    }
+
+    /// The chunks of stage `rank`, each with the slots it needs and one at least.
+    pub fn chunks(&self, rank: usize, chunks: &[Range<usize>]) -> Vec<ChunkShape> {
+        let shape = |(chunk, blocks): (usize, &Range<usize>)| ChunkShape {
+            blocks: blocks.clone(),
+            slots: self.slots(rank, chunk).max(1),
+        };
+        chunks.iter().enumerate().map(shape).collect()
     }
 
     /// Micro-batches in flight that a schedule of this kind promises to keep to on stage `rank`, summed
@@ -288,9 +285,7 @@ impl Schedule {
     pub fn allowed_in_flight(&self, rank: usize) -> usize {
         let (p, v, m) = (self.stages.len(), self.virtual_stages, self.micro_batches);
         match self.kind {
-            ScheduleKind::Interleaved if v > 1 => {
-                (m * v).min(2 * (p - rank - 1) + (v - 1) * p + 1)
-            }
+            ScheduleKind::Interleaved if v > 1 => (m * v).min(2 * (p - rank - 1) + (v - 1) * p + 1),
             ScheduleKind::OneForwardOneBackward | ScheduleKind::Interleaved => m.min(p - rank),
             ScheduleKind::Gpipe => m,
         }
@@ -305,4 +300,17 @@ fn alternate(ahead: usize, forwards: Vec<Action>, backwards: Vec<Action>) -> Vec
     }
     actions.extend(&backwards[backwards.len() - ahead..]);
     actions
+}
+
+/// The most forwards at any time whose backward is still to come.
+fn most_in_flight<'a>(actions: impl Iterator<Item = &'a Action>) -> usize {
+    let (mut in_flight, mut most) = (0_usize, 0);
+    for action in actions {
+        match action.flow {
+            Flow::Forward => in_flight += 1,
+            Flow::Backward => in_flight = in_flight.saturating_sub(1),
+        }
+        most = most.max(in_flight);
+    }
+    most
 }

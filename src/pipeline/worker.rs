@@ -1,20 +1,21 @@
-//! One worker: an interpreter of its stage's actions.
+//! One worker: an interpreter of its stage's program.
 
 use std::sync::Arc;
 
-use super::failure::{Cause, Failure};
+use super::failure::Cause;
 use super::gradients::{self, Agreement};
 use super::messages::{Command, InferPlan, Reply, StepOutcome, StepPlan};
 use super::permits::Permits;
-use super::schedule::{Action, Schedule};
-use crate::backend::{Backend, Element, Span};
-use crate::comm::Transport;
+use super::place::{Phase, Place, action_name};
+use super::schedule::{Action, Flow, Operation, Schedule};
+use crate::backend::{Backend, Element, Pulse, Span};
+use crate::comm::{CommError, Mailbox, Parcel, Room, Transport};
 use crate::data::batch::MicroBatch;
 use crate::model::batch::BatchRows;
 use crate::model::linear::NoiseKey;
 use crate::model::stage::{KeyValueCache, Stage};
 
-/// A stage of the model at work.
+/// A stage of the model at work. Its pulse tells at which [`Place`] its device is.
 pub(super) struct Worker<B: Backend, T> {
     pub backend: B,
     pub transport: T,
@@ -25,8 +26,15 @@ pub(super) struct Worker<B: Backend, T> {
     /// Blocks of the whole model.
     pub layers: usize,
     pub cache: Option<KeyValueCache<B>>,
+    /// Activations that come and go.
+    pub activations: Mailbox<B, f32>,
+    /// Their gradients.
+    pub gradients: Mailbox<B, B::Element>,
+    pub pulse: Arc<Pulse>,
     /// Step and action under way, for the report of a failure.
     pub doing: Arc<std::sync::Mutex<Doing>>,
+    /// Commands obeyed, the present one included.
+    pub command: u32,
 }
 
 /// What a worker is at.
@@ -38,28 +46,44 @@ pub(super) struct Doing {
 
 impl<B: Backend, T: Transport<B>> Worker<B, T> {
     /// Carries out one command.
-    pub fn obey(&mut self, command: Command) -> Result<Reply, Failure> {
-        let result = match command {
+    ///
+    /// # Errors
+    /// What ends the worker; what it was at stands in `doing`.
+    pub fn obey(&mut self, command: Command) -> Result<Reply, Cause> {
+        self.command = self.command.wrapping_add(1);
+        match command {
+            Command::Connect => self.connect(),
             Command::Step(plan) => self.step(&plan).map(Reply::Step),
             Command::Evaluate(batch) => self.evaluate(&batch).map(Reply::Evaluate),
             Command::Infer(plan) => self.infer(&plan).map(Reply::Infer),
             Command::Snapshot => self.snapshot(),
-        };
-        result.map_err(|cause| self.failure(cause))
+        }
     }
 
-    fn failure(&self, cause: Cause) -> Failure {
-        let doing = lock(&self.doing).clone();
-        Failure {
-            rank: self.transport.rank(),
-            step: doing.step,
-            doing: doing.action,
-            cause,
-        }
+    fn connect(&mut self) -> Result<Reply, Cause> {
+        self.at(None, "connecting".to_owned());
+        let room = Room {
+            all_reduce: self.agreement.len().max(self.stage.shared_gradient_len()),
+        };
+        self.transport.start(&self.backend, &self.pulse, room)?;
+        Ok(Reply::Ready)
     }
 
     fn at(&self, step: Option<u64>, action: String) {
         *lock(&self.doing) = Doing { step, action };
+    }
+
+    /// Lets the pulse reach a place when everything queued so far is done.
+    fn reach(&self, operation: usize, phase: Phase) -> Result<(), Cause> {
+        if self.pulse.is_stopped() {
+            return Err(CommError::Stopped.into());
+        }
+        let place = Place {
+            command: self.command,
+            operation,
+            phase,
+        };
+        Ok(self.backend.mark(place.pack())?)
     }
 
     fn step(&mut self, plan: &StepPlan) -> Result<StepOutcome, Cause> {
@@ -67,106 +91,173 @@ impl<B: Backend, T: Transport<B>> Worker<B, T> {
         self.at(number, "begin".to_owned());
         self.stage.begin_step(&self.backend)?;
         self.agreement.clear(&self.backend)?;
-        let schedule = Arc::clone(&self.schedule);
-        let rank = self.transport.rank();
-        let slots = schedule.slots(rank);
-        for &action in &schedule.stages[rank] {
-            self.at(number, action.to_string());
-            let peers = (
-                schedule.source(rank, action),
-                schedule.destination(rank, action),
-            );
-            // Micro-batches start and finish in ascending order, so their slots go round.
-            let slot = action.micro_batch() % slots;
-            match action {
-                Action::Forward(micro_batch) => self.forward(plan, micro_batch, slot, peers)?,
-                Action::Backward(_) => self.backward(slot, peers)?,
+        let program = self.schedule.program(self.transport.rank());
+        // The last action of each flow, whose output the next exchange of the flow sends.
+        let mut done = [None; 2];
+        for (place, operation) in program.iter().enumerate() {
+            self.reach(place, Phase::Input)?;
+            self.at(number, action_name(&program, place));
+            match *operation {
+                Operation::Run(action) => {
+                    match action.flow {
+                        Flow::Forward => self.forward(plan, action, place)?,
+                        Flow::Backward => self.backward(action, place)?,
+                    }
+                    done[action.flow as usize] = Some(action);
+                }
+                Operation::Exchange {
+                    flow,
+                    send,
+                    receive,
+                } => {
+                    let sent = done[flow as usize];
+                    let parcel = |peer: Option<usize>, action: Option<Action>| {
+                        let batch = &plan.micro_batches[action?.micro_batch];
+                        let len = batch.tokens() * self.stage.hidden_size();
+                        Some(Parcel { peer: peer?, len })
+                    };
+                    let (peer, awaited) = receive.unzip();
+                    let (send, receive) = (parcel(send, sent), parcel(peer, awaited));
+                    self.exchange(flow, send, receive)?;
+                }
             }
         }
-        self.at(number, "update".to_owned());
+        self.update(plan, program.len())
+    }
+
+    /// The end of a step, at place `end` of its program.
+    fn update(&mut self, plan: &StepPlan, end: usize) -> Result<StepOutcome, Cause> {
+        self.at(Some(plan.step + 1), action_name(&[], end));
+        let others = self.transport.stages() > 1;
+        let shares = self.stage.shared_gradient_len() > 0 || self.stage.tied_mut().is_some();
+        self.reach(
+            end,
+            match others && shares {
+                true => Phase::Input,
+                false => Phase::Work,
+            },
+        )?;
         let (stage, backend) = (&mut self.stage, &self.backend);
         gradients::complete(stage, backend, &mut self.transport, self.layers)?;
-        let parameters = stage.parameters();
-        let transport = &mut self.transport;
-        let outcome = self
-            .agreement
-            .decide(backend, transport, &parameters, plan)?;
+        self.agreement
+            .enter_norms(backend, &stage.parameters(), plan)?;
+        self.reach(end + 1, Phase::Input)?;
+        let (backend, transport) = (&self.backend, &mut self.transport);
+        let parameters = self.stage.parameters();
+        let agreement = &mut self.agreement;
+        let outcome = agreement.decide(backend, transport, &parameters, plan)?;
+        drop(parameters);
+        self.reach(end + 1, Phase::Work)?;
         if outcome.applied {
-            gradients::update(backend, parameters, plan, &outcome)?;
+            gradients::update(&self.backend, self.stage.parameters(), plan, &outcome)?;
         }
         Ok(outcome)
     }
 
-    fn forward(
+    fn exchange(
         &mut self,
-        plan: &StepPlan,
-        micro_batch: usize,
-        slot: usize,
-        (source, destination): (Option<usize>, Option<usize>),
+        flow: Flow,
+        send: Option<Parcel>,
+        receive: Option<Parcel>,
     ) -> Result<(), Cause> {
-        let (stage, backend) = (&mut self.stage, &self.backend);
+        let (transport, backend) = (&mut self.transport, &self.backend);
+        Ok(match flow {
+            Flow::Forward => transport.exchange(backend, &mut self.activations, send, receive)?,
+            Flow::Backward => transport.exchange(backend, &mut self.gradients, send, receive)?,
+        })
+    }
+
+    fn forward(&mut self, plan: &StepPlan, action: Action, place: usize) -> Result<(), Cause> {
+        let Action {
+            micro_batch, chunk, ..
+        } = action;
+        let slot = self.slot_of(action);
         let batch = &plan.micro_batches[micro_batch];
         let noise = NoiseKey {
             seed: plan.seed,
             step: plan.step,
             micro_batch: plan.run_micro_batch(micro_batch),
         };
+        let (stage, backend) = (&mut self.stage, &self.backend);
+        let at = (chunk, slot);
         fill(
             stage,
             backend,
-            slot,
+            at,
             batch,
             &spans(batch, None),
             &[],
             Some(noise),
         )?;
-        let len = stage.activation_len(slot);
-        if let Some(source) = source {
-            let input = stage.input_mut(slot);
-            self.transport.recv(backend, source, input, len)?;
-        }
+        self.take_input(chunk, slot)?;
+        let destination = self.schedule.destination(self.transport.rank(), action);
         {
-            let _permit = self.permits.acquire();
-            stage.forward(backend, slot, None)?;
+            let _permit = self.permits.acquire(&self.pulse)?;
+            self.reach(place, Phase::Work)?;
+            let (stage, backend) = (&mut self.stage, &self.backend);
+            stage.forward(backend, chunk, slot, None)?;
             if destination.is_none() {
                 let scale = plan.loss_scale * plan.target_weights[micro_batch];
                 stage.loss(backend, slot, scale)?;
             }
         }
-        match (destination, &stage.slot(slot).token_loss) {
-            (Some(destination), _) => {
-                self.transport
-                    .send(backend, destination, stage.output(), len)?;
-            }
-            (None, Some(loss)) => {
-                let targets = stage.slot(slot).batch.targets;
+        let filled = self.stage.slot(chunk, slot);
+        match &filled.token_loss {
+            Some(loss) if destination.is_none() => {
+                let (backend, targets) = (&self.backend, filled.batch.targets);
                 self.agreement
-                    .enter_loss(backend, micro_batch, loss, targets)?;
+                    .enter_loss(backend, micro_batch, loss, targets)
             }
-            (None, None) => {}
+            _ => {
+                self.reach(place, Phase::Output)?;
+                self.give_output()
+            }
+        }
+    }
+
+    fn backward(&mut self, action: Action, place: usize) -> Result<(), Cause> {
+        let (chunk, slot, rank) = (action.chunk, self.slot_of(action), self.transport.rank());
+        let (stage, backend, transport) = (&mut self.stage, &self.backend, &mut self.transport);
+        if self.schedule.source(rank, action).is_some() {
+            transport.arrived(backend, &mut self.gradients)?;
+            std::mem::swap(stage.gradient_mut(), &mut self.gradients.incoming);
+        }
+        {
+            let _permit = self.permits.acquire(&self.pulse)?;
+            self.reach(place, Phase::Work)?;
+            self.stage.backward(&self.backend, chunk, slot)?;
+        }
+        if self.schedule.destination(rank, action).is_some() {
+            self.reach(place, Phase::Output)?;
+            let (stage, backend, transport) = (&mut self.stage, &self.backend, &mut self.transport);
+            transport.sent(backend, &mut self.gradients)?;
+            std::mem::swap(stage.gradient_mut(), &mut self.gradients.outgoing);
         }
         Ok(())
     }
 
-    fn backward(
-        &mut self,
-        slot: usize,
-        (source, destination): (Option<usize>, Option<usize>),
-    ) -> Result<(), Cause> {
-        let (stage, backend) = (&mut self.stage, &self.backend);
-        let len = stage.activation_len(slot);
-        if let Some(source) = source {
-            let gradient = stage.gradient_mut();
-            self.transport.recv(backend, source, gradient, len)?;
+    /// Micro-batches of a chunk start and finish in ascending order, so their slots go round.
+    fn slot_of(&self, action: Action) -> usize {
+        let slots = self.schedule.slots(self.transport.rank(), action.chunk);
+        action.micro_batch % slots.max(1)
+    }
+
+    /// Puts what arrived into a slot of a chunk that does not start from ids.
+    fn take_input(&mut self, chunk: usize, slot: usize) -> Result<(), Cause> {
+        let action = Action::forward(0, chunk);
+        let (transport, backend) = (&mut self.transport, &self.backend);
+        if self.schedule.source(transport.rank(), action).is_some() {
+            transport.arrived(backend, &mut self.activations)?;
+            let input = self.stage.input_mut(chunk, slot);
+            std::mem::swap(input, &mut self.activations.incoming);
         }
-        {
-            let _permit = self.permits.acquire();
-            stage.backward(backend, slot)?;
-        }
-        if let Some(destination) = destination {
-            let gradient = &*stage.gradient_mut();
-            self.transport.send(backend, destination, gradient, len)?;
-        }
+        Ok(())
+    }
+
+    /// Lays the output of the last forward out to be sent.
+    fn give_output(&mut self) -> Result<(), Cause> {
+        self.transport.sent(&self.backend, &mut self.activations)?;
+        std::mem::swap(self.stage.output_mut(), &mut self.activations.outgoing);
         Ok(())
     }
 
@@ -195,7 +286,7 @@ impl<B: Backend, T: Transport<B>> Worker<B, T> {
         let (stage, backend) = (&mut self.stage, &self.backend);
         // A scale of zero gives the losses and no gradient.
         stage.loss(backend, 0, 0.0)?;
-        let slot = stage.slot(0);
+        let slot = stage.slot(self.schedule.virtual_stages - 1, 0);
         Ok(match &slot.token_loss {
             Some(losses) => {
                 let losses = backend.read(losses, slot.batch.targets)?;
@@ -206,7 +297,7 @@ impl<B: Backend, T: Transport<B>> Worker<B, T> {
         })
     }
 
-    /// One micro-batch through this stage without a backward to follow.
+    /// One micro-batch through all chunks of this stage, without a backward to follow.
     fn pass(
         &mut self,
         batch: &MicroBatch,
@@ -214,31 +305,43 @@ impl<B: Backend, T: Transport<B>> Worker<B, T> {
         cache_rows: &[u32],
         cached: bool,
     ) -> Result<(), Cause> {
-        let (stage, backend) = (&mut self.stage, &self.backend);
-        let (rank, stages) = (self.transport.rank(), self.transport.stages());
-        fill(stage, backend, 0, batch, spans, cache_rows, None)?;
-        let len = stage.activation_len(0);
-        if rank > 0 {
-            let input = stage.input_mut(0);
-            self.transport.recv(backend, rank - 1, input, len)?;
+        let rank = self.transport.rank();
+        let len = batch.tokens() * self.stage.hidden_size();
+        let parcel = |peer: Option<usize>| peer.map(|peer| Parcel { peer, len });
+        for chunk in 0..self.schedule.virtual_stages {
+            let action = Action::forward(0, chunk);
+            let source = parcel(self.schedule.source(rank, action));
+            let destination = parcel(self.schedule.destination(rank, action));
+            let (stage, backend) = (&mut self.stage, &self.backend);
+            fill(stage, backend, (chunk, 0), batch, spans, cache_rows, None)?;
+            if source.is_some() {
+                self.exchange(Flow::Forward, None, source)?;
+            }
+            self.reach(chunk, Phase::Input)?;
+            self.take_input(chunk, 0)?;
+            {
+                let _permit = self.permits.acquire(&self.pulse)?;
+                self.reach(chunk, Phase::Work)?;
+                if chunk == 0 {
+                    self.stage.prepare_prefix(&self.backend)?;
+                }
+                let cache = self.cache.as_mut().filter(|_| cached);
+                self.stage.forward(&self.backend, chunk, 0, cache)?;
+            }
+            if destination.is_some() {
+                self.reach(chunk, Phase::Output)?;
+                self.give_output()?;
+                self.exchange(Flow::Forward, destination, None)?;
+            }
         }
-        {
-            let _permit = self.permits.acquire();
-            stage.prepare_prefix(backend)?;
-            let cache = self.cache.as_mut().filter(|_| cached);
-            stage.forward(backend, 0, cache)?;
-        }
-        if rank + 1 < stages {
-            self.transport
-                .send(backend, rank + 1, stage.output(), len)?;
-        }
-        Ok(())
+        self.reach(self.schedule.virtual_stages, Phase::Work)
     }
 
     fn snapshot(&mut self) -> Result<Reply, Cause> {
         self.at(None, "snapshot".to_owned());
         let mut states = Vec::new();
         for parameter in self.stage.parameters() {
+            self.pulse.beat();
             if parameter.counted() {
                 states.push((parameter.index(), parameter.state(&self.backend)?));
             }
@@ -275,7 +378,7 @@ fn spans(batch: &MicroBatch, cache: Option<&super::messages::CachePlan>) -> Vec<
 fn fill<B: Backend>(
     stage: &mut Stage<B>,
     backend: &B,
-    slot: usize,
+    (chunk, slot): (usize, usize),
     batch: &MicroBatch,
     spans: &[Span],
     cache_rows: &[u32],
@@ -293,5 +396,5 @@ fn fill<B: Backend>(
         cache_rows,
         noise,
     };
-    Ok(stage.fill(backend, slot, host)?)
+    Ok(stage.fill(backend, chunk, slot, host)?)
 }

@@ -42,6 +42,8 @@ pub enum Event {
 pub struct RunStarted {
     /// The stages, first to last.
     pub stages: Vec<StageSummary>,
+    /// How activations travel between GPUs, in words; empty where they do not.
+    pub transport: String,
     /// Numbers that are trained.
     pub trainable_parameters: u64,
     /// Numbers in the base model.
@@ -61,8 +63,8 @@ pub struct RunStarted {
 pub struct StageSummary {
     /// Where it runs: `cpu`, or a CUDA device number.
     pub device: String,
-    /// Its blocks.
-    pub blocks: Range<usize>,
+    /// Its blocks: one run, or several with the interleaved schedule.
+    pub blocks: Vec<Range<usize>>,
 }
 
 /// What one optimiser step did. The numbers are those of the whole step, over all stages.

@@ -206,19 +206,23 @@ fn started(run: &RunStarted) -> String {
         .stages
         .iter()
         .map(|stage| {
-            format!(
-                "{} [{}..{}]",
-                stage.device, stage.blocks.start, stage.blocks.end
-            )
+            let runs = stage.blocks.iter();
+            let runs: Vec<String> = runs
+                .map(|run| format!("{}..{}", run.start, run.end))
+                .collect();
+            format!("{} [{}]", stage.device, runs.join(" "))
         })
         .collect();
     let mut text = format!(
-        "training {} of {} parameters; stages and their blocks: {}\nconfiguration saved in {}",
+        "training {} of {} parameters; stages and their blocks: {}\n",
         grouped(run.trainable_parameters),
         grouped(run.model_parameters),
         stages.join(", "),
-        run.config_path.display(),
     );
+    if !run.transport.is_empty() {
+        let _ = writeln!(text, "activations travel by {}", run.transport);
+    }
+    let _ = write!(text, "configuration saved in {}", run.config_path.display());
     if run.start_step > 0 {
         let _ = write!(
             text,

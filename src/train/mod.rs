@@ -86,6 +86,7 @@ pub fn run(
     let config_path = checkpoint::write_config(config, &config.run.output)?;
     reporter(Event::RunStarted(RunStarted {
         stages: summary(&layout),
+        transport: engine.transport().to_owned(),
         trainable_parameters: trainables.count() as u64,
         model_parameters: model_parameters(&base),
         start_step: state.step,
@@ -196,7 +197,7 @@ fn summary(layout: &Layout) -> Vec<StageSummary> {
     let stages = layout.devices.iter().zip(&layout.stages);
     let summary = stages.map(|(device, stage)| StageSummary {
         device: device.to_string(),
-        blocks: stage.blocks.clone(),
+        blocks: stage.chunks.clone(),
     });
     summary.collect()
 }

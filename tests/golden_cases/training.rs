@@ -67,6 +67,14 @@ fn train<B: Golden>(parts: &Parts<'_>, case: &Case, report: &mut Report<'_>) -> 
     let counts = engine::stage_counts::<B>(parts.family.config.num_layers);
     for stages in counts.clone() {
         for &schedule in layouts.schedules {
+            let layout = Configuration {
+                stages,
+                schedule,
+                ..Configuration::PLAIN
+            };
+            if !layout.is_possible(parts.family.config.num_layers, job.room.micro_batches) {
+                continue;
+            }
             let mut differs = None;
             for configuration in layouts.configurations(stages, schedule) {
                 let run = job.run::<B>(configuration, None, layouts.steps)?;
@@ -156,12 +164,19 @@ impl Layouts {
         match B::PRECISION {
             Precision::F32 => Layouts {
                 steps: job.steps.len(),
-                schedules: &[ScheduleKind::OneForwardOneBackward, ScheduleKind::Gpipe],
+                schedules: &[
+                    ScheduleKind::OneForwardOneBackward,
+                    ScheduleKind::Gpipe,
+                    ScheduleKind::Interleaved,
+                ],
                 threads: 1..=3,
             },
             Precision::F16 => Layouts {
                 steps: job.steps.len().min(3),
-                schedules: &[ScheduleKind::OneForwardOneBackward],
+                schedules: &[
+                    ScheduleKind::OneForwardOneBackward,
+                    ScheduleKind::Interleaved,
+                ],
                 threads: 2..=2,
             },
         }

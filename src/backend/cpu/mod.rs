@@ -15,6 +15,7 @@ mod rows;
 mod threads;
 
 use std::marker::PhantomData;
+use std::sync::Arc;
 
 use half::f16;
 
@@ -23,13 +24,14 @@ pub use self::buffer::CpuBuffer;
 use self::threads::Threads;
 use super::{
     AdamwStep, AdamwTensor, AttentionLayout, Backend, BackendError, Dropout, Element, LinearShape,
-    NormShape, Plain, Prefix, RowGradient, Span, SumOf, piece_len,
+    NormShape, Plain, Prefix, Pulse, RowGradient, Span, SumOf, piece_len,
 };
 use crate::quant::Bits;
 
 /// The CPU, storing weights and activations as `E`, computing in f32.
 pub struct Cpu<E> {
     threads: Threads,
+    pulse: Arc<Pulse>,
     element: PhantomData<E>,
 }
 
@@ -39,8 +41,17 @@ impl<E: Element> Cpu<E> {
     /// # Errors
     /// When the threads cannot be started.
     pub fn new(threads: usize) -> Result<Self, BackendError> {
+        Self::with_pulse(threads, &Arc::default())
+    }
+
+    /// The same with signs of life.
+    ///
+    /// # Errors
+    /// As [`Cpu::new`].
+    pub fn with_pulse(threads: usize, pulse: &Arc<Pulse>) -> Result<Self, BackendError> {
         Ok(Cpu {
             threads: Threads::new(threads)?,
+            pulse: Arc::clone(pulse),
             element: PhantomData,
         })
     }
@@ -66,6 +77,11 @@ type Done = Result<(), BackendError>;
 impl<E: Element> Backend for Cpu<E> {
     type Element = E;
     type Buffer<T: Plain> = CpuBuffer<T>;
+
+    fn mark(&self, place: u64) -> Done {
+        self.pulse.reach(place);
+        Ok(())
+    }
 
     fn zeros<T: Plain>(&self, len: usize) -> Result<CpuBuffer<T>, BackendError> {
         CpuBuffer::zeros(len)

@@ -1,13 +1,18 @@
 //! One GPU: its context and stream, and what is queued there.
 
+use std::cell::RefCell;
+use std::collections::VecDeque;
 use std::ffi::c_void;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use cudarc::driver::result::{DriverError, device as cu_device, primary_ctx, stream as cu_stream};
 use cudarc::driver::{result, sys};
 
 use super::error::CudaError;
+use super::events::Event;
 use super::survey;
-use crate::backend::BackendError;
+use crate::backend::{BackendError, Pulse};
 
 type Result<T> = std::result::Result<T, BackendError>;
 
@@ -18,8 +23,24 @@ pub(super) struct Device {
     /// Compute capability times ten: 86.
     capability: u32,
     device: sys::CUdevice,
+    context: sys::CUcontext,
     stream: sys::CUstream,
+    /// Stopped when the worker is to give up.
+    pulse: Arc<Pulse>,
+    marks: RefCell<Marks>,
 }
+
+/// Places in the work of the worker that the GPU has not reached yet, and events to use again.
+#[derive(Default)]
+struct Marks {
+    ahead: VecDeque<(Event, u64)>,
+    spare: Vec<Event>,
+}
+
+/// A wait for the GPU that lasts looks this often; before, it does nothing else.
+const NAP: Duration = Duration::from_micros(50);
+/// Most steps of a small model are over sooner than a nap would be.
+const WAKEFUL: Duration = Duration::from_millis(2);
 
 /// What a kernel is launched over.
 #[derive(Clone, Copy, Debug)]
@@ -125,7 +146,7 @@ impl Device {
     ///
     /// # Errors
     /// Libraries are missing, there is no such device, or it cannot run the kernels.
-    pub fn open(ordinal: u32) -> std::result::Result<Self, CudaError> {
+    pub fn open(ordinal: u32, pulse: &Arc<Pulse>) -> std::result::Result<Self, CudaError> {
         let call = |call: &'static str| {
             move |error: DriverError| CudaError::Call {
                 ordinal,
@@ -149,7 +170,10 @@ impl Device {
             name,
             capability,
             device,
+            context,
             stream,
+            pulse: Arc::clone(pulse),
+            marks: RefCell::default(),
         })
     }
 
@@ -166,6 +190,16 @@ impl Device {
     /// The stream that everything runs on.
     pub fn stream(&self) -> sys::CUstream {
         self.stream
+    }
+
+    /// The context that everything lives in.
+    pub fn context(&self) -> sys::CUcontext {
+        self.context
+    }
+
+    /// Signs of life go here.
+    pub fn pulse(&self) -> &Arc<Pulse> {
+        &self.pulse
     }
 
     /// The device in words, for messages.
@@ -233,11 +267,91 @@ impl Device {
     }
 
     /// Waits until everything queued is done.
+    ///
+    /// # Errors
+    /// Something queued failed, or the pulse was stopped meanwhile.
     pub fn synchronize(&self) -> Result<()> {
-        // SAFETY: the stream lives as long as `self`.
-        self.check("cuStreamSynchronize", unsafe {
-            cu_stream::synchronize(self.stream)
-        })
+        let event = match self.marks.borrow_mut().spare.pop() {
+            Some(event) => event,
+            None => Event::new(self)?,
+        };
+        event.record(self, self.stream)?;
+        self.wait_for(&event)?;
+        self.glance()?;
+        self.marks.borrow_mut().spare.push(event);
+        Ok(())
+    }
+
+    /// Waits on the host for an event, in small steps.
+    ///
+    /// # Errors
+    /// Something queued failed, or the pulse was stopped meanwhile.
+    pub fn wait_for(&self, event: &Event) -> Result<()> {
+        let began = Instant::now();
+        while !event.passed(self)? {
+            self.glance()?;
+            match began.elapsed() < WAKEFUL {
+                true => std::thread::yield_now(),
+                false => std::thread::sleep(NAP),
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets the pulse reach `place` when everything queued so far is done.
+    pub fn mark(&self, place: u64) -> Result<()> {
+        let spare = self.marks.borrow_mut().spare.pop();
+        let event = match spare {
+            Some(event) => event,
+            None => Event::new(self)?,
+        };
+        event.record(self, self.stream)?;
+        self.marks.borrow_mut().ahead.push_back((event, place));
+        self.glance()
+    }
+
+    /// Tells the pulse how far the GPU is.
+    ///
+    /// # Errors
+    /// Something queued failed, or the pulse was stopped.
+    pub fn glance(&self) -> Result<()> {
+        if self.pulse.is_stopped() {
+            return Err(BackendError::Stopped);
+        }
+        let mut marks = self.marks.borrow_mut();
+        while let Some((event, place)) = marks.ahead.front() {
+            if !event.passed(self)? {
+                break;
+            }
+            self.pulse.reach(*place);
+            if let Some((event, _)) = marks.ahead.pop_front() {
+                marks.spare.push(event);
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets kernels and copies of this GPU reach the memory of another one, where the two can.
+    pub fn enable_peer(&self, context: sys::CUcontext, ordinal: u32) -> Result<bool> {
+        if context == self.context {
+            return Ok(true);
+        }
+        let peer = self.check("cuDeviceGet", cu_device::get(ordinal as i32))?;
+        let mut can = 0;
+        // SAFETY: both devices were returned by the driver; writes one integer.
+        let asked = unsafe { sys::cuDeviceCanAccessPeer(&mut can, self.device, peer) };
+        self.check("cuDeviceCanAccessPeer", asked.result())?;
+        if can == 0 {
+            return Ok(false);
+        }
+        // SAFETY: the other context is alive as long as its worker, which outlives what is done with it.
+        match unsafe { sys::cuCtxEnablePeerAccess(context, 0) }.result() {
+            Ok(()) => Ok(true),
+            Err(error) if error.0 == sys::CUresult::CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED => {
+                Ok(true)
+            }
+            Err(error) => self.check("cuCtxEnablePeerAccess", Err(error)),
+        }
     }
 
     /// Queues setting `bytes` bytes to zero.
@@ -254,9 +368,14 @@ impl Device {
 impl Drop for Device {
     fn drop(&mut self) {
         // Nothing can be done about an error here; it was or will be seen by a call that matters.
+        let finished = self.synchronize().is_ok();
+        *self.marks.get_mut() = Marks::default();
+        // What a hung GPU works on is left to the end of the process: to wait for it would be to hang.
+        if !finished && self.pulse.is_stopped() {
+            return;
+        }
         // SAFETY: stream and context were made by `open` and are used by nobody after this.
         unsafe {
-            let _ = cu_stream::synchronize(self.stream);
             let _ = cu_stream::destroy(self.stream);
             let _ = primary_ctx::release(self.device);
         }

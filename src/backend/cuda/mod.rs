@@ -13,14 +13,17 @@ mod device;
 mod dropout;
 mod elementwise;
 mod error;
+mod events;
 mod library;
 mod linear;
 mod loss;
 mod memory;
 mod module;
+mod nccl_library;
 mod norm;
 mod optim;
 mod prepare;
+mod probe;
 mod quant;
 mod rotary;
 mod rows;
@@ -31,18 +34,22 @@ mod survey;
 mod tiles;
 
 use std::rc::Rc;
+use std::sync::Arc;
 
 use half::f16;
 
 pub use compile::{Compiled, compile_kernels, nvrtc};
 pub use error::CudaError;
+pub use events::{DevicePlace, Event, SideStream};
 pub use memory::CudaBuffer;
+pub use nccl_library::{NcclLibrary, nccl};
 pub use prepare::{LargestBatch, LinearWork, OWN_MEMORY};
+pub use probe::{PeerCopies, peer_copies};
 pub use survey::{GpuInfo, Survey, check, free_memory, survey, visible};
 
 use super::{
     AdamwStep, AdamwTensor, AttentionLayout, Backend, BackendError, Dropout, Element, LinearShape,
-    NormShape, Plain, Prefix, RowGradient, Span, SumOf, piece_len,
+    NormShape, Plain, Prefix, Pulse, RowGradient, Span, SumOf, piece_len,
 };
 use crate::quant::Bits;
 use device::{Device, Pointer};
@@ -85,7 +92,17 @@ impl Cuda {
     /// Driver or libraries are missing or too old, there is no such GPU, it is too old, or a kernel
     /// does not compile.
     pub fn new(ordinal: u32) -> Result<Self> {
-        let device = Rc::new(Device::open(ordinal).map_err(BackendError::Cuda)?);
+        Cuda::with_pulse(ordinal, &Arc::default())
+    }
+
+    /// The same with signs of life: kernels compiled, marks reached. Every wait for the GPU ends when the
+    /// pulse is stopped.
+    ///
+    /// # Errors
+    /// As [`Cuda::new`].
+    pub fn with_pulse(ordinal: u32, pulse: &Arc<Pulse>) -> Result<Self> {
+        let device = Device::open(ordinal, pulse).map_err(BackendError::Cuda)?;
+        let device = Rc::new(device);
         let modules = Modules::load(&device)?;
         let memory = Memory::new(&device);
         Ok(Cuda {
@@ -119,6 +136,10 @@ impl Cuda {
 impl Backend for Cuda {
     type Element = f16;
     type Buffer<T: Plain> = CudaBuffer<T>;
+
+    fn mark(&self, place: u64) -> Result<()> {
+        self.device.mark(place)
+    }
 
     fn zeros<T: Plain>(&self, len: usize) -> Result<CudaBuffer<T>> {
         let buffer = self.memory.buffer(len)?;

@@ -44,6 +44,7 @@ impl Modules {
             let module = unsafe { result::module::load_data(code.as_ptr().cast()) };
             let module = device.check("cuModuleLoadData", module)?;
             modules.modules.push((file.name, module));
+            device.pulse().beat();
         }
         Ok(modules)
     }
@@ -89,7 +90,10 @@ impl Modules {
 impl Drop for Modules {
     fn drop(&mut self) {
         // Kernels may be under way; errors here are seen by the next call that matters.
-        let _ = self.device.synchronize();
+        if self.device.synchronize().is_err() && self.device.pulse().is_stopped() {
+            // Unloading waits for the GPU, and this one may never answer.
+            return;
+        }
         for (_, module) in &self.modules {
             // SAFETY: loaded by `load`; nobody launches from it any more.
             let _ = unsafe { result::module::unload(*module) };

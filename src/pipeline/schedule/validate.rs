@@ -1,17 +1,31 @@
 //! Proof that a schedule is complete, ordered, matched, free of deadlock and within its slots.
 
-use std::collections::HashSet;
+use super::{Action, Flow, Schedule, Transfers};
 
-use super::{Action, Schedule, Transfers};
-
-/// Why a schedule must not be run.
+/// Why a schedule does not exist or must not be run.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ScheduleError {
     /// Nothing to do.
-    #[error("a schedule needs at least one stage and one micro-batch")]
+    #[error("a schedule needs at least one stage, one chunk and one micro-batch")]
     Empty,
-    /// A micro-batch that the step does not have.
-    #[error("stage {rank} has {action}, but the step has only {micro_batches} micro-batches")]
+    /// The interleaved schedule for a number of micro-batches that it cannot take.
+    #[error(
+        "schedule = \"interleaved\" over {stages} stages with {micro_batches} micro-batches in a step: \
+         it takes them in groups of {stages}; set run.gradient_accumulation to {}, or use \
+         schedule = \"1f1b\"",
+        multiples(*stages, *micro_batches)
+    )]
+    NotInterleavable {
+        /// Stages.
+        stages: usize,
+        /// Micro-batches in the step.
+        micro_batches: usize,
+    },
+    /// A micro-batch or a chunk that the step does not have.
+    #[error(
+        "stage {rank} has {action}, but the step has only {micro_batches} micro-batches through \
+         {virtual_stages} chunks"
+    )]
     OutOfRange {
         /// Stage.
         rank: usize,
@@ -19,6 +33,8 @@ pub enum ScheduleError {
         action: Action,
         /// Micro-batches in the step.
         micro_batches: usize,
+        /// Chunks on every stage.
+        virtual_stages: usize,
     },
     /// An action that stands twice.
     #[error("stage {rank} has {action} twice")]
@@ -37,23 +53,25 @@ pub enum ScheduleError {
         action: Action,
     },
     /// A backward without its forward.
-    #[error("stage {rank} has B{micro_batch} before F{micro_batch}")]
+    #[error("stage {rank} has {action} before the forward of the same micro-batch")]
     BackwardFirst {
         /// Stage.
         rank: usize,
-        /// The micro-batch.
-        micro_batch: usize,
+        /// The backward.
+        action: Action,
     },
     /// A receiver that takes messages in another order than they are sent.
-    #[error("stage {from} sends the output of {sent} where stage {to} awaits that of {awaited}")]
+    #[error(
+        "stage {from} sends the output of {sent} where stage {to} awaits the input of {awaited}"
+    )]
     Unmatched {
         /// Sending stage.
         from: usize,
         /// Receiving stage.
         to: usize,
-        /// What is sent.
+        /// The action on `from` whose output is sent.
         sent: Action,
-        /// What the receiver expects at that place.
+        /// The action on `to` that is next to receive.
         awaited: Action,
     },
     /// Micro-batches out of order, so that sums would depend on the schedule.
@@ -73,7 +91,7 @@ pub enum ScheduleError {
         transfers: Transfers,
         /// The lowest stage that is stuck.
         rank: usize,
-        /// The action that it cannot begin, or whose output it cannot hand over.
+        /// Its first action that never begins.
         action: Action,
     },
     /// More saved activations than the kind of schedule allows.
@@ -81,36 +99,48 @@ pub enum ScheduleError {
     Slots {
         /// Stage.
         rank: usize,
-        /// Most micro-batches in flight.
+        /// Most micro-batches in flight, over all its chunks.
         used: usize,
         /// Most that the kind of schedule allows.
         allowed: usize,
     },
 }
 
+/// The multiples of `stages` next to `micro_batches`, as text.
+fn multiples(stages: usize, micro_batches: usize) -> String {
+    let below = micro_batches / stages.max(1) * stages;
+    match below {
+        0 => stages.to_string(),
+        _ => format!("{below} or {}", below + stages),
+    }
+}
+
 impl Schedule {
     /// Checks everything that a worker relies on: every micro-batch has one forward and later one
-    /// backward on every stage, neighbours send and receive in the same order, micro-batches
-    /// ascend, a run ends with buffered and with grouped rendezvous transfers, and no stage has
-    /// more micro-batches in flight than [`Schedule::allowed_slots`].
+    /// backward in every chunk, stages send and receive in the same order, micro-batches ascend in every
+    /// chunk, a run ends with buffered, grouped and mailbox transfers, and no stage has more
+    /// micro-batches in flight than [`Schedule::allowed_in_flight`].
+    ///
+    /// # Errors
+    /// The first of these, in this order, that does not hold.
     pub fn validate(&self) -> Result<(), ScheduleError> {
-        if self.stages.is_empty() || self.micro_batches == 0 {
+        if self.stages.is_empty() || self.micro_batches == 0 || self.virtual_stages == 0 {
             return Err(ScheduleError::Empty);
         }
         for rank in 0..self.stages.len() {
             self.complete(rank)?;
         }
-        for rank in 1..self.stages.len() {
-            self.matched(rank - 1, rank, forwards)?;
-            self.matched(rank, rank - 1, backwards)?;
+        for flow in [Flow::Forward, Flow::Backward] {
+            self.matched(flow)?;
         }
         for rank in 0..self.stages.len() {
             self.ascending(rank)?;
         }
-        self.simulate(Transfers::Buffered)?;
-        self.simulate(Transfers::GroupedRendezvous)?;
+        for transfers in [Transfers::Buffered, Transfers::Grouped, Transfers::Mailbox] {
+            self.simulate(transfers)?;
+        }
         for rank in 0..self.stages.len() {
-            let (used, allowed) = (self.slots(rank), self.allowed_slots(rank));
+            let (used, allowed) = (self.in_flight(rank), self.allowed_in_flight(rank));
             if used > allowed {
                 return Err(ScheduleError::Slots {
                     rank,
@@ -123,79 +153,106 @@ impl Schedule {
     }
 
     fn complete(&self, rank: usize) -> Result<(), ScheduleError> {
-        let micro_batches = self.micro_batches;
-        let mut seen = HashSet::new();
+        let (micro_batches, virtual_stages) = (self.micro_batches, self.virtual_stages);
+        let mut done = vec![[false; 2]; micro_batches * virtual_stages];
         for &action in &self.stages[rank] {
-            let micro_batch = action.micro_batch();
-            if micro_batch >= micro_batches {
+            if action.micro_batch >= micro_batches || action.chunk >= virtual_stages {
                 return Err(ScheduleError::OutOfRange {
                     rank,
                     action,
                     micro_batches,
+                    virtual_stages,
                 });
             }
-            if !seen.insert(action) {
+            let done = &mut done[action.chunk * micro_batches + action.micro_batch];
+            if std::mem::replace(&mut done[action.flow as usize], true) {
                 return Err(ScheduleError::Repeated { rank, action });
             }
-            if matches!(action, Action::Backward(_))
-                && !seen.contains(&Action::Forward(micro_batch))
-            {
-                return Err(ScheduleError::BackwardFirst { rank, micro_batch });
+            if action.flow == Flow::Backward && !done[Flow::Forward as usize] {
+                return Err(ScheduleError::BackwardFirst { rank, action });
             }
         }
-        (0..micro_batches)
-            .flat_map(|i| [Action::Forward(i), Action::Backward(i)])
-            .find(|action| !seen.contains(action))
-            .map_or(Ok(()), |action| {
-                Err(ScheduleError::Missing { rank, action })
-            })
-    }
-
-    fn matched(
-        &self,
-        from: usize,
-        to: usize,
-        direction: fn(&Action) -> bool,
-    ) -> Result<(), ScheduleError> {
-        let sent = self.stages[from].iter().copied().filter(direction);
-        let awaited = self.stages[to].iter().copied().filter(direction);
-        sent.zip(awaited)
-            .find(|(sent, awaited)| sent != awaited)
-            .map_or(Ok(()), |(sent, awaited)| {
-                Err(ScheduleError::Unmatched {
-                    from,
-                    to,
-                    sent,
-                    awaited,
-                })
-            })
-    }
-
-    fn ascending(&self, rank: usize) -> Result<(), ScheduleError> {
-        for direction in [forwards, backwards] {
-            let order: Vec<Action> = self.stages[rank]
-                .iter()
-                .copied()
-                .filter(direction)
-                .collect();
-            for pair in order.windows(2) {
-                if pair[0].micro_batch() >= pair[1].micro_batch() {
-                    return Err(ScheduleError::NotAscending {
-                        rank,
-                        earlier: pair[0],
-                        later: pair[1],
-                    });
+        for chunk in 0..virtual_stages {
+            for micro_batch in 0..micro_batches {
+                for action in [
+                    Action::forward(micro_batch, chunk),
+                    Action::backward(micro_batch, chunk),
+                ] {
+                    if !done[chunk * micro_batches + micro_batch][action.flow as usize] {
+                        return Err(ScheduleError::Missing { rank, action });
+                    }
                 }
             }
         }
         Ok(())
     }
-}
 
-fn forwards(action: &Action) -> bool {
-    matches!(action, Action::Forward(_))
-}
+    /// Messages between two stages carry no names: the k-th that one sends is the k-th that the other
+    /// receives, and must be what it takes it for.
+    fn matched(&self, flow: Flow) -> Result<(), ScheduleError> {
+        let stages = self.stages.len();
+        // What stage `from` has sent to `to`, at from * stages + to, and how much of it was received.
+        let mut sent = vec![Vec::new(); stages * stages];
+        let mut received = vec![0; stages * stages];
+        for (from, actions) in self.stages.iter().enumerate() {
+            for &action in actions.iter().filter(|action| action.flow == flow) {
+                if let Some(to) = self.destination(from, action) {
+                    sent[from * stages + to].push(action);
+                }
+            }
+        }
+        for (to, actions) in self.stages.iter().enumerate() {
+            for &awaited in actions.iter().filter(|action| action.flow == flow) {
+                let Some(from) = self.source(to, awaited) else {
+                    continue;
+                };
+                let pair = from * stages + to;
+                let next = sent[pair].get(received[pair]).copied();
+                received[pair] += 1;
+                // As many are sent as are awaited, because every action is there once.
+                match next {
+                    Some(sent) if !self.leads_to(from, sent, to, awaited) => {
+                        return Err(ScheduleError::Unmatched {
+                            from,
+                            to,
+                            sent,
+                            awaited,
+                        });
+                    }
+                    _ => {}
+                }
+            }
+        }
+        Ok(())
+    }
 
-fn backwards(action: &Action) -> bool {
-    matches!(action, Action::Backward(_))
+    /// Whether the output of `sent` on stage `from` is the input of `awaited` on stage `to`.
+    fn leads_to(&self, from: usize, sent: Action, to: usize, awaited: Action) -> bool {
+        let stages = self.stages.len();
+        let before = sent.chunk * stages + from;
+        let after = awaited.chunk * stages + to;
+        sent.micro_batch == awaited.micro_batch
+            && match sent.flow {
+                Flow::Forward => before + 1 == after,
+                Flow::Backward => before == after + 1,
+            }
+    }
+
+    fn ascending(&self, rank: usize) -> Result<(), ScheduleError> {
+        let mut before: Vec<[Option<Action>; 2]> = vec![[None; 2]; self.virtual_stages];
+        for &later in &self.stages[rank] {
+            let earlier = before[later.chunk][later.flow as usize].replace(later);
+            match earlier {
+                Some(earlier) if earlier.micro_batch >= later.micro_batch => {
+                    return Err(ScheduleError::NotAscending {
+                        rank,
+                        earlier,
+                        later,
+                    });
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
 }

@@ -1,0 +1,219 @@
+//! Points in a stream that other streams and the host can wait for, and streams beside the one that
+//! computes.
+
+use std::rc::Rc;
+
+use cudarc::driver::{result, sys};
+
+use super::Cuda;
+use super::device::{Device, Pointer};
+use super::memory::CudaBuffer;
+use crate::backend::{BackendError, Plain};
+
+type Result<T> = std::result::Result<T, BackendError>;
+
+/// A point in a stream. One thread records it; streams of any device and thread may wait for it.
+pub struct Event {
+    raw: sys::CUevent,
+}
+
+// SAFETY: the driver's event functions may be called from any thread; an event is destroyed once, when
+// nobody holds it any more.
+unsafe impl Send for Event {}
+// SAFETY: as above; recording and waiting are calls of the driver, which orders them.
+unsafe impl Sync for Event {}
+
+impl Event {
+    /// An event that has not been recorded: whoever waits for it goes on at once.
+    pub(super) fn new(device: &Device) -> Result<Self> {
+        let raw = result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING);
+        let raw = device.check("cuEventCreate", raw)?;
+        Ok(Event { raw })
+    }
+
+    /// Records everything queued on `stream` so far.
+    pub(super) fn record(&self, device: &Device, stream: sys::CUstream) -> Result<()> {
+        // SAFETY: event and stream are alive.
+        let recorded = unsafe { result::event::record(self.raw, stream) };
+        device.check("cuEventRecord", recorded)
+    }
+
+    /// Lets what is queued on `stream` from here on wait for the event.
+    pub(super) fn delay(&self, device: &Device, stream: sys::CUstream) -> Result<()> {
+        let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
+        // SAFETY: event and stream are alive; the driver remembers what the event recorded.
+        let waits = unsafe { result::stream::wait_event(stream, self.raw, flags) };
+        device.check("cuStreamWaitEvent", waits)
+    }
+
+    /// Whether what it recorded is done.
+    pub(super) fn passed(&self, device: &Device) -> Result<bool> {
+        // SAFETY: the event is alive.
+        match unsafe { result::event::query(self.raw) } {
+            Ok(()) => Ok(true),
+            Err(error) if error.0 == sys::CUresult::CUDA_ERROR_NOT_READY => Ok(false),
+            Err(error) => device.check("cuEventQuery", Err(error)),
+        }
+    }
+}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        // SAFETY: made by `new`. The driver keeps what streams wait for. An error here was or will be
+        // seen by a call that matters.
+        let _ = unsafe { result::event::destroy(self.raw) };
+    }
+}
+
+/// A stream for transfers, beside the one that computes.
+pub struct SideStream {
+    device: Rc<Device>,
+    raw: sys::CUstream,
+}
+
+impl SideStream {
+    /// The driver's handle, for libraries that queue on it.
+    pub fn raw(&self) -> sys::CUstream {
+        self.raw
+    }
+
+    /// Records everything queued here so far.
+    ///
+    /// # Errors
+    /// The device fails.
+    pub fn record(&self, event: &Event) -> Result<()> {
+        event.record(&self.device, self.raw)
+    }
+
+    /// Lets what is queued here from now on wait for `event`.
+    ///
+    /// # Errors
+    /// The device fails.
+    pub fn wait(&self, event: &Event) -> Result<()> {
+        event.delay(&self.device, self.raw)
+    }
+
+    /// Queues a copy of `bytes` bytes between places in device memory, of one GPU or of two. CUDA goes
+    /// through host memory where two GPUs cannot reach each other.
+    ///
+    /// # Errors
+    /// The device fails.
+    pub fn copy(&self, to: DevicePlace, from: DevicePlace, bytes: usize) -> Result<()> {
+        // SAFETY: callers give places inside buffers that live until the copy is done, in contexts
+        // that are alive as long.
+        let copied = unsafe {
+            sys::cuMemcpyPeerAsync(
+                to.pointer,
+                to.context,
+                from.pointer,
+                from.context,
+                bytes,
+                self.raw,
+            )
+            .result()
+        };
+        self.device.check("cuMemcpyPeerAsync", copied)
+    }
+}
+
+impl Drop for SideStream {
+    fn drop(&mut self) {
+        // SAFETY: made by `Cuda::side_stream`; what is queued is finished by the driver. An error here
+        // was or will be seen by a call that matters.
+        let _ = unsafe { result::stream::destroy(self.raw) };
+    }
+}
+
+/// A place in the memory of a GPU of this process.
+#[derive(Clone, Copy, Debug)]
+pub struct DevicePlace {
+    pub(super) context: sys::CUcontext,
+    pub(super) pointer: sys::CUdeviceptr,
+}
+
+// SAFETY: an address and a handle; the driver's functions take them from any thread.
+unsafe impl Send for DevicePlace {}
+
+impl DevicePlace {
+    /// The address, for libraries.
+    pub fn pointer(self) -> sys::CUdeviceptr {
+        self.pointer
+    }
+}
+
+impl Cuda {
+    /// CUDA's number of the GPU.
+    pub fn ordinal(&self) -> u32 {
+        self.device.ordinal()
+    }
+
+    /// An event of this GPU.
+    ///
+    /// # Errors
+    /// The device fails.
+    pub fn event(&self) -> Result<Event> {
+        Event::new(&self.device)
+    }
+
+    /// A stream beside the one that computes.
+    ///
+    /// # Errors
+    /// The device fails.
+    pub fn side_stream(&self) -> Result<SideStream> {
+        let raw = result::stream::create(result::stream::StreamKind::NonBlocking);
+        Ok(SideStream {
+            raw: self.device.check("cuStreamCreate", raw)?,
+            device: Rc::clone(&self.device),
+        })
+    }
+
+    /// Records everything computed so far.
+    ///
+    /// # Errors
+    /// The device fails.
+    pub fn record(&self, event: &Event) -> Result<()> {
+        event.record(&self.device, self.device.stream())
+    }
+
+    /// Lets what is computed from here on wait for `event`.
+    ///
+    /// # Errors
+    /// The device fails.
+    pub fn wait(&self, event: &Event) -> Result<()> {
+        event.delay(&self.device, self.device.stream())
+    }
+
+    /// Whether what an event recorded is done.
+    ///
+    /// # Errors
+    /// The device fails.
+    pub fn passed(&self, event: &Event) -> Result<bool> {
+        event.passed(&self.device)
+    }
+
+    /// Tells the pulse how far the GPU is, and notices when the worker is to give up. To be called in
+    /// every loop that waits on the host.
+    ///
+    /// # Errors
+    /// The pulse was stopped, or the device fails.
+    pub fn glance(&self) -> Result<()> {
+        self.device.glance()
+    }
+
+    /// Where a buffer stands.
+    pub fn place<T: Plain>(&self, buffer: &CudaBuffer<T>) -> DevicePlace {
+        let Pointer(pointer) = buffer.at();
+        DevicePlace {
+            context: self.device.context(),
+            pointer,
+        }
+    }
+
+    /// Lets this GPU read the memory of another one directly, where the two can. Whether they can.
+    ///
+    /// # Errors
+    /// The device fails.
+    pub fn enable_peer(&self, peer: DevicePlace, ordinal: u32) -> Result<bool> {
+        self.device.enable_peer(peer.context, ordinal)
+    }
+}
