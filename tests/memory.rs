@@ -194,7 +194,6 @@ where
         initial: &initial,
         pulse: &Arc::default(),
         first_stage: sizes.embedding,
-        on_bytes: &|_| {},
     };
     let shape = StageShape {
         chunks: sizes.chunks.clone(),
