@@ -9,6 +9,7 @@ use cudarc::driver::sys;
 
 use super::device::driver_reason;
 use super::error::CudaError;
+use crate::backend::leave_behind;
 
 /// What became of copies between two GPUs.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -49,6 +50,7 @@ pub fn peer_copies(from: u32, to: u32, limit: Duration) -> Result<PeerCopies, Cu
             "the thread that copied from GPU {from} to GPU {to} ended without a word"
         ))),
         Err(RecvTimeoutError::Timeout) => {
+            leave_behind();
             let seconds = limit.as_secs();
             Ok(PeerCopies::Broken(format!(
                 "a copy from GPU {from} to GPU {to} did not arrive within {seconds} s"
