@@ -106,7 +106,11 @@ pub fn same_on_all<B: Golden>(
     case: &Case,
     report: &mut Report<'_>,
 ) -> Outcome<()> {
-    const STEPS: usize = 3;
+    // Emulated GPUs are slow.
+    let steps = match B::DEVICE {
+        Device::Cpu => 3,
+        Device::Cuda(_) => 2,
+    };
     let on = |stages: usize, recompute| Configuration {
         stages,
         recompute,
@@ -117,7 +121,7 @@ pub fn same_on_all<B: Golden>(
         let job = Job::new(parts, case, Padding::Removed)?;
         let stages = 3.min(parts.family.config.num_layers);
         for configuration in [on(1, Recompute::None), on(stages, Recompute::Block)] {
-            let run = job.run::<B>(configuration, None, STEPS)?;
+            let run = job.run::<B>(configuration, None, steps)?;
             let differs = reference
                 .as_ref()
                 .and_then(|reference| run.difference(reference));

@@ -28,6 +28,8 @@ fn a_stage_takes_at_once_what_the_plan_says_and_little_beside_it() {
         "--kind lora --r 4 --recompute none",
         "--kind prefix --pre-seq-len 16 --prefix-projection true --recompute block",
         "--kind full --recompute none",
+        "--kind lora --r 4 --recompute none --quantization int8",
+        "--kind prefix --pre-seq-len 16 --recompute block --quantization int4",
     ]
     .into_iter()
     .enumerate()
