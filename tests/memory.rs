@@ -4,6 +4,7 @@
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use half::f16;
 use mp_train::adapter::{ParameterSpec, ParameterState};
@@ -12,16 +13,18 @@ use mp_train::backend::{Backend, Element};
 use mp_train::checkpoint::{
     CheckpointError, Dtype, HostTensor, OpenTensor, TensorInfo, TensorSource,
 };
+use mp_train::comm::{Flow, Mailbox};
 use mp_train::config::model::ModelConfig;
 use mp_train::config::run::{
     AdapterSection, FullSection, LoraSection, PrefixSection, Quantization, Recompute,
 };
 use mp_train::model::load::Loader;
-use mp_train::model::memory::{StageSizes, choose_recompute, stage_bytes};
+use mp_train::model::memory::{StageSizes, stage_buffers};
 use mp_train::model::rotary::RotaryPrecision;
-use mp_train::model::stage::{Stage, StageShape};
+use mp_train::model::stage::{ChunkShape, Stage, StageShape};
 use mp_train::model::trainables::Trainables;
 use mp_train::model::weights;
+use mp_train::pipeline::gradients::Agreement;
 
 thread_local! {
     /// Bytes that this thread has allocated and not given back: the test runner's own thread, which
@@ -130,31 +133,40 @@ fn prefix(prefix_projection: bool) -> AdapterSection {
     })
 }
 
-fn sizes<E: Element>(rank: usize, stages: usize, rows: usize) -> StageSizes {
-    let blocks = match (stages, rank) {
-        (1, _) => 0..3,
-        (_, 0) => 0..2,
-        _ => 2..3,
+/// Stages of three blocks: one, the first or the last of two, or one of two with a chunk at either end.
+const STAGES: [(usize, usize, &[(usize, usize, usize)]); 4] = [
+    (0, 1, &[(0, 3, 2)]),
+    (0, 2, &[(0, 2, 2)]),
+    (1, 2, &[(2, 3, 1)]),
+    (1, 2, &[(0, 1, 3), (2, 3, 2)]),
+];
+
+fn sizes<E: Element>(
+    (rank, stages, chunks): (usize, usize, &[(usize, usize, usize)]),
+    rows: usize,
+) -> StageSizes {
+    let chunk = |&(start, end, slots): &(usize, usize, usize)| ChunkShape {
+        blocks: start..end,
+        slots,
     };
     StageSizes {
-        blocks,
+        chunks: chunks.iter().map(chunk).collect(),
+        exchanges: stages > 1,
         embedding: rank == 0,
         head: rank + 1 == stages,
         max_rows: rows,
         max_sequences: 4,
-        slots: 2,
+        micro_batches: 8,
         element_size: E::SIZE,
     }
 }
 
 /// What loading a stage took.
 struct Measured {
-    /// Bytes that are allocated for the stage and stay.
+    /// Bytes that are allocated for the stage and its worker, and stay.
     stay: u64,
     /// Bytes beyond them at the worst moment.
     beside: u64,
-    /// Bytes of the model's files that were told of.
-    told: u64,
 }
 
 fn measured<E: Element>(
@@ -178,7 +190,6 @@ where
         quantization,
         ..config
     };
-    let told = Cell::new(0);
     let backend = Cpu::<E>::new(1).unwrap();
     let initial = |spec: &ParameterSpec| Ok(ParameterState::fresh(vec![0.0; spec.len()]));
     let loader = Loader {
@@ -187,28 +198,34 @@ where
         config: &config,
         trainables,
         initial: &initial,
+        pulse: &Arc::default(),
         first_stage: sizes.embedding,
-        on_bytes: &|bytes| told.set(told.get() + bytes),
     };
     let shape = StageShape {
-        blocks: sizes.blocks.clone(),
+        chunks: sizes.chunks.clone(),
         embedding: sizes.embedding,
         head: sizes.head,
         max_rows: sizes.max_rows,
         max_sequences: sizes.max_sequences,
-        slots: sizes.slots,
         recompute,
         rotary: RotaryPrecision::F32,
     };
     let before = LIVE.get();
     PEAK.set(before);
     let stage = Stage::load(&loader, shape, &head_source).unwrap();
+    let parameters = trainables.specs().len();
+    let agreement = Agreement::new(&backend, parameters, sizes.micro_batches).unwrap();
+    let largest = match sizes.exchanges {
+        true => stage.largest_activation(),
+        false => 0,
+    };
+    let activations = Mailbox::<_, f32>::new(&backend, Flow::Forward, largest).unwrap();
+    let gradients = Mailbox::<_, E>::new(&backend, Flow::Backward, largest).unwrap();
     let (after, peak) = (LIVE.get(), PEAK.get());
-    drop(stage);
+    drop((stage, agreement, activations, gradients));
     Measured {
         stay: (after - before) as u64,
         beside: (peak - after) as u64,
-        told: told.get(),
     }
 }
 
@@ -242,15 +259,16 @@ where
             assert!(full && quantization != Quantization::None);
             continue;
         };
-        for (rank, stages) in [(0, 1), (0, 2), (1, 2)] {
+        for stage in STAGES {
             for recompute in [Recompute::None, Recompute::AttentionFree, Recompute::Block] {
                 let what = format!(
-                    "{} stage {rank} of {stages}, {recompute:?}, tied {tied}, {quantization:?}, {adapter:?}",
+                    "{} {stage:?}, {recompute:?}, tied {tied}, {quantization:?}, {adapter:?}",
                     E::NAME
                 );
                 let both = [61, 331].map(|rows| {
-                    let sizes = sizes::<E>(rank, stages, rows);
-                    let planned = stage_bytes(&config, &trainables, &sizes, recompute).total();
+                    let sizes = sizes::<E>(stage, rows);
+                    let buffers = stage_buffers(&config, &trainables, &sizes, recompute);
+                    let planned = buffers.total(1);
                     let measured =
                         measured::<E>(&trainables, &sizes, recompute, tied, quantization).stay;
                     assert!(
@@ -274,11 +292,9 @@ fn planned_bytes_are_those_that_a_stage_takes() {
     planned_is_measured::<f16>();
     loading_takes_little_beside_the_stage::<f32>();
     loading_takes_little_beside_the_stage::<f16>();
-    the_choice_of_recomputation_takes_the_cheapest_that_fits();
 }
 
-/// One row of weights on its way to codes, scales, and a LoRA's values; no copy of a tensor, and every
-/// byte of the stage's tensors is told of as it is read.
+/// One row of weights on its way to codes, scales, and a LoRA's values; no copy of a tensor.
 fn loading_takes_little_beside_the_stage<E: Element>()
 where
     Cpu<E>: Backend<Element = E>,
@@ -296,31 +312,13 @@ where
         let largest = *sizes_in_file.iter().max().unwrap();
         assert!(largest > 4 * LITTLE, "a copy of a tensor would not be seen");
         let trainables = Trainables::new(&config, &lora(0.0, &["dense"]), false).unwrap();
-        let sizes = sizes::<E>(0, 1, 61);
-        let Measured { beside, told, .. } =
+        let sizes = sizes::<E>(STAGES[0], 61);
+        let Measured { beside, .. } =
             measured::<E>(&trainables, &sizes, Recompute::None, false, quantization);
         println!(
             "{} {quantization:?}: {beside} bytes beside the stage",
             E::NAME
         );
         assert!(beside <= LITTLE, "{quantization:?}: {beside}");
-        assert_eq!(told, sizes_in_file.iter().sum::<u64>(), "{quantization:?}");
     }
-}
-
-fn the_choice_of_recomputation_takes_the_cheapest_that_fits() {
-    let config = model();
-    let trainables = Trainables::new(&config, &lora(0.0, &["dense"]), false).unwrap();
-    let sizes = sizes::<f32>(0, 1, 331);
-    let bytes = |recompute| stage_bytes(&config, &trainables, &sizes, recompute).total();
-    let choose = |budget| choose_recompute(&config, &trainables, &sizes, budget);
-    let cheapest_first = [Recompute::None, Recompute::AttentionFree, Recompute::Block];
-    for recompute in cheapest_first {
-        assert_eq!(choose(bytes(recompute)), (recompute, true));
-        assert_ne!(choose(bytes(recompute) - 1), (recompute, true));
-    }
-    assert_eq!(
-        choose(bytes(Recompute::Block) - 1),
-        (Recompute::Block, false)
-    );
 }

@@ -110,6 +110,21 @@ impl<B: Backend> Agreement<B> {
         Ok(backend.sum(&mut self.values, index, token_loss, targets)?)
     }
 
+    /// Sums over all stages as [`Agreement::decide`] does, waits for it, and decides nothing.
+    ///
+    /// # Errors
+    /// Another stage is gone, or the device fails.
+    pub fn rehearse<T: Transport<B>>(
+        &mut self,
+        backend: &B,
+        transport: &mut T,
+    ) -> Result<(), Cause> {
+        let len = self.parameters + self.micro_batches;
+        transport.all_reduce_sum(backend, &mut self.values, len)?;
+        backend.read(&self.values, len)?;
+        Ok(())
+    }
+
     /// Enters this stage's partial norms, sums over all stages, and decides: each partial norm comes
     /// from one stage, the others hold zero, so the sum is exact and the same everywhere.
     ///

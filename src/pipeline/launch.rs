@@ -11,10 +11,11 @@ use super::gradients::Agreement;
 use super::messages::{Command, InferPlan, Reply, StepOutcome, StepPlan};
 use super::partition::StageSpec;
 use super::permits::Permits;
+use super::rehearsal::Rehearsal;
 use super::schedule::Schedule;
 use super::worker::{Doing, Worker, lock};
 use crate::adapter::{AdapterError, ParameterSpec, ParameterState};
-use crate::backend::{Backend, BackendError, Pulse};
+use crate::backend::{Backend, BackendError, MemoryUse, Pulse};
 use crate::checkpoint::TensorSource;
 use crate::comm::{Flow, Mailbox, Transport};
 use crate::config::model::ModelConfig;
@@ -256,6 +257,34 @@ impl Engine {
         })?;
         // Every stage came to the same outcome, by the same numbers.
         outcomes.into_iter().next_back().ok_or_else(no_stage)
+    }
+
+    /// Forward and backward of a step that does not count, to find out whether there is room for it.
+    /// Leaves no trace: weights, moments, loss scale, random numbers and the place in the data are as
+    /// they were.
+    ///
+    /// # Errors
+    /// The first stage that failed; the engine is of no further use then.
+    pub fn rehearse(&mut self, rehearsal: Rehearsal) -> Result<(), Failure> {
+        let rehearsal = Arc::new(rehearsal);
+        self.command(|| Command::Rehearse(Arc::clone(&rehearsal)));
+        self.collect(|reply| match reply {
+            Reply::Ready => Some(()),
+            _ => None,
+        })?;
+        Ok(())
+    }
+
+    /// How each stage uses the memory that was planned for it; nothing where none is taken ahead.
+    ///
+    /// # Errors
+    /// The first stage that failed; the engine is of no further use then.
+    pub fn memory(&mut self) -> Result<Vec<Option<MemoryUse>>, Failure> {
+        self.command(|| Command::Memory);
+        self.collect(|reply| match reply {
+            Reply::Memory(memory) => Some(memory),
+            _ => None,
+        })
     }
 
     /// Sum of the losses of all targets of a micro-batch, with nothing trained and no dropout; leaves

@@ -6,6 +6,7 @@ use super::failure::{Cause, Failure};
 use super::gradients::{self, Agreement};
 use super::messages::{Command, InferPlan, Reply, StepOutcome, StepPlan};
 use super::permits::Permits;
+use super::rehearsal::Rehearsal;
 use super::schedule::{Action, Flow, Operation, Schedule};
 use crate::backend::{Backend, Element, Pulse, Span};
 use crate::comm::{Mailbox, Parcel, Transport};
@@ -50,10 +51,12 @@ impl<B: Backend, T: Transport<B>> Worker<B, T> {
     pub fn obey(&mut self, command: Command) -> Result<Reply, Failure> {
         let result = match command {
             Command::Connect => self.connect(),
+            Command::Rehearse(rehearsal) => self.rehearse(&rehearsal),
             Command::Step(plan) => self.step(&plan).map(Reply::Step),
             Command::Evaluate(batch) => self.evaluate(&batch).map(Reply::Evaluate),
             Command::Infer(plan) => self.infer(&plan).map(Reply::Infer),
             Command::Snapshot => self.snapshot(),
+            Command::Memory => Ok(Reply::Memory(self.backend.memory_use())),
         };
         result.map_err(|cause| self.failure(cause))
     }
@@ -80,7 +83,41 @@ impl<B: Backend, T: Transport<B>> Worker<B, T> {
 
     fn step(&mut self, plan: &StepPlan) -> Result<StepOutcome, Cause> {
         let number = Some(plan.step + 1);
-        self.at(number, "begin".to_owned());
+        let end = self.actions(plan, number, "")?;
+        self.at(number, "update".to_owned());
+        self.backend.mark(end)?;
+        let (stage, backend) = (&mut self.stage, &self.backend);
+        gradients::complete(stage, backend, &mut self.transport, self.layers)?;
+        let parameters = stage.parameters();
+        let transport = &mut self.transport;
+        let outcome = self
+            .agreement
+            .decide(backend, transport, &parameters, plan)?;
+        backend.mark(end + 1)?;
+        if outcome.applied {
+            gradients::update(backend, parameters, plan, &outcome)?;
+        }
+        Ok(outcome)
+    }
+
+    /// Forward and backward of a step. What they leave is overwritten or cleared when the next step
+    /// begins; weights and moments are changed by its update alone, which is not here.
+    fn rehearse(&mut self, rehearsal: &Rehearsal) -> Result<Reply, Cause> {
+        let full = std::mem::replace(&mut self.schedule, Arc::clone(&rehearsal.schedule));
+        let done = self.actions(&rehearsal.step, None, "rehearsal, ");
+        self.schedule = full;
+        done?;
+        self.at(None, "rehearsal, end of a step".to_owned());
+        let (stage, backend) = (&mut self.stage, &self.backend);
+        gradients::complete(stage, backend, &mut self.transport, self.layers)?;
+        self.agreement.rehearse(backend, &mut self.transport)?;
+        Ok(Reply::Ready)
+    }
+
+    /// All actions and exchanges of a step, from cleared gradients on; gives the place behind them.
+    /// `lead` stands before their names in the report of a failure.
+    fn actions(&mut self, plan: &StepPlan, step: Option<u64>, lead: &str) -> Result<u64, Cause> {
+        self.at(step, format!("{lead}begin"));
         self.stage.begin_step(&self.backend)?;
         self.agreement.clear(&self.backend)?;
         let program = self.schedule.program(self.transport.rank());
@@ -90,7 +127,7 @@ impl<B: Backend, T: Transport<B>> Worker<B, T> {
             self.backend.mark(2 * place)?;
             match *operation {
                 Operation::Run(action) => {
-                    self.at(number, action.to_string());
+                    self.at(step, format!("{lead}{action}"));
                     match action.flow {
                         Flow::Forward => self.forward(plan, action, place)?,
                         Flow::Backward => self.backward(action, place)?,
@@ -114,21 +151,7 @@ impl<B: Backend, T: Transport<B>> Worker<B, T> {
                 }
             }
         }
-        let end = 2 * program.len() as u64;
-        self.at(number, "update".to_owned());
-        self.backend.mark(end)?;
-        let (stage, backend) = (&mut self.stage, &self.backend);
-        gradients::complete(stage, backend, &mut self.transport, self.layers)?;
-        let parameters = stage.parameters();
-        let transport = &mut self.transport;
-        let outcome = self
-            .agreement
-            .decide(backend, transport, &parameters, plan)?;
-        backend.mark(end + 1)?;
-        if outcome.applied {
-            gradients::update(backend, parameters, plan, &outcome)?;
-        }
-        Ok(outcome)
+        Ok(2 * program.len() as u64)
     }
 
     fn exchange(
