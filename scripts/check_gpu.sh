@@ -10,7 +10,7 @@
 # compute-sanitizer where there is one; speed and memory of ChatGLM-6B at full size with made-up
 # weights. Results go to RESULTS (gpu-results.json) as JSON, one check per line inside. The last line
 # is `N passed, N failed, N skipped`; with MP_TRAIN_REQUIRE_GPU=1 a skip is a failure.
-# CHECKS="ops golden" runs some of: wrappers ops ops_75 ops_80 golden train answer sanitizer bench.
+# CHECKS="ops golden" runs some of: wrappers ops ops_75 ops_80 golden train answer stages sanitizer bench.
 set -uo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 
@@ -107,6 +107,31 @@ train() {
       END { if (bad || n == 0) exit 1; print n " steps within 0.05: passed" }'
 }
 
+# The golden LoRA run as two and three stages on one GPU by peer copies, by NCCL where it lets ranks share
+# a GPU, interleaved, and on all GPUs there are: the bits of one stage.
+stages() {
+  local on=0 gpus all run=0
+  cd "$root" || return 1
+  staged() {
+    run=$((run + 1))
+    "$bin/mp-train" --config configs/lora-golden.toml --precision f16 --rotary-table f32 --quiet \
+      --stall-timeout 60 --output "$work/stages-$run" "$@" || return 1
+    cmp "$work/stages-1/adapter/adapter_model.safetensors" "$work/stages-$run/adapter/adapter_model.safetensors" || return 1
+    cmp <(losses "$work/stages-1") <(losses "$work/stages-$run") || return 1
+  }
+  staged --devices 0 && staged --devices 0,0 && staged --devices 0,0,0 &&
+    staged --devices 0,0 --schedule interleaved || return 1
+  gpus=$("$bin/mp-train" devices | grep -c '^[0-9]\+:')
+  if [ "$gpus" -gt 1 ]; then
+    all=$(seq -s , 0 $((gpus > 4 ? 3 : gpus - 1)))
+    staged --devices "$all" --transport p2p && staged --devices "$all" --transport nccl || return 1
+  fi
+  if [ "${NCCL_MULTI_RANK_GPU_ENABLE:-}" = 1 ]; then
+    staged --devices 0,0 --transport nccl && staged --devices 0,0,0 --transport nccl || return 1
+  fi
+  echo "$run runs, the same bits: passed"
+}
+
 losses() { sed -n 's/.*"loss":\([-0-9.e+NaN]*\).*/\1/p' "$1/metrics.jsonl"; }
 
 # Greedy answers to two prompts (they end with the model's gMASK and sop), on the GPU and on the CPU.
@@ -144,6 +169,7 @@ run() {
     check golden "$bin/golden" --exact golden_cuda --nocapture
     check train "$root/scripts/check_gpu.sh" step train "$bin" "$work"
     check answer "$root/scripts/check_gpu.sh" step answer "$bin" "$work"
+    check stages "$root/scripts/check_gpu.sh" step stages "$bin" "$work"
     if command -v compute-sanitizer >/dev/null; then
       LIMIT=900 check sanitizer compute-sanitizer --error-exitcode 9 "$bin/mp-train" --config "$root/configs/lora-golden.toml" \
         --devices 0 --precision f16 --max-steps 3 --output "$work/sanitized" --quiet
@@ -154,6 +180,9 @@ run() {
     measure bench_lora_1x512_block --size chatglm-6b --sequence-length 512 --recompute block
     measure bench_lora_1x512 --size chatglm-6b --sequence-length 512
     measure bench_lora_4x1024 --size chatglm-6b --micro-batch-size 4 --sequence-length 1024
+    measure bench_prefix_int4_1x128 --size chatglm-6b --adapter prefix --quantization int4 --sequence-length 128
+    measure bench_lora_int4_1x512 --size chatglm-6b --quantization int4 --sequence-length 512
+    measure bench_two_stages --size chatglm-6b --devices 0,0 --sequence-length 512 --recompute block
     measure bench_prefix_1x512 --size chatglm-6b --adapter prefix --sequence-length 512
   fi
   {

@@ -1,7 +1,7 @@
 //! `mp-train bench`: how fast a model of a named size trains here, with made-up weights and rows.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
@@ -13,7 +13,7 @@ use crate::config::model::ModelConfig;
 pub use crate::config::model_size::ModelSize;
 use crate::config::run::{
     AdapterSection, Device, LossNormalisation, LrSchedule, OptimizerSection, Precision,
-    Quantization, Recompute, ScheduleKind, TransportKind,
+    Quantization, Recompute, STALL_TIMEOUT, ScheduleKind, TransportKind,
 };
 use crate::data::batch::{MicroBatch, Sequence, Target};
 use crate::data::sampler::MicroBatchSize;
@@ -63,6 +63,10 @@ pub struct BenchOptions {
     pub steps: usize,
     /// CPU threads of all stages together.
     pub threads: usize,
+    /// How activations travel between GPUs.
+    pub transport: TransportKind,
+    /// Parts of the model per stage, with the interleaved schedule.
+    pub virtual_stages: usize,
 }
 
 /// One device of a measurement.
@@ -229,20 +233,21 @@ fn layout(
     let (sequences, tokens) = (options.micro_batch_size, options.sequence_length);
     let demand = Demand {
         devices: options.devices.clone(),
-        transport: TransportKind::Auto,
+        transport: options.transport,
         balance: None,
         precision: options.precision,
         rotary_table: options.precision.rotary_table(),
         schedule: options.schedule,
-        virtual_stages: 1,
+        virtual_stages: options.virtual_stages,
         micro_batches: options.gradient_accumulation,
         recompute: options.recompute,
         threads: options.threads,
+        stall_timeout: Duration::from_secs(STALL_TIMEOUT),
         max_rows: sequences * tokens,
         max_sequences: sequences,
         typical: TypicalBatch::new(sequences as f64, tokens as f64, 0.5),
     };
-    let memory = DeviceMemory::of(&options.devices, None, TransportKind::Auto)?;
+    let memory = DeviceMemory::of(&options.devices, None, options.transport)?;
     let Fitted { layout, shortage } = demand.fit(&base.config, trainables, &memory)?;
     match shortage.filter(|shortage| shortage.firm) {
         None => Ok(layout),

@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use mp_train::adapter::{ParameterSpec, ParameterState};
 use mp_train::backend::cpu::Cpu;
@@ -17,7 +18,7 @@ use mp_train::model::batch::BatchRows;
 use mp_train::model::linear::NoiseKey;
 use mp_train::model::load::Loader;
 use mp_train::model::rotary::RotaryPrecision;
-use mp_train::model::stage::{Stage, StageShape};
+use mp_train::model::stage::{ChunkShape, Stage, StageShape};
 use mp_train::model::trainables::Trainables;
 use mp_train::model::weights::{self, HeadSource};
 use mp_train::pipeline::gradients;
@@ -133,15 +134,18 @@ impl Case<'_> {
             config: &config,
             trainables: &trainables,
             initial: &|spec| Ok(ParameterState::fresh(values[&spec.title()].clone())),
+            pulse: &Arc::default(),
             first_stage: true,
         };
         let shape = StageShape {
-            blocks: 0..config.num_layers,
+            chunks: vec![ChunkShape {
+                blocks: 0..config.num_layers,
+                slots: 1,
+            }],
             embedding: true,
             head: true,
             max_rows: rows,
             max_sequences: self.lengths.len(),
-            slots: 1,
             recompute: self.recompute,
             rotary: RotaryPrecision::F32,
         };
@@ -191,18 +195,18 @@ impl Case<'_> {
                 micro_batch: 5,
             }),
         };
-        stage.fill(backend, 0, host).unwrap();
+        stage.fill(backend, 0, 0, host).unwrap();
         stage.begin_step(backend).unwrap();
-        stage.forward(backend, 0, None).unwrap();
+        stage.forward(backend, 0, 0, None).unwrap();
         let targets = target_rows.len();
         stage.loss(backend, 0, 1.0 / targets as f32).unwrap();
-        let losses = stage.slot(0).token_loss.as_ref().unwrap();
+        let losses = stage.slot(0, 0).token_loss.as_ref().unwrap();
         let losses = backend.read(losses, targets).unwrap();
         let loss = losses.into_iter().map(f64::from).sum::<f64>() / targets as f64;
         if !backward {
             return (loss, Values::new());
         }
-        stage.backward(backend, 0).unwrap();
+        stage.backward(backend, 0, 0).unwrap();
         let mut alone = in_process::connect(1).remove(0);
         gradients::complete(&mut stage, backend, &mut alone, config.num_layers).unwrap();
         let gradient = |parameter: &mut mp_train::adapter::Parameter<B>| {

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use mp_train::config::model::ModelConfig;
+use mp_train::config::run::Quantization;
 use mp_train::data::DataError;
 use mp_train::data::batch::MicroBatch;
 use mp_train::data::cache::{
@@ -42,6 +43,7 @@ fn model() -> ModelConfig {
         tie_word_embeddings: false,
         pre_seq_len: None,
         prefix_projection: false,
+        quantization: Quantization::None,
     }
 }
 

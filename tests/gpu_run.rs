@@ -28,6 +28,8 @@ mod model;
 mod outcome;
 #[path = "run/program.rs"]
 mod program;
+#[path = "gpu_run/quantised.rs"]
+mod quantised;
 #[path = "gpu_run/refused.rs"]
 mod refused;
 #[path = "gpu_run/resumed.rs"]

@@ -10,6 +10,7 @@ use std::time::Duration;
 use mp_train::adapter::initial::initial_values;
 use mp_train::adapter::{ParameterSpec, ParameterState};
 use mp_train::backend::cpu::Cpu;
+use mp_train::backend::{BackendError, Pulse};
 use mp_train::checkpoint::TensorSource;
 use mp_train::comm::in_process;
 use mp_train::config::run::{
@@ -24,10 +25,20 @@ use mp_train::pipeline::base::Base;
 use mp_train::pipeline::failure::Failure;
 use mp_train::pipeline::launch::{Blueprint, Engine, InitialValues, launch};
 use mp_train::pipeline::messages::StepPlan;
-use mp_train::pipeline::schedule::Schedule;
+use mp_train::pipeline::schedule::{Operation, Schedule};
 
+#[path = "pipeline/faulty_backend.rs"]
+mod faulty_backend;
+#[path = "pipeline/faulty_transport.rs"]
+mod faulty_transport;
+#[path = "pipeline/hung.rs"]
+mod hung;
+#[path = "pipeline/killed.rs"]
+mod killed;
 #[path = "pipeline/loading.rs"]
 mod loading;
+#[path = "pipeline/spoiled.rs"]
+mod spoiled;
 #[path = "pipeline/steps.rs"]
 mod steps;
 #[path = "pipeline/transfers.rs"]
@@ -37,6 +48,8 @@ const STAGES: usize = 3;
 const MICRO_BATCHES: usize = 4;
 /// Far beyond what any run here takes, so that only a hang reaches it.
 const LIMIT: Duration = Duration::from_secs(120);
+/// Silence that counts as a hang, in the tests that hang; far beyond what a step here takes.
+const BOUND: Duration = Duration::from_secs(2);
 
 /// Gives the result of `work`, or fails when it takes for ever. Workers that panic here do so quietly.
 fn within_limit<R: Send + 'static>(work: impl FnOnce() -> R + Send + 'static) -> R {
@@ -100,14 +113,16 @@ fn blueprint(adapter: &AdapterSection, kind: ScheduleKind) -> Blueprint {
     }
     Blueprint {
         trainables: Trainables::new(&base.config, adapter, tied).unwrap(),
-        stages: base.stages(&[Device::Cpu; STAGES], None, 1.0).unwrap(),
-        schedule: Schedule::build(kind, STAGES, MICRO_BATCHES),
+        stages: base.stages(&[Device::Cpu; STAGES], 1, None, 1.0).unwrap(),
+        devices: vec![Device::Cpu; STAGES],
+        schedule: Schedule::build(kind, STAGES, 1, MICRO_BATCHES).unwrap(),
         recompute: vec![Recompute::AttentionFree; STAGES],
         initial: initial(Arc::clone(&base.source)),
         max_rows: 24,
         max_sequences: 2,
         rotary: RotaryPrecision::F32,
         threads: 2,
+        stall_timeout: LIMIT,
         config: base.config,
         source: base.source,
         head_source,
@@ -160,7 +175,34 @@ fn step_plan(step: u64) -> StepPlan {
 
 fn start(blueprint: Blueprint) -> Engine {
     let transports = in_process::connect(STAGES);
-    launch(blueprint, transports, |_, n| Cpu::<f32>::new(n)).unwrap()
+    launch(blueprint, transports, open).unwrap()
+}
+
+/// The backend of a stage.
+fn open(_: usize, threads: usize, pulse: &Arc<Pulse>) -> Result<Cpu<f32>, BackendError> {
+    Cpu::with_pulse(threads, pulse)
+}
+
+/// A call that never returns.
+fn for_ever() -> ! {
+    loop {
+        std::thread::sleep(Duration::from_secs(3_600));
+    }
+}
+
+/// What the operations of a stage's program are called in messages, and what comes after them.
+fn names(schedule: &Schedule, rank: usize) -> Vec<String> {
+    let mut last = None;
+    let mut names = Vec::new();
+    for operation in schedule.program(rank) {
+        names.push(match (operation, &last) {
+            (Operation::Run(action), _) => last.insert(action.to_string()).clone(),
+            (Operation::Exchange { .. }, Some(last)) => format!("exchange after {last}"),
+            (Operation::Exchange { .. }, None) => "first exchange".to_owned(),
+        });
+    }
+    names.extend(["update".to_owned(), "update".to_owned()]);
+    names
 }
 
 /// The failure of the first step.

@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use flate2::Compression;
 use flate2::write::GzEncoder;
 use mp_train::config::model::ModelConfig;
+use mp_train::config::run::Quantization;
 use mp_train::data::records::Documents;
 use mp_train::data::rows::{RawRow, Rows};
 use mp_train::data::sentencepiece::ModelProto;
@@ -240,6 +241,7 @@ fn check_usable(rows: &[RawRow]) {
         tie_word_embeddings: false,
         pre_seq_len: None,
         prefix_projection: false,
+        quantization: Quantization::None,
     };
     let mut held = Rows::default();
     for row in rows {

@@ -13,6 +13,7 @@
 pub mod cpu;
 pub mod cuda;
 mod element;
+mod left_behind;
 mod pulse;
 mod shapes;
 
@@ -21,6 +22,7 @@ use half::f16;
 use crate::quant::Bits;
 
 pub use element::{Element, ElementsMut, Plain};
+pub use left_behind::{any_left_behind, leave_behind};
 pub use pulse::Pulse;
 pub use shapes::{
     AdamwStep, AdamwTensor, AttentionLayout, Dropout, HeadLayout, LinearShape, NormShape, Prefix,

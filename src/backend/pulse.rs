@@ -12,6 +12,8 @@ pub struct Pulse {
     since: Instant,
     /// Milliseconds after `since` of the last beat.
     beat: AtomicU64,
+    /// Milliseconds after `since` of the last time that the worker asked whether it is to give up.
+    asked: AtomicU64,
     /// Where the device is in the work of the worker.
     place: AtomicU64,
     stopped: AtomicBool,
@@ -22,6 +24,7 @@ impl Default for Pulse {
         Pulse {
             since: Instant::now(),
             beat: AtomicU64::new(0),
+            asked: AtomicU64::new(0),
             place: AtomicU64::new(0),
             stopped: AtomicBool::new(false),
         }
@@ -31,8 +34,16 @@ impl Default for Pulse {
 impl Pulse {
     /// A sign of life.
     pub fn beat(&self) {
-        let now = self.since.elapsed().as_millis() as u64;
-        self.beat.fetch_max(now, Ordering::Relaxed);
+        self.beat.fetch_max(self.now(), Ordering::Relaxed);
+    }
+
+    fn now(&self) -> u64 {
+        self.since.elapsed().as_millis() as u64
+    }
+
+    fn time_since(&self, then: u64) -> Duration {
+        let then = Duration::from_millis(then);
+        self.since.elapsed().saturating_sub(then)
     }
 
     /// Everything before `place` is done; a sign of life too. What a place means is agreed between the
@@ -49,8 +60,14 @@ impl Pulse {
 
     /// Time since the last sign of life.
     pub fn silent_for(&self) -> Duration {
-        let beat = Duration::from_millis(self.beat.load(Ordering::Relaxed));
-        self.since.elapsed().saturating_sub(beat)
+        self.time_since(self.beat.load(Ordering::Relaxed))
+    }
+
+    /// Time since the worker's thread last beat or asked whether it is to give up. A thread that waits asks
+    /// all the time: one that does not is in a call that does not come back, or computes.
+    pub fn lost_for(&self) -> Duration {
+        let asked = self.asked.load(Ordering::Relaxed);
+        self.time_since(asked.max(self.beat.load(Ordering::Relaxed)))
     }
 
     /// Tells the worker to give up whatever it waits for.
@@ -58,8 +75,9 @@ impl Pulse {
         self.stopped.store(true, Ordering::Release);
     }
 
-    /// Whether the worker is to give up.
+    /// Whether the worker is to give up; asked by its own thread, in every step of every wait.
     pub fn is_stopped(&self) -> bool {
+        self.asked.fetch_max(self.now(), Ordering::Relaxed);
         self.stopped.load(Ordering::Acquire)
     }
 }
@@ -77,6 +95,11 @@ mod tests {
         assert!(pulse.silent_for() < Duration::from_millis(30));
         assert_eq!(pulse.place(), 7);
         assert!(!pulse.is_stopped());
+        std::thread::sleep(Duration::from_millis(30));
+        assert!(pulse.lost_for() >= Duration::from_millis(30));
+        assert!(!pulse.is_stopped(), "a wait is no silence of the thread");
+        assert!(pulse.lost_for() < Duration::from_millis(30));
+        assert!(pulse.silent_for() >= Duration::from_millis(30));
         pulse.stop();
         pulse.beat();
         assert!(pulse.is_stopped());

@@ -17,7 +17,7 @@ use crate::config::paths::Paths;
 use crate::config::raw::{AdapterKind, RawConfig};
 use crate::config::run::{
     Device, Precision, Quantization, Recompute, RotaryPrecision, RunConfig, ScheduleKind,
-    TemplateKind,
+    TemplateKind, TransportKind,
 };
 use crate::plan::PlanOptions;
 
@@ -343,7 +343,7 @@ pub(super) struct BenchArgs {
         hide_possible_values = true
     )]
     pub recompute: Recompute,
-    /// 1f1b or gpipe
+    /// 1f1b, gpipe or interleaved
     #[arg(
         long,
         value_name = "NAME",
@@ -351,6 +351,18 @@ pub(super) struct BenchArgs {
         hide_possible_values = true
     )]
     pub schedule: ScheduleKind,
+    /// Interleaved: parts of the model per stage
+    #[arg(long, value_name = "N", default_value_t = 2,
+        value_parser = clap::value_parser!(u32).range(1..=4_096))]
+    pub virtual_stages: u32,
+    /// Between GPUs: auto, nccl or p2p
+    #[arg(
+        long,
+        value_name = "HOW",
+        default_value = "auto",
+        hide_possible_values = true
+    )]
+    pub transport: TransportKind,
     /// Steps before the measured ones
     #[arg(long, value_name = "N", default_value_t = 2)]
     pub warm_up: u32,

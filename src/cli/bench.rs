@@ -8,7 +8,7 @@ use super::print;
 use crate::bench::{self, BenchError, BenchOptions, BenchResult};
 use crate::config::raw::AdapterKind;
 use crate::config::run::{
-    AdapterSection, Device, FullSection, LoraSection, Precision, PrefixSection,
+    AdapterSection, Device, FullSection, LoraSection, Precision, PrefixSection, ScheduleKind,
 };
 
 pub(super) fn run(args: &BenchArgs) -> Result<(), Failure> {
@@ -57,6 +57,11 @@ fn options(args: &BenchArgs) -> BenchOptions {
         schedule: args.schedule,
         warm_up: args.warm_up as usize,
         steps: args.steps as usize,
+        virtual_stages: match args.schedule {
+            ScheduleKind::Interleaved => args.virtual_stages as usize,
+            ScheduleKind::OneForwardOneBackward | ScheduleKind::Gpipe => 1,
+        },
+        transport: args.transport,
         threads: args.threads.map_or_else(cores, |n| n as usize),
     }
 }

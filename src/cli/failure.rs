@@ -3,7 +3,6 @@
 
 use std::error::Error;
 use std::io::Write;
-use std::process::ExitCode;
 
 use crate::config::error::ConfigError;
 pub use crate::report::FailureClass;
@@ -14,6 +13,7 @@ pub struct Failure {
     class: FailureClass,
     message: String,
     hint: Option<String>,
+    last_line: Option<String>,
 }
 
 impl Failure {
@@ -23,6 +23,7 @@ impl Failure {
             class,
             message: chain(error),
             hint: None,
+            last_line: None,
         }
     }
 
@@ -32,6 +33,7 @@ impl Failure {
             class: FailureClass::User,
             message: message.into(),
             hint: None,
+            last_line: None,
         }
     }
 
@@ -41,6 +43,7 @@ impl Failure {
             class: FailureClass::Interrupted,
             message: message.into(),
             hint: None,
+            last_line: None,
         }
     }
 
@@ -48,6 +51,13 @@ impl Failure {
     #[must_use]
     pub fn hint(mut self, hint: impl Into<String>) -> Self {
         self.hint = Some(hint.into());
+        self
+    }
+
+    /// How to go on from here; the last that is said.
+    #[must_use]
+    pub fn last_line(mut self, line: impl Into<String>) -> Self {
+        self.last_line = Some(line.into());
         self
     }
 
@@ -62,7 +72,7 @@ impl Failure {
     }
 
     /// Tells the user on standard error and gives the exit code.
-    pub fn report(&self) -> ExitCode {
+    pub fn report(&self) -> u8 {
         let lead = match self.class {
             FailureClass::Interrupted => "interrupted",
             FailureClass::User | FailureClass::Machine | FailureClass::Diverged => "error",
@@ -71,9 +81,13 @@ impl Failure {
         if let Some(hint) = &self.hint {
             text.push_str(&format!("hint: {hint}\n"));
         }
+        if let Some(line) = &self.last_line {
+            text.push_str(line);
+            text.push('\n');
+        }
         // Nobody is left to tell when standard error is closed; the exit code still says it.
         let _ = std::io::stderr().write_all(text.as_bytes());
-        ExitCode::from(self.exit_code())
+        self.exit_code()
     }
 }
 

@@ -9,6 +9,8 @@ use clap::Parser;
 use args::{Cli, Command};
 use failure::{Failure, FailureClass};
 
+use crate::backend::any_left_behind;
+
 mod args;
 mod bench;
 mod chat;
@@ -48,10 +50,25 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Some(Command::Bench(args)) => bench::run(&args),
         Some(Command::Devices) => devices::run(),
     };
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
+    let code = match result {
+        Ok(()) => 0,
         Err(failure) => failure.report(),
+    };
+    leave(code)
+}
+
+/// The end of the process.
+///
+/// A thread that was left behind hangs in a call of a driver, and holds locks of it. What libraries do when
+/// a process ends in the ordinary way, above all those of CUDA, can wait for these locks for ever: such a
+/// process ends without them. Files are whole: all were closed by those who wrote them.
+fn leave(code: u8) -> ExitCode {
+    if any_left_behind() {
+        // Standard error is not buffered.
+        let _ = std::io::stdout().flush();
+        signal_hook::low_level::exit(i32::from(code));
     }
+    ExitCode::from(code)
 }
 
 /// Writes a command's result to standard output. A reader that has seen enough (`| head`) is no error.

@@ -1,14 +1,18 @@
 //! `mp-train [train]`.
 
 use std::error::Error;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc;
+use std::time::Duration;
 
 use super::args::TrainArgs;
 use super::failure::{Failure, FailureClass};
 use super::{WHERE_TO_GET_A_MODEL, print, signals};
+use crate::checkpoint::run_state;
 use crate::data::DataError;
 use crate::pipeline::base::StartError;
+use crate::pipeline::failure::Cause;
 use crate::report::metrics::{self, Metrics};
 use crate::report::progress::{Progress, Style};
 use crate::report::tensorboard::EventFile;
@@ -38,10 +42,17 @@ pub(super) fn run(args: &TrainArgs) -> Result<(), Failure> {
     };
     let outcome = crate::train::run(&config, &mut reporter, &stop);
     match (outcome, recorder.failed) {
-        (Err(error), _) => Err(error.into()),
-        (Ok(_), Some(error)) => Err(Failure::new(FailureClass::Machine, error.as_ref()).hint(
-            "check the output folder's permissions and free space, then continue with --resume",
-        )),
+        (Err(error), _) => {
+            let ended_a_run = error.ends_a_run();
+            let failure = Failure::from(error);
+            Err(match ended_a_run {
+                true => failure.last_line(resume_line(&config.run.output)),
+                false => failure,
+            })
+        }
+        (Ok(_), Some(error)) => Err(Failure::new(FailureClass::Machine, error.as_ref())
+            .hint("check the output folder's permissions and free space")
+            .last_line(resume_line(&config.run.output))),
         (Ok(Outcome::Finished), None) => Ok(()),
         (Ok(Outcome::InterruptedBeforeStart), None) => Err(Failure::interrupted(
             "stopped while model and data were opened; nothing was trained",
@@ -66,13 +77,37 @@ impl From<TrainError> for Failure {
                 }
                 _ => failure,
             },
-            TrainError::Failure(stage) if stage.step.is_some() && stage.is_machine() => failure
-                .hint(
-                    "checkpoints that were saved are whole: the same command with --resume goes on \
-                     from the last",
-                ),
+            TrainError::Start(StartError::Failure(stage)) | TrainError::Failure(stage) => {
+                match stage.cause {
+                    Cause::Stalled { .. } => failure.hint(
+                        "where it was slow, not hung, a larger [pipeline] stall_timeout (seconds) \
+                         lets it be",
+                    ),
+                    _ => failure,
+                }
+            }
             _ => failure,
         }
+    }
+}
+
+/// How long looking for the checkpoint to name may take: a run that failed ends soon.
+const SEARCH_LIMIT: Duration = Duration::from_secs(3);
+
+/// Which checkpoint a run that failed can be resumed from.
+fn resume_line(output: &Path) -> String {
+    let (found, search) = mpsc::channel();
+    let folder = output.to_owned();
+    // The checkpoint is verified, which takes long where it is large; the process does not wait for it.
+    std::thread::spawn(move || found.send(run_state::latest_checkpoint(&folder)));
+    let output = output.display();
+    match search.recv_timeout(SEARCH_LIMIT) {
+        Ok(Ok(latest)) => match latest.path {
+            Some(path) => format!("resume with --resume {}", path.display()),
+            None => format!("there is no checkpoint in {output} yet to resume from"),
+        },
+        Ok(Err(error)) => format!("the checkpoints in {output} cannot be listed: {error}"),
+        Err(_) => format!("resume with --resume: the newest whole checkpoint in {output} is taken"),
     }
 }
 

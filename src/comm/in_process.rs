@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, unbounded};
 
-use super::{CommError, Flow, Mailbox, Parcel, Transport};
+use super::{CommError, Flow, Mailbox, Parcel, Room, Transport};
 use crate::backend::{Backend, Plain, Pulse};
 
 /// How often a wait looks whether it is to give up.
@@ -99,7 +99,7 @@ impl<B: Backend> Transport<B> for InProcess {
         self.to.len()
     }
 
-    fn start(&mut self, _backend: &B, pulse: &Arc<Pulse>) -> Result<(), CommError> {
+    fn start(&mut self, _: &B, pulse: &Arc<Pulse>, _: Room) -> Result<(), CommError> {
         self.pulse = Arc::clone(pulse);
         Ok(())
     }
@@ -247,7 +247,9 @@ mod tests {
         let backend = Cpu::<f32>::new(1).unwrap();
         let mut ends = connect(2);
         let pulse = Arc::new(Pulse::default());
-        ends[0].start(&backend, &pulse).unwrap();
+        ends[0]
+            .start(&backend, &pulse, Room { all_reduce: 0 })
+            .unwrap();
         let mut mail = mailbox(&backend, Flow::Forward);
         let receive = Some(Parcel { peer: 1, len: 1 });
         ends[0]

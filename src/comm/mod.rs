@@ -1,6 +1,8 @@
 //! How stages exchange buffers: point to point, and sums over all.
 
 pub mod in_process;
+pub mod nccl;
+pub mod peer_copy;
 
 use std::sync::Arc;
 
@@ -23,6 +25,22 @@ pub enum CommError {
     PeerGone {
         /// The other stage.
         peer: usize,
+    },
+    /// A transfer before the transport was started.
+    #[error("the transport was used before it was started; this is a bug")]
+    NotStarted,
+    /// NCCL.
+    #[error(
+        "NCCL: {call} failed on stage {rank}: {reason}; NCCL_DEBUG=INFO makes it say more, \
+         --transport p2p does without it"
+    )]
+    Nccl {
+        /// The stage.
+        rank: usize,
+        /// The call.
+        call: &'static str,
+        /// The library's words.
+        reason: String,
     },
     /// The worker was told to give up while it waited; why is reported by whoever told it.
     #[error("gave up waiting, because the run is ending")]
@@ -49,6 +67,13 @@ pub struct Parcel {
     pub peer: usize,
     /// How many values.
     pub len: usize,
+}
+
+/// What a transport makes room for when it starts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Room {
+    /// Most values of an [`Transport::all_reduce_sum`].
+    pub all_reduce: usize,
 }
 
 /// Where one flow of a stage arrives and leaves: buffers that the worker swaps with its own, so that
@@ -96,7 +121,7 @@ pub trait Transport<B: Backend> {
     ///
     /// # Errors
     /// Another stage is gone, or libraries or devices fail.
-    fn start(&mut self, backend: &B, pulse: &Arc<Pulse>) -> Result<(), CommError>;
+    fn start(&mut self, backend: &B, pulse: &Arc<Pulse>, room: Room) -> Result<(), CommError>;
 
     /// Posts, as one group, the send of the first values of `mail.outgoing` and the receive into
     /// `mail.incoming`, behind everything computed so far. Neither is waited for.

@@ -10,8 +10,8 @@ use super::raw::AdapterKind;
 use super::run::{
     AdapterSection, BadRowPolicy, DataSection, Device, FullSection, LoraSection, LossNormalisation,
     LrSchedule, ModelSection, OptimizerSection, PipelineSection, Precision, PrefixSection,
-    Quantization, Recompute, Resume, RunConfig, RunSection, ScheduleKind, TemplateKind,
-    TransportKind,
+    Quantization, Recompute, Resume, RunConfig, RunSection, STALL_TIMEOUT, ScheduleKind,
+    TemplateKind, TransportKind,
 };
 use super::setting::{Setting, Value};
 
@@ -273,7 +273,7 @@ fn pipeline(typed: &Layers) -> Result<PipelineSection, ConfigError> {
             .or(TransportKind::Auto)
             .any(),
         stall_timeout: setting!(typed, pipeline.stall_timeout)
-            .or(120)
+            .or(STALL_TIMEOUT)
             .between(1, 86_400)?,
         devices,
     })

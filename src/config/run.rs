@@ -327,6 +327,9 @@ pub struct PipelineSection {
     pub stall_timeout: u64,
 }
 
+/// Seconds of [`PipelineSection::stall_timeout`] where nothing else is said.
+pub const STALL_TIMEOUT: u64 = 120;
+
 /// How activations travel between GPUs. CPU stages exchange them in host memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "lowercase")]

@@ -7,7 +7,8 @@ use super::files::Folder;
 use crate::config::run::{
     AdapterSection, DataSection, Device, FullSection, LoraSection, LossNormalisation, LrSchedule,
     ModelSection, OptimizerSection, PipelineSection, Precision, PrefixSection, Quantization,
-    Recompute, Resume, RotaryPrecision, RunConfig, RunSection, ScheduleKind, TransportKind,
+    Recompute, Resume, RotaryPrecision, RunConfig, RunSection, STALL_TIMEOUT, ScheduleKind,
+    TransportKind,
 };
 
 /// The three runs, each behind the one before it.
@@ -122,7 +123,7 @@ impl Run {
                 threads: options.threads,
                 memory_per_device: None,
                 transport: TransportKind::Auto,
-                stall_timeout: 120,
+                stall_timeout: STALL_TIMEOUT,
             },
             run: RunSection {
                 output: self.output,

@@ -2,6 +2,7 @@
 
 use std::ops::ControlFlow;
 use std::path::Path;
+use std::time::Duration;
 
 use super::GenerateError;
 use super::sampling::{self, Draw};
@@ -10,7 +11,9 @@ use crate::checkpoint::CheckpointError;
 use crate::checkpoint::adapter_files::LoraFiles;
 use crate::checkpoint::prefix_files::PrefixFiles;
 use crate::config::generate::{GenerateOptions, Sampling};
-use crate::config::run::{AdapterSection, LoraSection, PrefixSection, Recompute};
+use crate::config::run::{
+    AdapterSection, LoraSection, PrefixSection, Recompute, STALL_TIMEOUT, TransportKind,
+};
 use crate::data::batch::MicroBatch;
 use crate::data::rows::PromptRow;
 use crate::model::head::LogitsRows;
@@ -84,7 +87,7 @@ impl Generator {
             _ => Default::default(),
         };
         let head_cost = partition::head_cost(&base.config, 1.0, Recompute::None, false);
-        let stages = base.stages(&options.devices, options.balance.as_deref(), head_cost)?;
+        let stages = base.stages(&options.devices, 1, options.balance.as_deref(), head_cost)?;
         let layout = Layout {
             devices: options.devices.clone(),
             precision: options.precision,
@@ -94,7 +97,9 @@ impl Generator {
             stages,
             max_rows: longest,
             max_sequences: 1,
+            transport: TransportKind::Auto,
             threads: options.threads,
+            stall_timeout: Duration::from_secs(STALL_TIMEOUT),
         };
         let initial = move |spec: &ParameterSpec| match values.get(&spec.name) {
             Some(whole) => Ok(ParameterState::fresh(spec.cut(whole))),

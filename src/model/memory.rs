@@ -109,6 +109,22 @@ impl StageSizes {
     }
 }
 
+/// Values that all stages sum at most: partial norms and losses at the end of a step, and the gradient of
+/// the layer that all blocks of a prefix projection share.
+pub fn all_reduce_len(
+    config: &ModelConfig,
+    trainables: &Trainables,
+    micro_batches: usize,
+) -> usize {
+    let shared = match &trainables.adapter {
+        Some(AdapterSection::Prefix(prefix)) if prefix.prefix_projection => {
+            prefix.pre_seq_len * config.hidden_size
+        }
+        _ => 0,
+    };
+    shared.max(trainables.specs().len() + micro_batches)
+}
+
 /// What buffers are for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Purpose {

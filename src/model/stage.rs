@@ -196,6 +196,11 @@ impl<B: Backend> Stage<B> {
         &mut self.workspace.output
     }
 
+    /// The same, to be read.
+    pub fn output(&self) -> &B::Buffer<f32> {
+        &self.workspace.output
+    }
+
     /// Where the activations from the virtual stage before go: `[T, H]`.
     pub fn input_mut(&mut self, chunk: usize, slot: usize) -> &mut B::Buffer<f32> {
         &mut self.chunks[chunk].slots[slot].inputs[0]
@@ -438,6 +443,12 @@ impl<B: Backend> Stage<B> {
     /// The prefix encoder, where there is one.
     pub fn prefix_mut(&mut self) -> Option<&mut PrefixEncoder<B>> {
         self.prefix.as_mut()
+    }
+
+    /// Values of the gradient that the prefixes of all blocks share, `P H`; 0 where they share none.
+    pub fn shared_gradient_len(&mut self) -> usize {
+        let projection = self.prefix.as_mut().and_then(PrefixEncoder::projection_mut);
+        projection.map_or(0, |projection| projection.hidden_len())
     }
 
     /// The tied matrix this stage holds, and the room for the other half of its gradient; nothing

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use half::f16;
 
@@ -10,14 +11,15 @@ use super::failure::Failure;
 use super::launch::{Blueprint, Engine, InitialValues, launch};
 use super::partition::{self, PartitionError, StageSpec};
 use super::schedule::{Schedule, ScheduleError};
+use super::transport::{self, GpuTransport};
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::{self, Cuda, CudaError, LinearWork, MemoryPlan};
 use crate::backend::{BackendError, Pulse};
 use crate::checkpoint::{CheckpointError, ModelFolder, TensorSource};
-use crate::comm::in_process;
+use crate::comm::{CommError, in_process, nccl, peer_copy};
 use crate::config::error::ConfigError;
 use crate::config::model::ModelConfig;
-use crate::config::run::{Device, Precision, Quantization, Recompute};
+use crate::config::run::{Device, Precision, Quantization, Recompute, TransportKind};
 use crate::data::DataError;
 use crate::data::tokenizer::TokenizerError;
 use crate::model::ModelError;
@@ -77,6 +79,19 @@ pub enum StartError {
          GPUs alone or `cpu` alone"
     )]
     MixedDevices,
+    /// Several stages on a GPU, and NCCL.
+    #[error(
+        "--devices names CUDA device {ordinal} more than once, and --transport nccl takes one stage per \
+         GPU: leave --transport out (p2p is used then), or use NCCL 2.30.3 or newer with \
+         NCCL_MULTI_RANK_GPU_ENABLE=1"
+    )]
+    SharedGpu {
+        /// The device.
+        ordinal: u32,
+    },
+    /// The stages cannot be connected.
+    #[error(transparent)]
+    Comm(#[from] CommError),
     /// A storage type that GPUs do not have here.
     #[error("precision = \"f32\" is for `--devices cpu`: on GPUs use precision = \"f16\"")]
     GpuPrecision,
@@ -97,6 +112,7 @@ impl StartError {
             StartError::Model(error) => error.is_machine(),
             StartError::Data(error) => error.is_machine(),
             StartError::Cuda(error) => error.is_machine(),
+            StartError::Comm(_) => true,
             StartError::Config(_)
             | StartError::Tokenizer(_)
             | StartError::TokenizerOf { .. }
@@ -104,6 +120,7 @@ impl StartError {
             | StartError::Schedule(_)
             | StartError::MixedDevices
             | StartError::GpuPrecision
+            | StartError::SharedGpu { .. }
             | StartError::Memory(_) => false,
         }
     }
@@ -147,8 +164,12 @@ pub struct Layout {
     pub max_rows: usize,
     /// Sequences of the largest micro-batch.
     pub max_sequences: usize,
+    /// How activations travel between GPUs.
+    pub transport: TransportKind,
     /// CPU threads for all stages together.
     pub threads: usize,
+    /// Silence of a stage after which it counts as hung.
+    pub stall_timeout: Duration,
 }
 
 /// What a stage's GPU is prepared for.
@@ -193,12 +214,20 @@ impl Base {
     pub fn stages(
         &self,
         devices: &[Device],
+        virtual_stages: usize,
         balance: Option<&[usize]>,
         head_cost: f64,
     ) -> Result<Vec<StageSpec>, StartError> {
         Ok(match balance {
-            Some(balance) => partition::from_balance(balance, self.config.num_layers, 1)?,
-            None => partition::by_cost(self.config.num_layers, devices.len(), 1, head_cost)?,
+            Some(balance) => {
+                partition::from_balance(balance, self.config.num_layers, virtual_stages)?
+            }
+            None => partition::by_cost(
+                self.config.num_layers,
+                devices.len(),
+                virtual_stages,
+                head_cost,
+            )?,
         })
     }
 
@@ -213,37 +242,30 @@ impl Base {
         initial: InitialValues,
     ) -> Result<Engine, StartError> {
         check_devices(&layout.devices, layout.precision)?;
-        let planned = |rank: usize| StagePlan {
-            ordinal: layout.devices[rank].ordinal(),
-            memory: layout.memory_plan(&self.config, &trainables, rank),
-            work: layout.linear_work(&self.config, &trainables, rank),
-        };
-        let planned: Vec<StagePlan> = (0..layout.stages.len()).map(planned).collect();
-        let on_gpus = planned.iter().all(|stage| stage.ordinal.is_some());
-        let blueprint = Blueprint {
-            config: self.config.clone(),
-            source: Arc::clone(&self.source),
-            head_source: self.head_source.clone(),
-            trainables,
-            initial,
-            stages: layout.stages.clone(),
-            schedule: layout.schedule.clone(),
-            recompute: layout.recompute.clone(),
-            max_rows: layout.max_rows,
-            max_sequences: layout.max_sequences,
-            rotary: layout.rotary_table,
+        let stages = layout.stages.len();
+        if layout.is_reserved() {
+            let choice = transport::choose(layout.transport, &layout.devices)?;
+            let exchange = choice.transport.exchange();
+            let planned = |rank: usize| StagePlan {
+                ordinal: layout.devices[rank].ordinal(),
+                memory: layout.memory_plan(&self.config, &trainables, rank, exchange),
+                work: layout.linear_work(&self.config, &trainables, rank),
+            };
+            let planned: Vec<StagePlan> = (0..stages).map(planned).collect();
+            let open = move |rank: usize, _, pulse: &Arc<Pulse>| planned[rank].open(pulse);
             // GPUs compute by themselves: no stage has to wait for a thread.
-            threads: match on_gpus {
-                true => layout.stages.len(),
-                false => layout.threads,
-            },
-        };
-        let transports = in_process::connect(layout.stages.len());
-        if on_gpus {
-            return Ok(launch(blueprint, transports, move |rank, _, pulse| {
-                planned[rank].open(pulse)
-            })?);
+            let blueprint = self.blueprint(layout, trainables, initial, stages);
+            let engine = match choice.transport {
+                GpuTransport::Nccl(library) => {
+                    launch(blueprint, nccl::connect(library, stages)?, open)?
+                }
+                GpuTransport::PeerCopy => launch(blueprint, peer_copy::connect(stages), open)?,
+                GpuTransport::HostMemory => launch(blueprint, in_process::connect(stages), open)?,
+            };
+            return Ok(engine.over(choice.description));
         }
+        let blueprint = self.blueprint(layout, trainables, initial, layout.threads);
+        let transports = in_process::connect(stages);
         Ok(match layout.precision {
             Precision::F32 => launch(blueprint, transports, |_, n, pulse| {
                 Cpu::<f32>::with_pulse(n, pulse)
@@ -252,5 +274,31 @@ impl Base {
                 Cpu::<f16>::with_pulse(n, pulse)
             })?,
         })
+    }
+
+    /// Everything that the stages are made from.
+    fn blueprint(
+        &self,
+        layout: &Layout,
+        trainables: Trainables,
+        initial: InitialValues,
+        threads: usize,
+    ) -> Blueprint {
+        Blueprint {
+            config: self.config.clone(),
+            source: Arc::clone(&self.source),
+            head_source: self.head_source.clone(),
+            trainables,
+            initial,
+            stages: layout.stages.clone(),
+            devices: layout.devices.clone(),
+            schedule: layout.schedule.clone(),
+            recompute: layout.recompute.clone(),
+            max_rows: layout.max_rows,
+            max_sequences: layout.max_sequences,
+            rotary: layout.rotary_table,
+            threads,
+            stall_timeout: layout.stall_timeout,
+        }
     }
 }

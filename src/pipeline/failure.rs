@@ -1,7 +1,10 @@
 //! What ended a worker, and where it was.
 
+use std::time::Duration;
+
 use crate::backend::BackendError;
 use crate::comm::CommError;
+use crate::config::run::Device;
 use crate::model::ModelError;
 
 /// What ended a worker.
@@ -30,6 +33,14 @@ pub enum Cause {
         /// The tensor.
         name: String,
     },
+    /// No sign of life.
+    #[error("no sign of life for {} s: {stall}", .silent.as_secs_f64().round())]
+    Stalled {
+        /// How long.
+        silent: Duration,
+        /// What was seen of it.
+        stall: Stall,
+    },
     /// The worker panicked.
     #[error("panic: {message}; this is a bug")]
     Panic {
@@ -39,6 +50,55 @@ pub enum Cause {
     /// The worker's thread could not be started.
     #[error("cannot start the worker thread: {0}")]
     Thread(std::io::Error),
+    /// The worker's thread is gone, and said nothing.
+    #[error("the worker ended without a word; this is a bug")]
+    Vanished,
+    /// Something was asked of stages that had failed before.
+    #[error("the stages have ended with an earlier failure")]
+    Over,
+}
+
+/// What was seen of a stage that gave no sign of life.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Stall {
+    /// The worker's thread does not even look whether it is to give up.
+    #[error("its thread does not come back from a call{}", last_seen(.device_at))]
+    Thread {
+        /// What the device was at when it was last heard of, where that is something else.
+        device_at: Option<String>,
+    },
+    /// The thread is alive; the device does not finish what it is at.
+    #[error("the device does not finish what it is at")]
+    Device,
+    /// The device waits for something that was sent.
+    #[error("nothing arrives from {}, which has sent it", stages(.from))]
+    Transfer {
+        /// The senders.
+        from: Vec<usize>,
+    },
+    /// Every stage that has not answered waits for others.
+    #[error("the stages wait for each other: {waits}")]
+    Circle {
+        /// Who waits where and for whom.
+        waits: String,
+    },
+}
+
+fn last_seen(device_at: &Option<String>) -> String {
+    match device_at {
+        Some(action) => format!("; its device was last seen at {action}"),
+        None => String::new(),
+    }
+}
+
+/// Stages in words.
+pub(super) fn stages(ranks: &[usize]) -> String {
+    let numbers: Vec<String> = ranks.iter().map(usize::to_string).collect();
+    match ranks.len() {
+        0 => "all stages".to_owned(),
+        1 => format!("stage {}", numbers[0]),
+        _ => format!("stages {}", numbers.join(", ")),
+    }
 }
 
 impl From<BackendError> for Cause {
@@ -49,16 +109,29 @@ impl From<BackendError> for Cause {
 
 /// The failure that ended a run.
 #[derive(Debug, thiserror::Error)]
-#[error("stage {rank}{}, {doing}: {cause}", .step.map(|step| format!(", step {step}")).unwrap_or_default())]
+#[error(
+    "stage {rank}{}, {doing} on {}: {cause}",
+    .step.map(|step| format!(", step {step}")).unwrap_or_default(),
+    title(.device)
+)]
 pub struct Failure {
     /// The stage.
     pub rank: usize,
+    /// Where it runs.
+    pub device: Device,
     /// Step of the run, from 1, where it was in one.
     pub step: Option<u64>,
     /// The action: `F3`, `B0`, `update`, `loading`.
     pub doing: String,
     /// Why.
     pub cause: Cause,
+}
+
+fn title(device: &Device) -> String {
+    match device {
+        Device::Cpu => "cpu".to_owned(),
+        Device::Cuda(ordinal) => format!("CUDA device {ordinal}"),
+    }
 }
 
 impl Failure {
@@ -69,13 +142,22 @@ impl Failure {
             Cause::ZeroGradient { .. } => false,
             Cause::Comm(_)
             | Cause::NeverWritten { .. }
+            | Cause::Stalled { .. }
             | Cause::Panic { .. }
-            | Cause::Thread(_) => true,
+            | Cause::Thread(_)
+            | Cause::Vanished
+            | Cause::Over => true,
         }
     }
 
     /// Whether it only follows from another stage's failure.
     pub fn is_consequence(&self) -> bool {
-        matches!(self.cause, Cause::Comm(CommError::PeerGone { .. }))
+        match &self.cause {
+            Cause::Comm(CommError::PeerGone { .. } | CommError::Stopped) => true,
+            Cause::Comm(CommError::Backend(error)) | Cause::Model(ModelError::Backend(error)) => {
+                matches!(error, BackendError::Stopped)
+            }
+            _ => false,
+        }
     }
 }

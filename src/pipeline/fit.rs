@@ -1,6 +1,8 @@
 //! From what a run asks for and what its devices have to who does what: blocks dealt out by cost and by
 //! fit together, and the cheapest recomputation that fits.
 
+use std::time::Duration;
+
 use super::base::{Layout, StartError};
 use super::cost::{TypicalBatch, chunk_cost};
 use super::needs::DeviceMemory;
@@ -35,6 +37,8 @@ pub struct Demand {
     pub recompute: Recompute,
     /// CPU threads for all stages together.
     pub threads: usize,
+    /// Silence of a stage after which it counts as hung.
+    pub stall_timeout: Duration,
     /// T of the largest micro-batch.
     pub max_rows: usize,
     /// S of the largest micro-batch.
@@ -184,7 +188,9 @@ impl Search<'_> {
             recompute,
             max_rows: demand.max_rows,
             max_sequences: demand.max_sequences,
+            transport: demand.transport,
             threads: demand.threads,
+            stall_timeout: demand.stall_timeout,
         }
     }
 

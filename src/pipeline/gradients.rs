@@ -86,12 +86,17 @@ impl<B: Backend> Agreement<B> {
         })
     }
 
+    /// Values in the vector.
+    pub fn len(&self) -> usize {
+        self.parameters + self.micro_batches
+    }
+
     /// Starts a step.
     ///
     /// # Errors
     /// When the device fails.
     pub fn clear(&mut self, backend: &B) -> Result<(), Cause> {
-        let len = self.parameters + self.micro_batches;
+        let len = self.len();
         Ok(backend.clear(&mut self.values, len)?)
     }
 
@@ -119,14 +124,36 @@ impl<B: Backend> Agreement<B> {
         backend: &B,
         transport: &mut T,
     ) -> Result<(), Cause> {
-        let len = self.parameters + self.micro_batches;
+        let len = self.len();
         transport.all_reduce_sum(backend, &mut self.values, len)?;
         backend.read(&self.values, len)?;
         Ok(())
     }
 
-    /// Enters this stage's partial norms, sums over all stages, and decides: each partial norm comes
-    /// from one stage, the others hold zero, so the sum is exact and the same everywhere.
+    /// Enters this stage's partial norms.
+    ///
+    /// # Errors
+    /// The device fails, or a tensor would silently not be trained.
+    pub fn enter_norms(
+        &mut self,
+        backend: &B,
+        parameters: &[&mut Parameter<B>],
+        plan: &StepPlan,
+    ) -> Result<(), Cause> {
+        let unscale = 1.0 / plan.loss_scale;
+        for parameter in parameters {
+            if !parameter.written() {
+                let name = parameter.spec().title();
+                return Err(Cause::NeverWritten { name });
+            }
+        }
+        let counted = parameters.iter().filter(|parameter| parameter.counted());
+        let terms: Vec<_> = counted.map(|parameter| parameter.norm_term()).collect();
+        Ok(backend.sum_squares(&mut self.values, &terms, unscale)?)
+    }
+
+    /// Sums over all stages, and decides: each partial norm comes from one stage, the others hold zero, so
+    /// the sum is exact and the same everywhere.
     ///
     /// # Errors
     /// Another stage is gone, the device fails, or a tensor would silently not be trained.
@@ -137,17 +164,7 @@ impl<B: Backend> Agreement<B> {
         parameters: &[&mut Parameter<B>],
         plan: &StepPlan,
     ) -> Result<StepOutcome, Cause> {
-        let unscale = 1.0 / plan.loss_scale;
-        for parameter in parameters {
-            if !parameter.written() {
-                let name = parameter.spec().title();
-                return Err(Cause::NeverWritten { name });
-            }
-        }
-        let counted = parameters.iter().filter(|parameter| parameter.counted());
-        let terms: Vec<_> = counted.map(|parameter| parameter.norm_term()).collect();
-        backend.sum_squares(&mut self.values, &terms, unscale)?;
-        let len = self.parameters + self.micro_batches;
+        let len = self.len();
         transport.all_reduce_sum(backend, &mut self.values, len)?;
         let values = backend.read(&self.values, len)?;
         let (partials, loss_sums) = values.split_at(self.parameters);

@@ -3,6 +3,7 @@
 
 use super::base::Layout;
 use crate::backend::cuda::{self, LinearWork, MemoryPlan, OpRooms};
+use crate::comm::{nccl, peer_copy};
 use crate::config::model::ModelConfig;
 use crate::config::run::{AdapterSection, Device, Precision, TransportKind};
 use crate::model::head::chunk_rows;
@@ -34,6 +35,17 @@ impl StageBytes {
     pub fn slot(&self) -> u64 {
         self.activations / self.slots.max(1)
     }
+}
+
+/// By what activations travel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exchange {
+    /// NCCL.
+    Nccl,
+    /// Copies from device to device.
+    PeerCopy,
+    /// Copies to the host and from there.
+    HostMemory,
 }
 
 /// To what a device rounds its buffers up.
@@ -92,12 +104,14 @@ impl Layout {
         let device = self.devices[rank];
         let of = |purpose| inventory.of(purpose, granularity(device));
         let chunks = self.sizes(rank).chunks;
+        let exchanged = self.exchange_bytes(config, trainables, self.exchange());
         StageBytes {
             weights: of(Purpose::Weights),
             trainables: of(Purpose::Trainables),
             activations: of(Purpose::Activations),
             slots: chunks.iter().map(|chunk| chunk.slots as u64).sum(),
             workspace: of(Purpose::Workspace)
+                + exchanged
                 + match device {
                     Device::Cpu => 0,
                     Device::Cuda(_) => self.rooms(config, trainables, rank).bytes(capability),
@@ -105,18 +119,52 @@ impl Layout {
         }
     }
 
-    /// The memory that stage `rank` takes of its GPU at once.
+    /// The memory that stage `rank` takes of its GPU at once, for a run that exchanges by `exchange`.
     pub fn memory_plan(
         &self,
         config: &ModelConfig,
         trainables: &Trainables,
         rank: usize,
+        exchange: Exchange,
     ) -> MemoryPlan {
         let inventory = self.inventory(config, trainables, rank);
+        let buffers = inventory.total(granularity(self.devices[rank]));
         MemoryPlan {
-            buffers: inventory.total(granularity(self.devices[rank])),
+            buffers: buffers + self.exchange_bytes(config, trainables, exchange),
             rooms: self.rooms(config, trainables, rank),
         }
+    }
+
+    /// How the stages will exchange, as far as that is known before libraries and GPUs are looked at;
+    /// where it is not, the way that takes most.
+    fn exchange(&self) -> Exchange {
+        let gpus = self.is_reserved() && self.stages.len() > 1;
+        match self.transport {
+            _ if !gpus => Exchange::HostMemory,
+            TransportKind::Nccl => Exchange::Nccl,
+            TransportKind::Auto | TransportKind::P2p => Exchange::PeerCopy,
+        }
+    }
+
+    /// Bytes of the buffers that a transport makes when it starts.
+    fn exchange_bytes(
+        &self,
+        config: &ModelConfig,
+        trainables: &Trainables,
+        exchange: Exchange,
+    ) -> u64 {
+        let micro_batches = self.schedule.micro_batches;
+        let (count, values) = match exchange {
+            _ if self.stages.len() == 1 => (0, 0),
+            Exchange::HostMemory => (0, 0),
+            Exchange::Nccl => (1, nccl::WORDS),
+            Exchange::PeerCopy => {
+                let values = memory::all_reduce_len(config, trainables, micro_batches);
+                (peer_copy::SUMS, values)
+            }
+        };
+        let bytes = (values * size_of::<f32>()).next_multiple_of(cuda::ALIGNMENT);
+        (count * bytes) as u64
     }
 
     /// What a GPU makes room for beside the buffers of stage `rank`.

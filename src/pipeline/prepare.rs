@@ -1,5 +1,7 @@
 //! Before any worker is started: model and data opened, stages laid out.
 
+use std::time::Duration;
+
 use super::advice::{NoRoom, RowLengths, Wish};
 use super::base::{Base, Layout, StartError};
 use super::cost::TypicalBatch;
@@ -144,6 +146,7 @@ pub fn demand(config: &RunConfig, largest: (usize, usize), typical: TypicalBatch
         micro_batches: config.run.gradient_accumulation,
         recompute: pipeline.recompute,
         threads: pipeline.threads,
+        stall_timeout: Duration::from_secs(pipeline.stall_timeout),
         max_rows: largest.0,
         max_sequences: largest.1,
         typical,

@@ -2,24 +2,21 @@
 
 use std::sync::Arc;
 
-use super::failure::{Cause, Failure};
+use super::failure::Cause;
 use super::gradients::{self, Agreement};
 use super::messages::{Command, InferPlan, Reply, StepOutcome, StepPlan};
 use super::permits::Permits;
+use super::place::{Phase, Place, action_name};
 use super::rehearsal::Rehearsal;
 use super::schedule::{Action, Flow, Operation, Schedule};
 use crate::backend::{Backend, Element, Pulse, Span};
-use crate::comm::{Mailbox, Parcel, Transport};
+use crate::comm::{CommError, Mailbox, Parcel, Room, Transport};
 use crate::data::batch::MicroBatch;
 use crate::model::batch::BatchRows;
 use crate::model::linear::NoiseKey;
 use crate::model::stage::{KeyValueCache, Stage};
 
-/// A stage of the model at work.
-///
-/// The places that its pulse reaches in a step of n operations: `2 k` when everything before operation
-/// `k` is done and its input is waited for, `2 k + 1` when the input is there; `2 n` when the agreement
-/// of all stages is waited for, `2 n + 1` when they agreed.
+/// A stage of the model at work. Its pulse tells at which [`Place`] its device is.
 pub(super) struct Worker<B: Backend, T> {
     pub backend: B,
     pub transport: T,
@@ -37,6 +34,8 @@ pub(super) struct Worker<B: Backend, T> {
     pub pulse: Arc<Pulse>,
     /// Step and action under way, for the report of a failure.
     pub doing: Arc<std::sync::Mutex<Doing>>,
+    /// Commands obeyed, the present one included.
+    pub command: u32,
 }
 
 /// What a worker is at.
@@ -48,8 +47,12 @@ pub(super) struct Doing {
 
 impl<B: Backend, T: Transport<B>> Worker<B, T> {
     /// Carries out one command.
-    pub fn obey(&mut self, command: Command) -> Result<Reply, Failure> {
-        let result = match command {
+    ///
+    /// # Errors
+    /// What ends the worker; what it was at stands in `doing`.
+    pub fn obey(&mut self, command: Command) -> Result<Reply, Cause> {
+        self.command = self.command.wrapping_add(1);
+        match command {
             Command::Connect => self.connect(),
             Command::Rehearse(rehearsal) => self.rehearse(&rehearsal),
             Command::Step(plan) => self.step(&plan).map(Reply::Step),
@@ -57,77 +60,67 @@ impl<B: Backend, T: Transport<B>> Worker<B, T> {
             Command::Infer(plan) => self.infer(&plan).map(Reply::Infer),
             Command::Snapshot => self.snapshot(),
             Command::Memory => Ok(Reply::Memory(self.backend.memory_use())),
-        };
-        result.map_err(|cause| self.failure(cause))
+        }
     }
 
     fn connect(&mut self) -> Result<Reply, Cause> {
         self.at(None, "connecting".to_owned());
-        self.transport.start(&self.backend, &self.pulse)?;
+        let room = Room {
+            all_reduce: self.agreement.len().max(self.stage.shared_gradient_len()),
+        };
+        self.transport.start(&self.backend, &self.pulse, room)?;
         Ok(Reply::Ready)
-    }
-
-    fn failure(&self, cause: Cause) -> Failure {
-        let doing = lock(&self.doing).clone();
-        Failure {
-            rank: self.transport.rank(),
-            step: doing.step,
-            doing: doing.action,
-            cause,
-        }
     }
 
     fn at(&self, step: Option<u64>, action: String) {
         *lock(&self.doing) = Doing { step, action };
     }
 
-    fn step(&mut self, plan: &StepPlan) -> Result<StepOutcome, Cause> {
-        let number = Some(plan.step + 1);
-        let end = self.actions(plan, number, "")?;
-        self.at(number, "update".to_owned());
-        self.backend.mark(end)?;
-        let (stage, backend) = (&mut self.stage, &self.backend);
-        gradients::complete(stage, backend, &mut self.transport, self.layers)?;
-        let parameters = stage.parameters();
-        let transport = &mut self.transport;
-        let outcome = self
-            .agreement
-            .decide(backend, transport, &parameters, plan)?;
-        backend.mark(end + 1)?;
-        if outcome.applied {
-            gradients::update(backend, parameters, plan, &outcome)?;
+    /// Lets the pulse reach a place when everything queued so far is done.
+    fn reach(&self, operation: usize, phase: Phase) -> Result<(), Cause> {
+        if self.pulse.is_stopped() {
+            return Err(CommError::Stopped.into());
         }
-        Ok(outcome)
+        let place = Place {
+            command: self.command,
+            operation,
+            phase,
+        };
+        Ok(self.backend.mark(place.pack())?)
     }
 
-    /// Forward and backward of a step. What they leave is overwritten or cleared when the next step
-    /// begins; weights and moments are changed by its update alone, which is not here.
+    fn step(&mut self, plan: &StepPlan) -> Result<StepOutcome, Cause> {
+        let end = self.actions(plan, Some(plan.step + 1))?;
+        self.update(plan, end)
+    }
+
+    /// A step without its update. What it leaves is overwritten or cleared when the next one begins;
+    /// weights and moments are changed by an update alone.
     fn rehearse(&mut self, rehearsal: &Rehearsal) -> Result<Reply, Cause> {
         let full = std::mem::replace(&mut self.schedule, Arc::clone(&rehearsal.schedule));
-        let done = self.actions(&rehearsal.step, None, "rehearsal, ");
+        let end = self.actions(&rehearsal.step, None);
         self.schedule = full;
-        done?;
-        self.at(None, "rehearsal, end of a step".to_owned());
-        let (stage, backend) = (&mut self.stage, &self.backend);
-        gradients::complete(stage, backend, &mut self.transport, self.layers)?;
-        self.agreement.rehearse(backend, &mut self.transport)?;
+        let end = end?;
+        self.at(None, action_name(&[], end));
+        self.complete(end)?;
+        self.reach(end + 1, Phase::Input)?;
+        self.agreement.rehearse(&self.backend, &mut self.transport)?;
         Ok(Reply::Ready)
     }
 
     /// All actions and exchanges of a step, from cleared gradients on; gives the place behind them.
-    /// `lead` stands before their names in the report of a failure.
-    fn actions(&mut self, plan: &StepPlan, step: Option<u64>, lead: &str) -> Result<u64, Cause> {
-        self.at(step, format!("{lead}begin"));
+    fn actions(&mut self, plan: &StepPlan, step: Option<u64>) -> Result<usize, Cause> {
+        self.at(step, "begin".to_owned());
         self.stage.begin_step(&self.backend)?;
         self.agreement.clear(&self.backend)?;
         let program = self.schedule.program(self.transport.rank());
         // The last action of each flow, whose output the next exchange of the flow sends.
         let mut done = [None; 2];
-        for (place, operation) in (0..).zip(&program) {
-            self.backend.mark(2 * place)?;
+        for (place, operation) in program.iter().enumerate() {
+            self.reach(place, Phase::Input)?;
+            self.at(step, action_name(&program, place));
             match *operation {
                 Operation::Run(action) => {
-                    self.at(step, format!("{lead}{action}"));
                     match action.flow {
                         Flow::Forward => self.forward(plan, action, place)?,
                         Flow::Backward => self.backward(action, place)?,
@@ -151,7 +144,41 @@ impl<B: Backend, T: Transport<B>> Worker<B, T> {
                 }
             }
         }
-        Ok(2 * program.len() as u64)
+        Ok(program.len())
+    }
+
+    /// Completes the gradients that stages share, at place `end` of a step.
+    fn complete(&mut self, end: usize) -> Result<(), Cause> {
+        let others = self.transport.stages() > 1;
+        let shares = self.stage.shared_gradient_len() > 0 || self.stage.tied_mut().is_some();
+        self.reach(
+            end,
+            match others && shares {
+                true => Phase::Input,
+                false => Phase::Work,
+            },
+        )?;
+        let (stage, backend) = (&mut self.stage, &self.backend);
+        gradients::complete(stage, backend, &mut self.transport, self.layers)
+    }
+
+    /// The end of a step, at place `end` of its program.
+    fn update(&mut self, plan: &StepPlan, end: usize) -> Result<StepOutcome, Cause> {
+        self.at(Some(plan.step + 1), action_name(&[], end));
+        self.complete(end)?;
+        self.agreement
+            .enter_norms(&self.backend, &self.stage.parameters(), plan)?;
+        self.reach(end + 1, Phase::Input)?;
+        let (backend, transport) = (&self.backend, &mut self.transport);
+        let parameters = self.stage.parameters();
+        let agreement = &mut self.agreement;
+        let outcome = agreement.decide(backend, transport, &parameters, plan)?;
+        drop(parameters);
+        self.reach(end + 1, Phase::Work)?;
+        if outcome.applied {
+            gradients::update(&self.backend, self.stage.parameters(), plan, &outcome)?;
+        }
+        Ok(outcome)
     }
 
     fn exchange(
@@ -167,7 +194,7 @@ impl<B: Backend, T: Transport<B>> Worker<B, T> {
         })
     }
 
-    fn forward(&mut self, plan: &StepPlan, action: Action, place: u64) -> Result<(), Cause> {
+    fn forward(&mut self, plan: &StepPlan, action: Action, place: usize) -> Result<(), Cause> {
         let Action {
             micro_batch, chunk, ..
         } = action;
@@ -190,41 +217,46 @@ impl<B: Backend, T: Transport<B>> Worker<B, T> {
             Some(noise),
         )?;
         self.take_input(chunk, slot)?;
-        let (stage, backend) = (&mut self.stage, &self.backend);
-        backend.mark(2 * place + 1)?;
         let destination = self.schedule.destination(self.transport.rank(), action);
         {
             let _permit = self.permits.acquire(&self.pulse)?;
+            self.reach(place, Phase::Work)?;
+            let (stage, backend) = (&mut self.stage, &self.backend);
             stage.forward(backend, chunk, slot, None)?;
             if destination.is_none() {
                 let scale = plan.loss_scale * plan.target_weights[micro_batch];
                 stage.loss(backend, slot, scale)?;
             }
         }
-        match &stage.slot(chunk, slot).token_loss {
+        let filled = self.stage.slot(chunk, slot);
+        match &filled.token_loss {
             Some(loss) if destination.is_none() => {
-                let targets = stage.slot(chunk, slot).batch.targets;
+                let (backend, targets) = (&self.backend, filled.batch.targets);
                 self.agreement
-                    .enter_loss(backend, micro_batch, loss, targets)?;
-                Ok(())
+                    .enter_loss(backend, micro_batch, loss, targets)
             }
-            _ => self.give_output(),
+            _ => {
+                self.reach(place, Phase::Output)?;
+                self.give_output()
+            }
         }
     }
 
-    fn backward(&mut self, action: Action, place: u64) -> Result<(), Cause> {
+    fn backward(&mut self, action: Action, place: usize) -> Result<(), Cause> {
         let (chunk, slot, rank) = (action.chunk, self.slot_of(action), self.transport.rank());
         let (stage, backend, transport) = (&mut self.stage, &self.backend, &mut self.transport);
         if self.schedule.source(rank, action).is_some() {
             transport.arrived(backend, &mut self.gradients)?;
             std::mem::swap(stage.gradient_mut(), &mut self.gradients.incoming);
         }
-        backend.mark(2 * place + 1)?;
         {
             let _permit = self.permits.acquire(&self.pulse)?;
-            stage.backward(backend, chunk, slot)?;
+            self.reach(place, Phase::Work)?;
+            self.stage.backward(&self.backend, chunk, slot)?;
         }
         if self.schedule.destination(rank, action).is_some() {
+            self.reach(place, Phase::Output)?;
+            let (stage, backend, transport) = (&mut self.stage, &self.backend, &mut self.transport);
             transport.sent(backend, &mut self.gradients)?;
             std::mem::swap(stage.gradient_mut(), &mut self.gradients.outgoing);
         }
@@ -312,9 +344,11 @@ impl<B: Backend, T: Transport<B>> Worker<B, T> {
             if source.is_some() {
                 self.exchange(Flow::Forward, None, source)?;
             }
+            self.reach(chunk, Phase::Input)?;
             self.take_input(chunk, 0)?;
             {
                 let _permit = self.permits.acquire(&self.pulse)?;
+                self.reach(chunk, Phase::Work)?;
                 if chunk == 0 {
                     self.stage.prepare_prefix(&self.backend)?;
                 }
@@ -322,17 +356,19 @@ impl<B: Backend, T: Transport<B>> Worker<B, T> {
                 self.stage.forward(&self.backend, chunk, 0, cache)?;
             }
             if destination.is_some() {
+                self.reach(chunk, Phase::Output)?;
                 self.give_output()?;
                 self.exchange(Flow::Forward, destination, None)?;
             }
         }
-        Ok(())
+        self.reach(self.schedule.virtual_stages, Phase::Work)
     }
 
     fn snapshot(&mut self) -> Result<Reply, Cause> {
         self.at(None, "snapshot".to_owned());
         let mut states = Vec::new();
         for parameter in self.stage.parameters() {
+            self.pulse.beat();
             if parameter.counted() {
                 states.push((parameter.index(), parameter.state(&self.backend)?));
             }

@@ -44,6 +44,8 @@ pub enum Event {
 pub struct RunStarted {
     /// The stages, first to last.
     pub stages: Vec<StageSummary>,
+    /// How activations travel between GPUs, in words; empty where they do not.
+    pub transport: String,
     /// Numbers that are trained.
     pub trainable_parameters: u64,
     /// Numbers in the base model.

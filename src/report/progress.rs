@@ -215,12 +215,15 @@ fn started(run: &RunStarted) -> String {
         })
         .collect();
     let mut text = format!(
-        "training {} of {} parameters; stages and their blocks: {}\nconfiguration saved in {}",
+        "training {} of {} parameters; stages and their blocks: {}\n",
         grouped(run.trainable_parameters),
         grouped(run.model_parameters),
         stages.join(", "),
-        run.config_path.display(),
     );
+    if !run.transport.is_empty() {
+        let _ = writeln!(text, "activations travel by {}", run.transport);
+    }
+    let _ = write!(text, "configuration saved in {}", run.config_path.display());
     if run.start_step > 0 {
         let _ = write!(
             text,

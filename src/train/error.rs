@@ -72,6 +72,15 @@ pub enum TrainError {
 }
 
 impl TrainError {
+    /// Whether it ended a run that had something to lose, rather than refused to begin one.
+    pub fn ends_a_run(&self) -> bool {
+        let of_a_stage = matches!(
+            self,
+            TrainError::Failure(_) | TrainError::Start(StartError::Failure(_))
+        );
+        of_a_stage || self.class() != FailureClass::User
+    }
+
     /// Whose turn it is.
     pub fn class(&self) -> FailureClass {
         let machine = match self {

@@ -96,6 +96,7 @@ pub fn run(
     let config_path = checkpoint::write_config(config, &config.run.output)?;
     reporter(Event::RunStarted(RunStarted {
         stages: summary(&layout),
+        transport: engine.transport().to_owned(),
         trainable_parameters: trainables.count() as u64,
         model_parameters: model_parameters(&base),
         start_step: state.step,

@@ -15,6 +15,7 @@ extern "C" int emulator_enqueue(void* stream, const char* label, void (*run)(voi
 extern "C" int emulator_holds(const void* address, size_t bytes);
 extern "C" int emulator_planned_failure(const char* what);
 extern "C" void emulator_note(const char* event);
+extern "C" void emulator_note_load(uint64_t kind);
 
 namespace {
 
@@ -223,9 +224,13 @@ bool any_shape() {
     }();
     return any;
 }
-uint64_t bucket(const Product& p, const Layout& a, const Layout& b, const Layout& d) {
+uint64_t kind(const Product& p, const Layout& a, const Layout& d) {
     uint64_t hash = 0xcbf29ce484222325ull;
     for (const uint64_t part : {(uint64_t)p.transpose_a, (uint64_t)p.transpose_b, (uint64_t)a.type, (uint64_t)d.type, (uint64_t)p.epilogue}) hash = (hash ^ part) * 0x100000001B3ull;
+    return hash;
+}
+uint64_t bucket(const Product& p, const Layout& a, const Layout& b, const Layout& d) {
+    uint64_t hash = kind(p, a, d);
     if (any_shape()) return hash;
     for (const uint64_t part : {d.rows, d.columns, p.transpose_a ? a.rows : a.columns, (uint64_t)d.batches, (uint64_t)a.leading, (uint64_t)b.leading, (uint64_t)d.leading}) hash = (hash ^ part) * 0x100000001B3ull;
     return hash;
@@ -395,6 +400,7 @@ API Status cublasLtMatmul(void* handle, const Product* product, const float* alp
         if (!emulator_holds(workspace, workspace_bytes)) return refuse(execution_failed, "the workspace reaches beyond its allocation");
     }
     if (emulator_planned_failure("product")) return execution_failed;
+    emulator_note_load(kind(*product, *la, *ld));
     auto* work = new Work{*product, *alpha, *beta, static_cast<const char*>(a), static_cast<const char*>(b), static_cast<const char*>(c), static_cast<char*>(d), *la, *lb, *lc, *ld, ld->rows, ld->columns, product->transpose_a ? la->rows : la->columns};
     const int error = emulator_enqueue(stream, "products", run, [](void* data) { delete static_cast<Work*>(data); }, work);
     return error == 0 ? success : execution_failed;

@@ -1,4 +1,4 @@
-// What a test can ask afterwards: counters, a trace of calls; and failures planned beforehand.
+// What a test can ask afterwards: counters, and a trace of calls.
 #include "driver.h"
 #include <cstdarg>
 #include <cstdio>
@@ -17,6 +17,18 @@ static std::map<std::string, long long>& counters() {
 void count(const std::string& name, long long by) {
     std::lock_guard<std::mutex> lock(counters_mutex);
     counters()[name] += by;
+}
+
+void count_on(int device, const std::string& name, long long by) {
+    std::lock_guard<std::mutex> lock(counters_mutex);
+    counters()[name] += by;
+    counters()[name + ":" + std::to_string(device)] += by;
+}
+
+std::atomic<int> nccl_groups_open[most_devices];
+
+void count_beside_nccl(const char* what, int device) {
+    if (nccl_groups_open[device] > 0) count_on(device, std::string(what) + "_beside_nccl");
 }
 
 void set_peak(const std::string& name, long long value) {
@@ -46,54 +58,10 @@ void trace(const char* event, const std::string& members) {
         return path == nullptr ? -1 : open(path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0666);
     }();
     if (file < 0) return;
-    const std::string line = "{\"event\":" + json_text(event) + (members.empty() ? "" : "," + members) + "}\n";
+    const bool named = current == nullptr || members.find("\"device\":") != std::string::npos;
+    const std::string device = named ? "" : ",\"device\":" + std::to_string(current->device);
+    const std::string line = "{\"event\":" + json_text(event) + device + (members.empty() ? "" : "," + members) + "}\n";
     if (write(file, line.data(), line.size()) < 0) perror("emulator: EMULATOR_TRACE");
-}
-
-// ---- planned failures
-
-struct PlannedFailure {
-    std::string what;
-    long long number;
-};
-static std::vector<PlannedFailure> read_plan() {
-    std::vector<PlannedFailure> plan;
-    const char* text = getenv("EMULATOR_FAIL");
-    std::string rest = text == nullptr ? "" : text;
-    while (!rest.empty()) {
-        const size_t comma = rest.find(',');
-        const std::string one = rest.substr(0, comma);
-        const size_t colon = one.rfind(':');
-        if (colon == std::string::npos) {
-            fprintf(stderr, "emulator: EMULATOR_FAIL: %s has no number\n", one.c_str());
-            abort();
-        }
-        plan.push_back({one.substr(0, colon), atoll(one.c_str() + colon + 1)});
-        rest = comma == std::string::npos ? "" : rest.substr(comma + 1);
-    }
-    return plan;
-}
-static const std::vector<PlannedFailure>& plan() {
-    static const std::vector<PlannedFailure> plan = read_plan();
-    return plan;
-}
-
-bool planned_failure(const std::string& what) {
-    static std::map<std::string, long long> calls;
-    if (plan().empty()) return false;
-    std::lock_guard<std::mutex> lock(counters_mutex);
-    const long long call = ++calls[what];
-    for (const PlannedFailure& planned : plan()) {
-        if (planned.what == what && planned.number == call) return true;
-    }
-    return false;
-}
-
-size_t planned_memory_limit() {
-    for (const PlannedFailure& planned : plan()) {
-        if (planned.what == "out_of_memory_after") return (size_t)planned.number;
-    }
-    return SIZE_MAX;
 }
 
 // ---- the report at exit
@@ -108,6 +76,7 @@ static std::string report() {
 }
 
 __attribute__((destructor)) static void write_report() {
+    check_all_red_zones();
     const char* path = getenv("EMULATOR_REPORT");
     if (path == nullptr) return;
     FILE* file = fopen(path, "w");
@@ -130,13 +99,23 @@ API long long emulator_counter(const char* name) {
 // Sets all but the bytes in use to zero; the peak starts at those.
 API void emulator_reset_counters() {
     std::lock_guard<std::mutex> lock(emulator::counters_mutex);
-    const long long live = emulator::counters()["live_bytes"];
-    emulator::counters().clear();
-    emulator::counters()["live_bytes"] = emulator::counters()["peak_bytes"] = live;
+    std::map<std::string, long long> kept;
+    for (const auto& [name, value] : emulator::counters()) {
+        if (name.compare(0, 10, "live_bytes") == 0) kept[name] = kept["peak" + name.substr(4)] = value;
+    }
+    emulator::counters() = std::move(kept);
 }
 
 // An event of another library: counted and traced.
 API void emulator_note(const char* event) {
     emulator::count(event);
     emulator::trace(event);
+}
+API void emulator_note_load(uint64_t kind) {
+    static std::mutex mutex;
+    static auto& loaded = *new std::set<std::pair<int, uint64_t>>;
+    const emulator::Context* context = emulator::current_context();
+    if (context == nullptr) return;
+    std::lock_guard<std::mutex> lock(mutex);
+    if (loaded.insert({context->device, kind}).second) emulator::count_beside_nccl("product_loads", context->device);
 }

@@ -45,6 +45,16 @@ static bool set(Settings& s, const std::string& name, const std::string& value) 
         s.memory = number();
     } else if (name == "EMULATOR_DRIVER_VERSION") {
         s.driver_version = (int)number();
+    } else if (name == "EMULATOR_NCCL_VERSION") {
+        int major = 0, minor = 0, patch = 0;
+        if (sscanf(value.c_str(), "%d.%d.%d", &major, &minor, &patch) != 3) bad_setting(name, value, "three numbers, like 2.26.2");
+        s.nccl_version = major * 10000 + minor * 100 + patch;
+    } else if (name == "EMULATOR_NCCL_MULTI_RANK") {
+        s.multi_rank = value == "1";
+    } else if (name == "EMULATOR_SILENCE") {
+        s.silence = atof(value.c_str());
+    } else if (name == "EMULATOR_FAIL") {
+        plan_failures(value);
     } else if (name == "EMULATOR_STREAMS") {
         if (value != "late" && value != "early") bad_setting(name, value, "late or early");
         s.late_streams = value == "late";
@@ -72,7 +82,8 @@ static Settings read_settings() {
         {"EMULATOR_DEVICES", "1"}, {"EMULATOR_ARCH", "80"}, {"EMULATOR_MEMORY", "8589934592"},
         {"EMULATOR_DRIVER_VERSION", "12080"}, {"EMULATOR_STREAMS", "late"}, {"EMULATOR_PEERS", "1"},
         {"EMULATOR_QUIET", "0"}, {"EMULATOR_ORDER", "forward"}, {"EMULATOR_SEED", "1"},
-        {"EMULATOR_THREADS", "1"},
+        {"EMULATOR_THREADS", "1"}, {"EMULATOR_NCCL_VERSION", "2.26.2"}, {"EMULATOR_NCCL_MULTI_RANK", "0"},
+        {"EMULATOR_SILENCE", "5"},
     };
     Settings s = {};
     for (const auto& [name, otherwise] : defaults) {
@@ -82,26 +93,39 @@ static Settings read_settings() {
     return s;
 }
 Settings& settings() {
-    static Settings settings = read_settings();
+    static Settings& settings = *new Settings(read_settings());
     return settings;
 }
 
-CUresult refuse(CUresult code, const char* format, ...) {
-    if (settings().quiet) return code;
+static void say_all(const char* format, va_list values) {
+    if (settings().quiet) return;
+    char text[2048];
+    vsnprintf(text, sizeof text, format, values);
+    fprintf(stderr, "emulator: %s\n", text);
+}
+void say(const char* format, ...) {
     va_list values;
     va_start(values, format);
-    char text[1024];
-    vsnprintf(text, sizeof text, format, values);
+    say_all(format, values);
     va_end(values);
-    fprintf(stderr, "emulator: %s\n", text);
+}
+CUresult refuse(CUresult code, const char* format, ...) {
+    va_list values;
+    va_start(values, format);
+    say_all(format, values);
+    va_end(values);
     return code;
 }
 
 Context& context_of(int device) {
-    static Context contexts[64];
-    contexts[device].device = device;
+    static Context* const contexts = [] {
+        auto* all = new Context[most_devices];
+        for (int i = 0; i < most_devices; i++) all[i].device = i;
+        return all;
+    }();
     return contexts[device];
 }
+Context* current_context() { return current; }
 
 CUresult usable() {
     if (!initialized) return refuse(not_initialized, "a driver call comes before cuInit");
@@ -162,7 +186,7 @@ API CUresult cuDeviceTotalMem_v2(size_t* bytes, int device) {
 API CUresult cuDeviceGetAttribute(int* value, int attribute, int device) {
     if (!exists(device)) return invalid_device;
     const Architecture& a = *settings().architecture;
-    static const std::map<int, int> same_for_all = {
+    static const std::map<int, int>& same_for_all = *new std::map<int, int>{
         {1, 1024}, {2, 1024}, {3, 1024}, {4, 64},           // block limits
         {5, 2147483647}, {6, 65535}, {7, 65535},            // grid limits
         {9, 65536}, {10, 32}, {12, 65536}, {13, 1500000},   // constant memory, warp, registers, clock
@@ -292,7 +316,7 @@ API CUresult cuProfilerStop() {
 
 // ---- errors
 
-static const std::map<CUresult, std::pair<const char*, const char*>> errors = {
+static const auto& errors = *new std::map<CUresult, std::pair<const char*, const char*>>{
     {success, {"CUDA_SUCCESS", "no error"}},
     {invalid_value, {"CUDA_ERROR_INVALID_VALUE", "invalid argument"}},
     {out_of_memory, {"CUDA_ERROR_OUT_OF_MEMORY", "out of memory"}},

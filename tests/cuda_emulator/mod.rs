@@ -78,8 +78,9 @@ impl Emulator {
                 unsafe { Library::open(Some(&path), RTLD_NOW | RTLD_GLOBAL) }.unwrap()
             };
             let driver = open("libcuda.so");
-            std::mem::forget(open("libcublasLt.so"));
-            std::mem::forget(open("libnvrtc.so"));
+            for name in ["libcublasLt.so", "libnccl.so", "libnvrtc.so"] {
+                std::mem::forget(open(name));
+            }
             Loaded { driver }
         })
     }
@@ -135,8 +136,7 @@ impl Loaded {
         self.set("EMULATOR_SEED", &seed.to_string());
     }
 
-    /// A counter: `allocations`, `live_bytes`, `peak_bytes`, `launches`, `launch:KERNEL`, `products`,
-    /// `synchronisations`, `algorithms`, `copy_to_device`, `copy_to_host`, `copy_on_device`, `fills`.
+    /// A counter; README.md lists them. Most have a form for one device: `live_bytes:1`.
     pub fn counter(&self, name: &str) -> i64 {
         let name = CString::new(name).unwrap();
         type Counter = unsafe extern "C" fn(*const c_char) -> c_longlong;

@@ -1,5 +1,6 @@
 // Modules, functions and launches.
 #include "driver.h"
+#include "fiber.h"
 #include "image.h"
 #include <cstdio>
 #include <cstdlib>
@@ -55,8 +56,8 @@ struct Module {
     SharedVariables shared;
     std::map<std::string, std::unique_ptr<Function>> functions;
 };
-static std::map<void*, std::unique_ptr<Module>> modules;
-static std::map<void*, Function*> functions;
+static auto& modules = *new std::map<void*, std::unique_ptr<Module>>;
+static auto& functions = *new std::map<void*, Function*>;
 
 // The thread-local block of the library loaded at `base`.
 struct BlockSearch {
@@ -197,7 +198,8 @@ static CUresult load(Module** result, const void* image) {
         if (!unpack(unpacked, static_cast<const char*>(image) + sizeof header, header.bytes)) return refuse(out_of_memory, "no room for the image in %s", unpacked.c_str());
         if (const CUresult error = open_library(unpacked, *module)) return error;
     }
-    count("modules");
+    count_on(current->device, "modules");
+    count_beside_nccl("module_loads", current->device);
     trace("load_module", "\"capability\":" + std::to_string(module->capability));
     std::lock_guard<std::mutex> lock(state);
     *result = module.get();
@@ -209,7 +211,7 @@ static CUresult load(Module** result, const void* image) {
 // registers, as tests/kernel_code.rs writes them. A kernel that is not there is taken to use all that its
 // launch bounds leave.
 static Resources resources_of(const Module& module, const Kernel& kernel) {
-    static const std::map<std::pair<unsigned, std::string>, int> table = [] {
+    static const auto& table = *new auto([] {
         std::map<std::pair<unsigned, std::string>, int> table;
         const char* path = getenv("EMULATOR_REGISTERS");
         FILE* file = path == nullptr ? nullptr : fopen(path, "r");
@@ -222,7 +224,7 @@ static Resources resources_of(const Module& module, const Kernel& kernel) {
         }
         fclose(file);
         return table;
-    }();
+    }());
     const size_t shared = module.shared.of_kernel(kernel.name);
     const auto found = table.find({module.capability, kernel.name});
     if (found != table.end()) return {found->second, shared};
@@ -287,12 +289,25 @@ static CUresult run_launch(Context& context, const Function& f, const Arguments&
         std::lock_guard<std::mutex> lock(state);
         schedule = settings().schedule;
     }
+    // The builds for sanitizers keep shared variables in plain ones, which all threads share.
+    static std::mutex sanitized;
+    std::unique_lock<std::mutex> alone(sanitized, std::defer_lock);
+    if (address_sanitizer() || thread_sanitizer()) alone.lock();
     const auto start = std::chrono::steady_clock::now();
     const std::string error = run(launch, schedule);
     const auto duration = std::chrono::duration_cast<std::chrono::microseconds>(std::chrono::steady_clock::now() - start);
     count(std::string("microseconds:") + kernel.name, duration.count());
     if (error.empty()) return success;
     return refuse(launch_failed, "%s: %s", kernel.name, error.c_str());
+}
+
+// Kernels take their outputs first: the first pointer that is not null.
+static void spoil_first_output(const Kernel& kernel, const Arguments& arguments) {
+    for (unsigned i = 0; i < kernel.argument_count; i++) {
+        CUdeviceptr address = 0;
+        if (kernel.arguments[i].pointer) memcpy(&address, arguments.addresses[i], sizeof address);
+        if (address != 0) return put_nans(address);
+    }
 }
 
 static CUresult launch_kernel(Function* f, dim3 grid, dim3 block, unsigned dynamic_bytes, void* handle, void** parameters, void** extra) {
@@ -315,14 +330,25 @@ static CUresult launch_kernel(Function* f, dim3 grid, dim3 block, unsigned dynam
         memcpy(arguments->values.back().get(), parameters[i], kernel.arguments[i].bytes);
         arguments->addresses.push_back(arguments->values.back().get());
     }
-    count("launches");
+    count_on(current->device, "launches");
     count(std::string("launch:") + kernel.name);
     trace("launch", geometry_json(kernel, grid, block, dynamic_bytes));
-    const bool fails = planned_failure(std::string("launch:") + kernel.name) || planned_failure("launch:*");
     Context& context = *current;
-    return enqueue(stream, [=, &context] {
+    if (planned_failure("host_hang", context.device, kernel.name)) {
+        say("%s: its launch never returns, as EMULATOR_FAIL says", kernel.name);
+        while (true) pause();
+    }
+    if (planned_failure("gpu_hang", context.device, kernel.name)) {
+        say("%s: never ends, as EMULATOR_FAIL says", kernel.name);
+        return enqueue_hang(stream);
+    }
+    const bool fails = planned_failure("launch", context.device, kernel.name);
+    const bool spoils = planned_failure("nan", context.device, kernel.name);
+    return enqueue(stream, [=, &context]() -> CUresult {
         if (fails) return refuse(launch_failed, "%s: fails, as EMULATOR_FAIL says", f->kernel->name);
-        return run_launch(context, *f, *arguments, grid, block, dynamic_bytes);
+        const CUresult error = run_launch(context, *f, *arguments, grid, block, dynamic_bytes);
+        if (spoils && error == success) spoil_first_output(*f->kernel, *arguments);
+        return error;
     });
 }
 
@@ -378,6 +404,7 @@ API CUresult cuModuleGetFunction(Function** function, Module* module, const char
             module->functions.erase(name);
             return not_found;
         }
+        count_beside_nccl("module_loads", current->device);  // CUDA_MODULE_LOADING=LAZY loads it now
     }
     *function = known.get();
     return success;

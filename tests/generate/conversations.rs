@@ -193,3 +193,25 @@ fn a_reader_that_has_seen_enough_is_no_error() {
     let ended = ended(child.wait_with_output().unwrap());
     assert_eq!((ended.code, ended.stderr.as_str()), (Some(0), ""));
 }
+
+#[test]
+fn a_chat_over_codes_answers_as_generate_does() {
+    let setup = Setup::new();
+    let plain = answer(&setup, "who are you?", &[], &[]);
+    let mut answers = Vec::new();
+    for quantization in ["int8", "int4"] {
+        for devices in ["cpu", "cpu,cpu,cpu"] {
+            let flags = ["--quantization", quantization, "--devices", devices];
+            let expected = answer(&setup, "who are you?", &[], &flags);
+            let ended = setup.chat("who are you?\n", &[&flags[..], &GREEDY, &SHORT].concat());
+            assert_eq!(ended.code, Some(0), "{}", ended.stderr);
+            assert_eq!(ended.stdout, printed(std::slice::from_ref(&expected)));
+            answers.push(expected);
+        }
+    }
+    assert_eq!((&answers[0], &answers[2]), (&answers[1], &answers[3]));
+    assert!(
+        answers.iter().any(|answer| *answer != plain),
+        "codes change nothing"
+    );
+}

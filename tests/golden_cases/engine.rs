@@ -1,10 +1,11 @@
 //! The pipeline, on as many stages as asked for.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use mp_train::adapter::{AdapterError, ParameterSpec, ParameterState};
 use mp_train::comm::in_process;
-use mp_train::config::run::{Precision, Recompute, ScheduleKind};
+use mp_train::config::run::{Device, Precision, Recompute, STALL_TIMEOUT, ScheduleKind};
 use mp_train::model::rotary::RotaryPrecision;
 use mp_train::pipeline::launch::{Blueprint, Engine, launch};
 use mp_train::pipeline::partition;
@@ -23,6 +24,21 @@ pub struct Configuration {
 }
 
 impl Configuration {
+    /// Two chunks per stage where they are interleaved.
+    fn virtual_stages(&self) -> usize {
+        match self.schedule {
+            ScheduleKind::Interleaved => 2,
+            ScheduleKind::OneForwardOneBackward | ScheduleKind::Gpipe => 1,
+        }
+    }
+
+    /// Whether a model of `blocks` blocks and a step of `micro_batches` can be laid out so.
+    pub fn is_possible(&self, blocks: usize, micro_batches: usize) -> bool {
+        let divides = micro_batches.is_multiple_of(self.stages);
+        self.stages * self.virtual_stages() <= blocks
+            && (self.schedule != ScheduleKind::Interleaved || divides)
+    }
+
     /// One stage, one thread, nothing recomputed.
     pub const PLAIN: Configuration = Configuration {
         stages: 1,
@@ -67,22 +83,25 @@ pub fn start<B: Golden>(
         recompute,
         threads,
     } = configuration;
+    let virtual_stages = configuration.virtual_stages();
     let blueprint = Blueprint {
         config: config.clone(),
         source: Arc::clone(&parts.source),
         head_source: parts.head_source.clone(),
         trainables: parts.adapter.trainables(config, parts.head_source.tied)?,
         initial: Box::new(move |spec| values(spec)),
-        stages: partition::by_cost(config.num_layers, stages, 1.0)?,
-        schedule: Schedule::build(schedule, stages, room.micro_batches),
+        devices: vec![Device::Cpu; stages],
+        stages: partition::by_cost(config.num_layers, stages, virtual_stages, 1.0)?,
+        schedule: Schedule::build(schedule, stages, virtual_stages, room.micro_batches)?,
         recompute: vec![recompute; stages],
         max_rows: room.rows,
         max_sequences: room.sequences,
         rotary: RotaryPrecision::F32,
         threads,
+        stall_timeout: Duration::from_secs(STALL_TIMEOUT),
     };
     let transports = in_process::connect(stages);
-    Ok(launch(blueprint, transports, |_, threads| {
+    Ok(launch(blueprint, transports, |_, threads, _| {
         B::open(threads)
     })?)
 }

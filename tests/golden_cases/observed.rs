@@ -46,7 +46,7 @@ pub fn forward<B: Backend>(
     let normed = batch.spread(&widened(all.normed), hidden);
     found.insert("hidden.final_norm".into(), normed);
 
-    let slot = stage.slot(0);
+    let slot = stage.slot(0, 0);
     let mut outputs = Vec::new();
     for input in &slot.inputs {
         outputs.push(read!(backend, input, rows * hidden));
@@ -152,7 +152,7 @@ pub fn loss<B: Backend>(
     found: &mut FoundTensors,
 ) -> Outcome<()> {
     let targets = batch.micro.targets.len();
-    let losses = single.stage.slot(0).token_loss.as_ref();
+    let losses = single.stage.slot(0, 0).token_loss.as_ref();
     let losses = losses.ok_or("the stage has no head")?;
     let mut sum = single.backend.zeros::<f32>(1)?;
     single.backend.sum(&mut sum, 0, losses, targets)?;

@@ -169,15 +169,15 @@ pub fn run<B: Golden>(family: &Family, case: &Case, report: &mut Report<'_>) -> 
     ] {
         let case = family.case(name)?;
         let adapter: Adapter = adapter(case.folder()?)?;
-        let parts = bases.clone().map(|(name, source, quantization)| {
+        let parts = bases.iter().map(|(name, source, quantization)| {
             let parts = Parts {
-                source,
-                quantization,
+                source: Arc::clone(source),
+                quantization: *quantization,
                 ..Parts::new(family, &adapter)
             };
-            (name, parts)
+            (*name, parts)
         });
-        training::same_on_all::<B>(&parts, &case, report)?;
+        training::same_on_all::<B>(&parts.collect::<Vec<_>>(), &case, report)?;
     }
     Ok(())
 }

@@ -10,7 +10,7 @@ use mp_train::data::batch::MicroBatch;
 use mp_train::model::batch::BatchRows;
 use mp_train::model::load::Loader;
 use mp_train::model::rotary::RotaryPrecision;
-use mp_train::model::stage::{Stage, StageShape};
+use mp_train::model::stage::{ChunkShape, Stage, StageShape};
 use mp_train::model::weights::HeadSource;
 use mp_train::pipeline::gradients;
 
@@ -71,15 +71,18 @@ impl<B: Golden> Single<B> {
             config,
             trainables: &trainables,
             initial: &initial,
+            pulse: &Arc::default(),
             first_stage: true,
         };
         let shape = StageShape {
-            blocks: 0..config.num_layers,
+            chunks: vec![ChunkShape {
+                blocks: 0..config.num_layers,
+                slots: 1,
+            }],
             embedding: true,
             head: true,
             max_rows: micro.tokens(),
             max_sequences: micro.sequences.len(),
-            slots: 1,
             recompute: Recompute::None,
             rotary: RotaryPrecision::F32,
         };
@@ -107,8 +110,8 @@ impl<B: Golden> Single<B> {
             noise: None,
         };
         stage.begin_step(backend)?;
-        stage.fill(backend, 0, rows)?;
-        Ok(stage.forward(backend, 0, None)?)
+        stage.fill(backend, 0, 0, rows)?;
+        Ok(stage.forward(backend, 0, 0, None)?)
     }
 
     /// The mean loss of the micro-batch and its gradient at the last block, times the backend's loss
@@ -121,7 +124,7 @@ impl<B: Golden> Single<B> {
     /// Backward, up to gradients that need nothing more.
     pub fn backward(&mut self) -> Outcome<()> {
         let Single { backend, stage, .. } = self;
-        stage.backward(backend, 0)?;
+        stage.backward(backend, 0, 0)?;
         let alone = &mut in_process::connect(1)[0];
         Ok(gradients::complete(stage, backend, alone, self.layers)?)
     }

@@ -3,15 +3,15 @@
 use std::sync::Arc;
 
 use mp_train::adapter::AdapterError;
-use mp_train::backend::BackendError;
 use mp_train::backend::cpu::Cpu;
+use mp_train::backend::{BackendError, Pulse};
 use mp_train::checkpoint::{CheckpointError, HostTensor, TensorInfo, TensorSource};
 use mp_train::comm::in_process;
 use mp_train::config::run::ScheduleKind;
 use mp_train::pipeline::failure::{Cause, Failure};
 use mp_train::pipeline::launch::{Blueprint, launch};
 
-use super::{STAGES, blueprint, lora, start, within_limit};
+use super::{STAGES, blueprint, lora, open, start, within_limit};
 
 /// A source that cannot read one of its tensors.
 struct Unreadable {
@@ -44,7 +44,7 @@ impl TensorSource for Unreadable {
 /// The failure of a launch.
 fn fails_to_launch(
     blueprint: Blueprint,
-    device: impl Fn(usize, usize) -> Result<Cpu<f32>, BackendError> + Send + Sync + 'static,
+    device: impl Fn(usize, usize, &Arc<Pulse>) -> Result<Cpu<f32>, BackendError> + Send + Sync + 'static,
 ) -> Failure {
     within_limit(move || {
         let transports = in_process::connect(STAGES);
@@ -58,7 +58,7 @@ fn assert_failed_loading(failure: &Failure, rank: usize, word: &str) {
     assert_eq!(failure.doing, "loading", "{failure}");
     let text = failure.to_string();
     assert!(
-        text.starts_with(&format!("stage {rank}, loading: ")),
+        text.starts_with(&format!("stage {rank}, loading on cpu: ")),
         "{text}"
     );
     assert!(text.contains(word), "{text}");
@@ -70,14 +70,14 @@ fn any_stage_may_fail_while_it_loads() {
     for rank in 0..STAGES {
         for panics in [false, true] {
             let mut unreadable = blueprint(&lora(), kind);
-            let block = unreadable.stages[rank].blocks.end - 1;
+            let block = unreadable.stages[rank].chunks[0].end - 1;
             let name = format!("transformer.layers.{block}.mlp.dense_h_to_4h.weight");
             unreadable.source = Arc::new(Unreadable {
                 inner: unreadable.source,
                 name: name.clone(),
                 panics,
             });
-            let failure = fails_to_launch(unreadable, |_, n| Cpu::new(n));
+            let failure = fails_to_launch(unreadable, open);
             assert_failed_loading(&failure, rank, &name);
             assert_eq!(matches!(failure.cause, Cause::Panic { .. }), panics);
 
@@ -94,13 +94,13 @@ fn any_stage_may_fail_while_it_loads() {
                     name: spec.name.clone(),
                 })
             });
-            let failure = fails_to_launch(without_values, |_, n| Cpu::new(n));
+            let failure = fails_to_launch(without_values, open);
             assert_failed_loading(&failure, rank, "planted");
 
             let without_device = blueprint(&lora(), kind);
-            let failure = fails_to_launch(without_device, move |index, threads| {
+            let failure = fails_to_launch(without_device, move |index, threads, pulse| {
                 if index != rank {
-                    return Cpu::new(threads);
+                    return open(index, threads, pulse);
                 }
                 assert!(!panics, "planted on the device");
                 Err(BackendError::OutOfMemory {

@@ -2,11 +2,11 @@
 
 use mp_train::adapter::initial::initial_values;
 use mp_train::adapter::{ParameterSpec, ParameterState, Role};
+use mp_train::comm::Flow;
 use mp_train::config::run::{AdapterSection, FullSection, ScheduleKind};
 use mp_train::data::batch::MicroBatch;
 use mp_train::pipeline::failure::{Cause, Failure};
 use mp_train::pipeline::launch::Blueprint;
-use mp_train::pipeline::schedule::Action;
 
 use super::{STAGES, blueprint, fails_in_first_step, lora, prefix, start, step_plan, within_limit};
 
@@ -54,7 +54,7 @@ fn a_micro_batch_without_room_ends_the_step_at_its_forward() {
 fn without_backwards(adapter: &AdapterSection) -> Failure {
     let mut blueprint = blueprint(adapter, ScheduleKind::Gpipe);
     for actions in &mut blueprint.schedule.stages {
-        actions.retain(|action| matches!(action, Action::Forward(_)));
+        actions.retain(|action| action.flow == Flow::Forward);
     }
     let failure = fails_in_first_step(blueprint, step_plan(0));
     let place = (failure.step, failure.doing.as_str());
@@ -88,7 +88,7 @@ fn a_trainable_that_no_backward_reaches_is_refused() {
 fn a_stage_out_of_step_with_the_others_is_found() {
     // Stage 1 leaves its backwards out: it alone fails, the others only lose their peer.
     let mut blueprint = blueprint(&lora(), ScheduleKind::Gpipe);
-    blueprint.schedule.stages[1].retain(|action| matches!(action, Action::Forward(_)));
+    blueprint.schedule.stages[1].retain(|action| action.flow == Flow::Forward);
     let failure = fails_in_first_step(blueprint, step_plan(0));
     assert_eq!(
         (failure.rank, failure.doing.as_str()),

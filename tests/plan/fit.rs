@@ -1,5 +1,7 @@
 //! Blocks dealt out by cost and by fit, recomputation chosen, and the settings that would fit.
 
+use std::time::Duration;
+
 use mp_train::config::model::ModelConfig;
 use mp_train::config::model_size::ModelSize;
 use mp_train::config::run::{
@@ -49,6 +51,7 @@ fn asked(devices: u32, adapter: AdapterSection, sequences: usize) -> Asked {
             micro_batches: 8,
             recompute: Recompute::Auto,
             threads: 1,
+            stall_timeout: Duration::from_secs(120),
             max_rows: sequences * 1024,
             max_sequences: sequences,
             typical: TypicalBatch::new(sequences as f64, 1024.0, 0.5),

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use mp_train::adapter::initial::initial_values;
 use mp_train::adapter::{ParameterSpec, ParameterState};
@@ -86,6 +87,7 @@ impl Run {
             micro_batches: MICRO_BATCHES,
             recompute: self.recompute,
             threads: 1,
+            stall_timeout: Duration::from_secs(120),
             max_rows: LARGEST.0,
             max_sequences: LARGEST.1,
             typical: TypicalBatch::new(2.0, 7.0, 0.5),

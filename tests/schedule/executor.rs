@@ -234,7 +234,9 @@ impl<'a> World<'a> {
         }
     }
 
-    /// Computes the next action if the last exchange of its flow is done.
+    /// Computes the next action if its input is there and, of the two buffers for outputs, the one that
+    /// it writes was sent: that is, if the last exchange of its flow is done, or where that one receives
+    /// nothing, the one before.
     fn advance_compute(&mut self, rank: usize) -> Moved {
         let stage = &mut self.stages[rank];
         let program = &self.programs[rank];
@@ -246,7 +248,11 @@ impl<'a> World<'a> {
             return Ok(false);
         };
         let flow = action.flow as usize;
-        if stage.exchanged[flow] < stage.passed[flow] {
+        let awaited = match self.schedule.source(rank, action) {
+            Some(_) => stage.passed[flow],
+            None => stage.passed[flow].saturating_sub(1),
+        };
+        if stage.exchanged[flow] < awaited {
             return Ok(false);
         }
         stage.next += 1;

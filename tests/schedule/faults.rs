@@ -140,6 +140,33 @@ fn faults_between_chunks_are_found() {
         })
     );
 
+    // The right micro-batch, but in another chunk: stage 0 swaps two of its own.
+    for (first, second, sent) in [
+        (
+            Action::forward(0, 1),
+            Action::forward(0, 2),
+            Action::forward(0, 0),
+        ),
+        (
+            Action::backward(0, 2),
+            Action::backward(0, 1),
+            Action::backward(0, 2),
+        ),
+    ] {
+        let mut swapped = Schedule::interleaved(2, 3, 4).unwrap();
+        let (at, next) = (place(&swapped, 0, first), place(&swapped, 0, second));
+        swapped.stages[0].swap(at, next);
+        assert_eq!(
+            swapped.validate(),
+            Err(ScheduleError::Unmatched {
+                from: 1,
+                to: 0,
+                sent,
+                awaited: second,
+            })
+        );
+    }
+
     // The second chunks take micro-batches in another order than the first ones.
     let mut crossed = build();
     for action in crossed.stages.iter_mut().flatten() {

@@ -1,7 +1,7 @@
 //! Blocks dealt out by cost and by hand.
 
 use mp_train::config::model::ModelConfig;
-use mp_train::config::run::Recompute;
+use mp_train::config::run::{Quantization, Recompute};
 use mp_train::pipeline::partition::{self, PartitionError, StageSpec};
 
 pub fn chatglm_6b() -> ModelConfig {
@@ -21,6 +21,7 @@ pub fn chatglm_6b() -> ModelConfig {
         tie_word_embeddings: true,
         pre_seq_len: None,
         prefix_projection: false,
+        quantization: Quantization::None,
     }
 }
 

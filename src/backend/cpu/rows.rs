@@ -88,17 +88,28 @@ pub fn dequantise<E: Element>(
         let scale = scales[row].to_f32();
         // The product is exact in f32: 8 by 11 bits.
         let weight = |code: i8| E::from_f32(f16::from_f32(f32::from(code) * scale).to_f32());
+        // A row of a model is long beside the codes there are: each is multiplied once.
         match bits {
             Bits::Eight => {
-                for (out, &code) in out.iter_mut().zip(&codes[row * cols..]) {
-                    *out = weight(code);
+                let codes = &codes[row * cols..][..cols];
+                if cols < 256 {
+                    for (out, &code) in out.iter_mut().zip(codes) {
+                        *out = weight(code);
+                    }
+                    return;
+                }
+                let weights: [E; 256] = std::array::from_fn(|byte| weight(byte as u8 as i8));
+                for (out, &code) in out.iter_mut().zip(codes) {
+                    *out = weights[usize::from(code as u8)];
                 }
             }
             Bits::Four => {
+                // An arithmetic shift brings the sign of the upper half down.
+                let weights: [E; 16] = std::array::from_fn(|half| weight((half << 4) as i8 >> 4));
                 let (pairs, _) = out.as_chunks_mut::<2>();
                 for ([even, odd], &byte) in pairs.iter_mut().zip(&codes[row * cols / 2..]) {
-                    // Arithmetic shifts keep the sign of either half.
-                    (*even, *odd) = (weight(byte >> 4), weight((byte << 4) >> 4));
+                    let byte = usize::from(byte as u8);
+                    (*even, *odd) = (weights[byte >> 4], weights[byte & 15]);
                 }
             }
         }

@@ -38,6 +38,15 @@ pub enum CudaError {
         /// Version of the driver package that has it.
         driver: &'static str,
     },
+    /// NCCL is older than what the transport needs.
+    #[error(
+        "NCCL {found} was found, and 2.18 or newer is needed: `pip install nvidia-nccl-cu12` brings one; \
+         `--transport p2p` does without it"
+    )]
+    OldNccl {
+        /// Its version, or what it lacks.
+        found: String,
+    },
     /// No GPU is visible.
     #[error(
         "the CUDA driver sees no GPU: look at `nvidia-smi` and at CUDA_VISIBLE_DEVICES, or use \
@@ -170,6 +179,7 @@ impl CudaError {
             CudaError::NoDriver
             | CudaError::NoLibrary { .. }
             | CudaError::OldDriver { .. }
+            | CudaError::OldNccl { .. }
             | CudaError::NoDevice
             | CudaError::OldDevice { .. }
             | CudaError::Compile { .. }

@@ -9,15 +9,15 @@ use cudarc::{cublaslt, driver, nvrtc};
 use super::error::CudaError;
 
 /// A library beside the driver.
-struct Wanted {
+pub(super) struct Wanted {
     /// Start of its file name, for the search.
-    stem: &'static str,
+    pub stem: &'static str,
     /// For messages.
-    file: &'static str,
+    pub file: &'static str,
     /// The wheel that holds it.
-    wheel: &'static str,
+    pub wheel: &'static str,
     /// Whether the loader finds it by name.
-    present: fn() -> bool,
+    pub present: fn() -> bool,
 }
 
 const NVRTC: Wanted = Wanted {
@@ -38,7 +38,7 @@ const CUBLASLT: Wanted = Wanted {
 
 impl Wanted {
     /// Finds the library where the loader looks, or else in the folders of wheels and toolkits.
-    fn open(&self) -> Result<(), CudaError> {
+    pub fn open(&self) -> Result<(), CudaError> {
         if (self.present)() || (load_from_folders(self.stem) && (self.present)()) {
             return Ok(());
         }
@@ -142,6 +142,16 @@ pub(super) fn nvrtc_version() -> (i32, i32) {
 pub(super) fn cublaslt_version() -> usize {
     // SAFETY: takes and changes nothing.
     unsafe { cublaslt::sys::cublasLtGetVersion() }
+}
+
+/// NCCL's number of a version, as in 22603, in words.
+pub(super) fn version_in_words(version: i32) -> String {
+    format!(
+        "{}.{}.{}",
+        version / 10_000,
+        version / 100 % 100,
+        version % 100
+    )
 }
 
 /// Loads `stem*.so*` by absolute path from a folder where wheels and toolkits put it, for good: the

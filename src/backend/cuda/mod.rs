@@ -19,9 +19,11 @@ mod linear;
 mod loss;
 mod memory;
 mod module;
+mod nccl_library;
 mod norm;
 mod optim;
 mod prepare;
+mod probe;
 mod quant;
 mod rotary;
 mod rows;
@@ -40,7 +42,9 @@ pub use compile::{Compiled, compile_kernels, nvrtc};
 pub use error::CudaError;
 pub use events::{DevicePlace, Event, SideStream};
 pub use memory::{ALIGNMENT, CudaBuffer};
+pub use nccl_library::{NcclLibrary, nccl};
 pub use prepare::{LinearWork, MemoryPlan, NCCL_MEMORY_PER_PEER, OWN_MEMORY, OpRooms};
+pub use probe::{PeerCopies, peer_copies};
 pub use survey::{GpuInfo, Survey, check, free_memory, survey, visible};
 
 use super::{

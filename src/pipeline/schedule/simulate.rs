@@ -183,8 +183,8 @@ impl Run<'_> {
             }
             Transfers::Grouped => {
                 let (begin, end) = (self.graph.add(), self.graph.add());
+                // The exchange before it is over: the run between the two has waited for it.
                 self.graph.after(begin, last);
-                self.graph.after(begin, lane.exchange);
                 self.graph.after(end, Some(begin));
                 for message in sent.into_iter().chain(received) {
                     self.graph.join(message, Some(begin));

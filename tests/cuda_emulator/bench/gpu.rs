@@ -1,7 +1,9 @@
 //! One pretend GPU for a test, through the bindings' safe layer.
 
 use std::ffi::{CStr, CString};
+use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use cudarc::driver::{CudaContext, CudaFunction, DriverError, sys};
 use cudarc::nvrtc::{Ptx, sys as nvrtc};
@@ -34,7 +36,12 @@ pub fn bench(settings: &[(&str, &str)]) -> Option<Bench> {
         ("EMULATOR_STREAMS", "late"),
         ("EMULATOR_PEERS", "1"),
         ("EMULATOR_QUIET", "1"),
+        ("EMULATOR_NCCL_VERSION", "2.26.2"),
+        ("EMULATOR_NCCL_MULTI_RANK", "0"),
+        ("EMULATOR_SILENCE", "5"),
     ];
+    let planned = std::env::var("EMULATOR_FAIL").unwrap_or_default();
+    emulator.set("EMULATOR_FAIL", &planned);
     for (name, value) in defaults.iter().chain(settings) {
         emulator.set(name, value);
     }
@@ -136,4 +143,43 @@ pub fn assert_error<T>(answer: Result<T, DriverError>, expected: sys::CUresult) 
 /// The bits of floats, to compare NaNs too.
 pub fn bits(values: &[f32]) -> Vec<u32> {
     values.iter().map(|value| value.to_bits()).collect()
+}
+
+/// Set for a child process, to the name of the one test that it runs.
+const CHILD: &str = "CUDA_EMULATOR_BENCH_CHILD";
+
+/// Runs a test's body in a process of its own, which ends after it: what hangs, hangs there. Returns what
+/// it said on stderr; `None` without g++. Fails with the process, which has two minutes.
+pub fn in_a_child(test: &str, variables: &[(&str, &str)], body: impl FnOnce()) -> Option<String> {
+    if std::env::var(CHILD).is_ok_and(|name| name == test) {
+        body();
+        std::process::exit(0);
+    }
+    Emulator::build()?;
+    let folder = tempfile::tempdir().unwrap();
+    let said = folder.path().join("stderr");
+    let mut child = Command::new(std::env::current_exe().unwrap())
+        .args([test, "--exact", "--nocapture"])
+        .env(CHILD, test)
+        .envs(variables.iter().copied())
+        .stdout(Stdio::null())
+        .stderr(std::fs::File::create(&said).unwrap())
+        .spawn()
+        .unwrap();
+    let end = Instant::now() + Duration::from_secs(120);
+    let status = loop {
+        match child.try_wait().unwrap() {
+            Some(status) => break Some(status),
+            None if Instant::now() > end => {
+                child.kill().unwrap();
+                child.wait().unwrap();
+                break None;
+            }
+            None => std::thread::sleep(Duration::from_millis(10)),
+        }
+    };
+    let said = std::fs::read_to_string(said).unwrap();
+    let done = status.is_some_and(|status| status.success());
+    assert!(done, "{test}: {status:?}\n{said}");
+    Some(said)
 }

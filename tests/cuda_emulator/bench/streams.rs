@@ -9,18 +9,19 @@ use crate::gpu::{assert_error, bench, kernel};
 
 const ADD: &str = "#include \"common.cuh\"\nKERNEL __launch_bounds__(32) add(float* x, float value) { x[threadIdx.x] += value; }\n";
 
-struct Adder {
-    context: Arc<CudaContext>,
+/// Adds a number to 32 floats.
+pub struct Adder {
+    pub context: Arc<CudaContext>,
     function: cudarc::driver::CudaFunction,
 }
 
 impl Adder {
-    fn new(context: Arc<CudaContext>) -> Self {
+    pub fn new(context: Arc<CudaContext>) -> Self {
         let function = kernel(&context, ADD, "add");
         Adder { context, function }
     }
 
-    fn add(&self, stream: &Arc<CudaStream>, x: &mut CudaSlice<f32>, value: f32) {
+    pub fn add(&self, stream: &Arc<CudaStream>, x: &mut CudaSlice<f32>, value: f32) {
         let mut launch = stream.launch_builder(&self.function);
         launch.arg(x).arg(&value);
         let geometry = LaunchConfig {

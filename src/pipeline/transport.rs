@@ -1,0 +1,109 @@
+//! By what activations travel between the GPUs of a run: chosen and probed before anything is loaded.
+
+use std::time::Duration;
+
+use super::base::StartError;
+use super::needs::Exchange;
+use crate::backend::cuda::{self, CudaError, NcclLibrary, PeerCopies};
+use crate::config::run::{Device, TransportKind};
+
+/// How long a copy of a megabyte between two GPUs may take before it counts as hung.
+const PROBE_LIMIT: Duration = Duration::from_secs(10);
+
+/// NCCL versions from this one on let several ranks share a GPU, where `NCCL_MULTI_RANK_GPU_ENABLE` is 1.
+const MULTI_RANK_VERSION: i32 = 23_003;
+
+/// By what.
+pub(super) enum GpuTransport {
+    /// NCCL.
+    Nccl(&'static NcclLibrary),
+    /// Copies from device to device.
+    PeerCopy,
+    /// Copies to the host and from there, where nothing better works.
+    HostMemory,
+}
+
+impl GpuTransport {
+    /// The way, for planning.
+    pub fn exchange(&self) -> Exchange {
+        match self {
+            GpuTransport::Nccl(_) => Exchange::Nccl,
+            GpuTransport::PeerCopy => Exchange::PeerCopy,
+            GpuTransport::HostMemory => Exchange::HostMemory,
+        }
+    }
+}
+
+/// What was chosen, in words for the person at the terminal.
+pub(super) struct Choice {
+    pub transport: GpuTransport,
+    pub description: String,
+}
+
+/// Chooses for stages on these GPUs.
+///
+/// # Errors
+/// What was asked for cannot be had, or the driver fails.
+pub(super) fn choose(kind: TransportKind, devices: &[Device]) -> Result<Choice, StartError> {
+    let ordinals: Vec<u32> = devices
+        .iter()
+        .filter_map(|device| device.ordinal())
+        .collect();
+    if ordinals.len() < 2 {
+        return Ok(Choice {
+            transport: GpuTransport::PeerCopy,
+            description: String::new(),
+        });
+    }
+    let shared = (1..ordinals.len()).find(|&rank| ordinals[..rank].contains(&ordinals[rank]));
+    let shared = shared.map(|rank| ordinals[rank]);
+    let neighbours = || ordinals.iter().zip(ordinals.iter().cycle().skip(1));
+    let mut pairs: Vec<(u32, u32)> = neighbours()
+        .flat_map(|(&a, &b)| [(a, b), (b, a)])
+        .filter(|(a, b)| a != b)
+        .collect();
+    pairs.sort_unstable();
+    pairs.dedup();
+    let mut direct = true;
+    for (from, to) in pairs {
+        match cuda::peer_copies(from, to, PROBE_LIMIT)? {
+            PeerCopies::Direct => {}
+            PeerCopies::ThroughHost => direct = false,
+            PeerCopies::Broken(why) => {
+                return Ok(Choice {
+                    transport: GpuTransport::HostMemory,
+                    description: format!("host memory, because {why}"),
+                });
+            }
+        }
+    }
+    let way = match direct {
+        true => "GPUs reach each other directly",
+        false => "through host memory where GPUs do not reach each other",
+    };
+    let peer_copy = |why: &str| Choice {
+        transport: GpuTransport::PeerCopy,
+        description: format!("p2p{why}, {way}"),
+    };
+    Ok(match (kind, cuda::nccl(), shared) {
+        (TransportKind::P2p, _, _) => peer_copy(""),
+        (TransportKind::Nccl, Ok(nccl), Some(ordinal)) if !shares_gpus(nccl) => {
+            return Err(StartError::SharedGpu { ordinal });
+        }
+        (TransportKind::Nccl, Err(error), _) => return Err(error.into()),
+        (TransportKind::Auto, _, Some(_)) => peer_copy(""),
+        (TransportKind::Auto, Err(CudaError::NoLibrary { .. }), _) => {
+            peer_copy(", because NCCL was not found (pip install nvidia-nccl-cu12)")
+        }
+        (TransportKind::Auto, Err(error), _) => peer_copy(&format!(", because {error}")),
+        (TransportKind::Auto | TransportKind::Nccl, Ok(nccl), _) => Choice {
+            transport: GpuTransport::Nccl(nccl),
+            description: format!("NCCL {}, {way}", nccl.version_in_words()),
+        },
+    })
+}
+
+fn shares_gpus(nccl: &NcclLibrary) -> bool {
+    let enabled = std::env::var("NCCL_MULTI_RANK_GPU_ENABLE").is_ok_and(|value| value == "1");
+    enabled && nccl.version() >= MULTI_RANK_VERSION
+}
