@@ -104,7 +104,8 @@ impl<B: Backend, T: Transport<B>> Worker<B, T> {
         self.at(None, action_name(&[], end));
         self.complete(end)?;
         self.reach(end + 1, Phase::Input)?;
-        self.agreement.rehearse(&self.backend, &mut self.transport)?;
+        self.agreement
+            .rehearse(&self.backend, &mut self.transport)?;
         Ok(Reply::Ready)
     }
 

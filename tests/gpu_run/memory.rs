@@ -32,7 +32,10 @@ const RUNS: &[(&str, &str)] = &[
     ("--kind full --recompute none", "0"),
     ("--kind full --recompute attention_free", "0,1,2"),
     ("--kind lora --quantization int8 --recompute block", "0"),
-    ("--kind lora --quantization int4 --lora-dropout 0.1", "0,1,2"),
+    (
+        "--kind lora --quantization int4 --lora-dropout 0.1",
+        "0,1,2",
+    ),
     ("--kind prefix --quantization int4 --recompute none", "0,1"),
 ];
 
@@ -120,11 +123,13 @@ fn planned_bytes_are_taken_at_once_and_used_to_the_last() {
         let shown = planned_column(&plan, "MB");
         let own = planned_column(&plan, "own");
         for ((shown, own), stage) in shown.iter().zip(own).zip(&stages) {
-            assert!((shown - own - stage.1 as f64).abs() <= 10_001.0, "{what}\n{plan}");
+            assert!(
+                (shown - own - stage.1 as f64).abs() <= 10_001.0,
+                "{what}\n{plan}"
+            );
         }
         // What the driver counted, which knows nothing of plans.
-        let counters: Value =
-            serde_json::from_str(&fs::read_to_string(&report).unwrap()).unwrap();
+        let counters: Value = serde_json::from_str(&fs::read_to_string(&report).unwrap()).unwrap();
         assert_eq!(counters["allocations"], stages.len(), "{what}");
         let mut on_devices: BTreeMap<&str, u64> = BTreeMap::new();
         for (device, planned, ..) in &stages {

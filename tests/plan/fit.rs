@@ -115,7 +115,10 @@ fn recomputation_is_the_cheapest_that_fits_to_the_byte() {
         assert!(enough.shortage.is_none());
         assert_eq!(enough.layout.recompute, [level]);
         let less = asked.fit(needed + own - 1);
-        assert_ne!((less.layout.recompute[0], less.shortage.is_none()), (level, true));
+        assert_ne!(
+            (less.layout.recompute[0], less.shortage.is_none()),
+            (level, true)
+        );
     }
 }
 
@@ -196,7 +199,10 @@ fn what_is_missing_is_said_with_the_nearest_settings_that_fit() {
     // The whole model has 18 bytes per parameter: no setting of micro-batches helps.
     let said = asked(2, AdapterSection::Full(FullSection {}), 1).refused(24 * GB);
     println!("{said}");
-    assert!(said.contains("what would fit: 6 devices like these"), "{said}");
+    assert!(
+        said.contains("what would fit: 6 devices like these"),
+        "{said}"
+    );
     let said = asked(1, AdapterSection::Full(FullSection {}), 1).refused(2 * GB);
     println!("{said}");
     assert!(said.contains("no setting makes it fit"), "{said}");
@@ -229,7 +235,10 @@ fn quantised_weights_take_half_and_a_quarter() {
         let mut asked = asked(1, lora(), 1);
         asked.model.quantization = quantization;
         let fitted = asked.fit(80 * GB);
-        fitted.layout.bytes(&asked.model, &asked.trainables, 0, None).weights
+        fitted
+            .layout
+            .bytes(&asked.model, &asked.trainables, 0, None)
+            .weights
     };
     // Design: 12.35, 6.71 and 3.89 GB with embedding and head in one matrix.
     let gb = |quantization| of(quantization) as f64 / GB as f64;

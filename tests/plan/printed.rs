@@ -62,7 +62,8 @@ fn plans_are_printed_as_they_were() {
 #[test]
 fn a_plan_of_real_rows_counts_them() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let mut command = plan("--devices cpu,cpu --memory-per-device 1GB --micro-batch-size 2 --model");
+    let mut command =
+        plan("--devices cpu,cpu --memory-per-device 1GB --micro-batch-size 2 --model");
     command
         .arg(root.join("tests/golden/chatglm-6b/model"))
         .arg("--train")
@@ -76,11 +77,26 @@ fn a_plan_of_real_rows_counts_them() {
 fn what_a_plan_cannot_do_without_is_said() {
     for (arguments, words) in [
         ("", "no model to plan for"),
-        ("--size chatglm-6b --devices cpu --train rows.jsonl", "--sequence-length"),
-        ("--size chatglm-6b --sequence-length 4096 --devices cpu", "1 to 2048"),
-        ("--size chatglm-6b --sequence-length 64 --devices 0", "libcuda.so.1"),
-        ("--size chatglm-6b --sequence-length 64 --tflops 0", "above 0"),
-        ("--size chatglm-6b --sequence-length 64 --target-share 2", "from 0 to 1"),
+        (
+            "--size chatglm-6b --devices cpu --train rows.jsonl",
+            "--sequence-length",
+        ),
+        (
+            "--size chatglm-6b --sequence-length 4096 --devices cpu",
+            "1 to 2048",
+        ),
+        (
+            "--size chatglm-6b --sequence-length 64 --devices 0",
+            "libcuda.so.1",
+        ),
+        (
+            "--size chatglm-6b --sequence-length 64 --tflops 0",
+            "above 0",
+        ),
+        (
+            "--size chatglm-6b --sequence-length 64 --target-share 2",
+            "from 0 to 1",
+        ),
     ] {
         let code = if words.starts_with("lib") { 1 } else { 2 };
         fail(&mut plan(arguments), code, &[words]);

@@ -118,7 +118,12 @@ impl Run {
         if rehearsed {
             let layout = &fitted.layout;
             let rehearsal = Rehearsal::of(layout, &base.config, &optimizer(), 1024.0).unwrap();
-            let in_flight = |rank| (layout.schedule.in_flight(rank), rehearsal.schedule.in_flight(rank));
+            let in_flight = |rank| {
+                (
+                    layout.schedule.in_flight(rank),
+                    rehearsal.schedule.in_flight(rank),
+                )
+            };
             for rank in 0..self.devices.len() {
                 let (full, tried) = in_flight(rank);
                 assert_eq!(full, tried, "stage {rank}");
