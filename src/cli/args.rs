@@ -71,6 +71,12 @@ pub(super) enum Command {
     Bench(BenchArgs),
     /// List GPUs, driver and libraries, and what this build can do with them
     Devices,
+    /// Try copies between GPUs, as in 0-1: what a run does before it starts, in a process of its own
+    #[command(hide = true)]
+    Probe {
+        /// From and to
+        pairs: Vec<String>,
+    },
 }
 
 #[derive(Debug, Args)]

@@ -40,6 +40,20 @@ pub(super) fn run() -> Result<(), Failure> {
     }
 }
 
+/// Says, line by line, what becomes of a copy for each pair of GPUs.
+pub(super) fn probe(pairs: &[String]) -> Result<(), Failure> {
+    for pair in pairs {
+        let numbers = pair.split_once('-');
+        let numbers = numbers.and_then(|(from, to)| Some((from.parse().ok()?, to.parse().ok()?)));
+        let line = match numbers {
+            Some((from, to)) => cuda::probe(from, to),
+            None => format!("failed: `{pair}` is not a pair such as 0-1"),
+        };
+        print(&format!("{line}\n"))?;
+    }
+    Ok(())
+}
+
 fn describe(survey: &Survey) -> String {
     let Survey {
         driver,

@@ -9,7 +9,7 @@ use clap::Parser;
 use args::{Cli, Command};
 use failure::{Failure, FailureClass};
 
-use crate::backend::any_left_behind;
+use crate::backend::{any_left_behind, cuda};
 
 mod args;
 mod bench;
@@ -40,6 +40,9 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
             return ExitCode::from(if usage.use_stderr() { 2 } else { 0 });
         }
     };
+    if let Ok(program) = std::env::current_exe() {
+        cuda::probe_by(program);
+    }
     let result = match cli.command {
         None => train::run(&cli.train),
         Some(Command::Train(args)) => train::run(&args),
@@ -49,6 +52,7 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Some(Command::Demo(args)) => demo::run(&args),
         Some(Command::Bench(args)) => bench::run(&args),
         Some(Command::Devices) => devices::run(),
+        Some(Command::Probe { pairs }) => devices::probe(&pairs),
     };
     let code = match result {
         Ok(()) => 0,

@@ -64,22 +64,15 @@ pub(super) fn choose(kind: TransportKind, devices: &[Device]) -> Result<Choice, 
         .collect();
     pairs.sort_unstable();
     pairs.dedup();
-    let mut direct = true;
-    for (from, to) in pairs {
-        match cuda::peer_copies(from, to, PROBE_LIMIT)? {
-            PeerCopies::Direct => {}
-            PeerCopies::ThroughHost => direct = false,
-            PeerCopies::Broken(why) => {
-                return Ok(Choice {
-                    transport: GpuTransport::HostMemory,
-                    description: format!("host memory, because {why}"),
-                });
-            }
+    let way = match cuda::peer_copies(&pairs, PROBE_LIMIT) {
+        PeerCopies::Direct => "GPUs reach each other directly",
+        PeerCopies::ThroughHost => "through host memory where GPUs do not reach each other",
+        PeerCopies::Broken(why) => {
+            return Ok(Choice {
+                transport: GpuTransport::HostMemory,
+                description: format!("host memory, because {why}"),
+            });
         }
-    }
-    let way = match direct {
-        true => "GPUs reach each other directly",
-        false => "through host memory where GPUs do not reach each other",
     };
     let peer_copy = |why: &str| Choice {
         transport: GpuTransport::PeerCopy,

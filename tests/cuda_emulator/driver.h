@@ -185,7 +185,9 @@ CUresult finish(Context& context);
 SHARED void changed();
 // Blocks until something changes.
 SHARED void wait_for_change(std::unique_lock<std::mutex>& lock);
-// Says who waits for whom, when nothing has moved for long. Called with `state` held.
+// Says once who waits for whom, when nothing has moved for long. With `state` held.
+SHARED void notice_silence();
+// How it says so.
 SHARED extern void (*say_who_waits)();
 
 // ---- memory

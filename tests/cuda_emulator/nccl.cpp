@@ -78,6 +78,9 @@ struct World {
     std::vector<Communicator*> members;  // null until a rank has arrived
     Result refused = nccl_success;       // why it never gets ready
     bool deadlock_said = false;
+    // What ranks have called for so far: (from, to), by either side, and who has called for a collective.
+    std::set<std::pair<int, int>> sending, receiving;
+    std::set<int> collecting;
 
     bool complete() const { return std::find(members.begin(), members.end(), nullptr) == members.end(); }
 };
@@ -224,6 +227,29 @@ void match(World& world, int rank) {
     }
 }
 
+// Two ranks are connected at their first transfer, each way, and all ranks at the first collective: the call
+// is not done before all of them have made theirs.
+void call_for(const Group& group) {
+    World& world = *group.communicator->world;
+    const int rank = group.communicator->rank;
+    for (const Part& part : group.parts) {
+        if (part.kind == Kind::send) world.sending.insert({rank, part.peer});
+        if (part.kind == Kind::receive) world.receiving.insert({part.peer, rank});
+        if (part.kind == Kind::all_reduce) world.collecting.insert(rank);
+    }
+    changed();
+}
+bool connected(const Group& group, const Part& part) {
+    const World& world = *group.communicator->world;
+    const int rank = group.communicator->rank;
+    if (part.kind == Kind::send) return world.receiving.count({rank, part.peer}) > 0;
+    if (part.kind == Kind::receive) return world.sending.count({part.peer, rank}) > 0;
+    return world.collecting.size() == (size_t)world.ranks;
+}
+bool connected(const Group& group) {
+    return std::all_of(group.parts.begin(), group.parts.end(), [&](const Part& part) { return connected(group, part); });
+}
+
 // The ranks that must end what they are at before `rank` can end what it is at.
 std::set<int> waits_for(const World& world, int rank) {
     std::set<int> ranks;
@@ -240,12 +266,13 @@ std::set<int> waits_for(const World& world, int rank) {
 std::string situation(const Communicator& c) {
     std::string line = name(c) + " (device " + std::to_string(c.context->device) + ") ";
     if (c.aborted) return line + "has aborted";
-    if (c.queue.empty()) return line + (c.unlaunched.empty() ? "has nothing queued" : "was not asked whether its group is launched");
-    const Group& first = *c.queue.front();
-    line += first.reached ? "waits in " : "has not come to ";
+    if (c.queue.empty() && c.unlaunched.empty()) return line + "has nothing queued";
+    const Group& first = c.queue.empty() ? *c.unlaunched.front() : *c.queue.front();
+    const bool is_connected = connected(first);
+    line += !is_connected ? "waits to be connected for " : c.queue.empty() ? "was not asked whether it has launched " : first.reached ? "waits in " : "has not come to ";
     bool more = false;
     for (const Part& part : first.parts) {
-        if (part.done) continue;
+        if (part.done || (!is_connected && connected(first, part))) continue;
         line += (more ? " and " : "") + text(part);
         more = true;
     }
@@ -291,7 +318,7 @@ void say_waiting_groups() {
             }
             say("NCCL: nothing has moved for %g s: communicator %d still waits for ranks%s", settings().silence, world->number, missing.c_str());
         }
-        const bool waits = std::any_of(world->members.begin(), world->members.end(), [](const Communicator* c) { return c != nullptr && !c->queue.empty() && c->queue.front()->reached; });
+        const bool waits = std::any_of(world->members.begin(), world->members.end(), [](const Communicator* c) { return c != nullptr && (!c->unlaunched.empty() || (!c->queue.empty() && c->queue.front()->reached)); });
         if (waits) say("NCCL: nothing has moved for %g s: %s", settings().silence, situation(*world).c_str());
     }
 }
@@ -374,7 +401,8 @@ Result end_group_call() {
     }
     if (result != nccl_success) return result;
     {
-        std::lock_guard<std::mutex> lock(state);
+        std::unique_lock<std::mutex> lock(state);
+        for (const GroupRef& group : ended.groups) call_for(*group);
         for (const GroupRef& group : ended.groups) {
             Communicator& c = *group->communicator;
             if (!c.blocking) {
@@ -382,12 +410,13 @@ Result end_group_call() {
                 c.polls_to_go = 2;
                 // As on a GPU, where another thread launches it: what the caller puts into the stream before
                 // the call is done may come first.
-                if (settings().late_streams) {
+                if (settings().late_streams || !connected(*group)) {
                     c.unlaunched.push_back(group);
                     continue;
                 }
             }
-            launch(group);
+            while (!connected(*group) && !c.aborted) wait_for_change(lock);
+            if (!c.aborted) launch(group);
         }
     }
     run_early();
@@ -545,7 +574,9 @@ API Result ncclGetUniqueId(UniqueId* id) {
     std::lock_guard<std::mutex> lock(state);
     memset(id, 0, sizeof *id);
     snprintf(id->bytes, sizeof id->bytes, "emulator %zu", worlds.size());
-    worlds.push_back(new World{(int)worlds.size(), 0, {}});
+    auto* world = new World{};
+    world->number = (int)worlds.size();
+    worlds.push_back(world);
     return nccl_success;
 }
 
@@ -566,16 +597,23 @@ API Result ncclCommGetAsyncError(Communicator* c, Result* error) {
         *error = c->world->refused != nccl_success ? c->world->refused : c->error;
         if (*error != nccl_success) return nccl_success;
         if (!c->ready()) {
+            notice_silence();
             *error = c->aborted ? nccl_success : in_progress;
             return nccl_success;
         }
-        if (c->polls_to_go > 0 && --c->polls_to_go == 0) {
-            for (const GroupRef& group : c->unlaunched) launch(group);
+        const auto& unlaunched = c->unlaunched;
+        const bool may = std::all_of(unlaunched.begin(), unlaunched.end(), [](const GroupRef& group) { return connected(*group); });
+        if (c->polls_to_go > 1 || (c->polls_to_go == 1 && may)) c->polls_to_go--;
+        if (c->polls_to_go == 0) {
+            for (const GroupRef& group : unlaunched) launch(group);
             c->unlaunched.clear();
+        } else {
+            notice_silence();
         }
         if (c->polls_to_go > 0) *error = in_progress;
-        if (!c->finalised) return nccl_success;
     }
+    run_early();
+    if (!c->finalised) return nccl_success;
     for (const Need& need : open_groups(*c)) {
         if (!try_until(need.stream, need.sequence)) *error = in_progress;
     }

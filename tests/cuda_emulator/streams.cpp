@@ -40,8 +40,7 @@ void changed() {
     progressed.notify_all();
 }
 
-// Nothing has moved for long: says once who waits for whom. With `state` held.
-static void notice_silence() {
+void notice_silence() {
     static uint64_t said_at = ~0ull;
     const std::chrono::duration<double> silence = std::chrono::steady_clock::now() - last_change;
     if (say_who_waits == nullptr || said_at == changes || silence.count() < settings().silence) return;

@@ -120,6 +120,16 @@ impl<B: Backend> Backend for FaultyBackend<B> {
         }
     }
 
+    fn upload_pieces<T: Plain, E: From<BackendError>>(
+        &self,
+        len: usize,
+        unit: usize,
+        fill: impl FnMut(usize, &mut [T]) -> std::result::Result<(), E>,
+    ) -> std::result::Result<B::Buffer<T>, E> {
+        self.before("upload_pieces")?;
+        self.inner.upload_pieces(len, unit, fill)
+    }
+
     ops! {
         fn zeros<T: Plain>(len: usize) -> B::Buffer<T>;
         fn upload<T: Plain>(host: &[T]) -> B::Buffer<T>;

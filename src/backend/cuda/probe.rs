@@ -1,7 +1,14 @@
 //! Whether copies between GPUs arrive. On some boxes the driver says that two GPUs reach each other's
 //! memory, and a copy then never ends or brings other bytes (PCIe access control, IOMMU).
+//!
+//! They are tried in a process of their own, which can be killed: a process that has a hung copy on a GPU
+//! waits for it whenever it frees memory there.
 
-use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::io::{BufRead, BufReader};
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::sync::OnceLock;
+use std::sync::mpsc::channel;
 use std::time::Duration;
 
 use cudarc::driver::result::{self, DriverError, device as cu_device, primary_ctx, stream};
@@ -10,12 +17,12 @@ use cudarc::driver::sys;
 use super::device::driver_reason;
 use super::error::CudaError;
 
-/// What became of copies between two GPUs.
+/// What became of copies between GPUs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum PeerCopies {
     /// From memory to memory.
     Direct,
-    /// The driver takes them through host memory.
+    /// The driver takes them, or some of them, through host memory.
     ThroughHost,
     /// They do not arrive, for this reason.
     Broken(String),
@@ -24,36 +31,86 @@ pub enum PeerCopies {
 /// A copy of this size took less than a second on every box it works on.
 const BYTES: usize = 1 << 20;
 
-/// Copies once from GPU `from` to GPU `to`, for at most `limit`. What hangs is left behind, with its
-/// thread and its megabyte.
-///
-/// # Errors
-/// A call of the driver fails.
-pub fn peer_copies(from: u32, to: u32, limit: Duration) -> Result<PeerCopies, CudaError> {
-    let (answer, answers) = channel();
-    let thread = std::thread::Builder::new().name(format!("probe-{from}-{to}"));
-    let spawned = thread.spawn(move || {
-        // Nobody listens any more when the limit is over.
-        let _ = answer.send(copy(from, to));
-    });
-    if let Err(error) = spawned {
-        return Err(CudaError::Call {
-            ordinal: from,
-            call: "the thread that probes copies",
-            reason: error.to_string(),
-        });
-    }
-    match answers.recv_timeout(limit) {
-        Ok(found) => found,
-        Err(RecvTimeoutError::Disconnected) => Ok(PeerCopies::Broken(format!(
-            "the thread that copied from GPU {from} to GPU {to} ended without a word"
-        ))),
-        Err(RecvTimeoutError::Timeout) => {
-            let seconds = limit.as_secs();
-            Ok(PeerCopies::Broken(format!(
-                "a copy from GPU {from} to GPU {to} did not arrive within {seconds} s"
-            )))
+const DIRECT: &str = "direct";
+const THROUGH_HOST: &str = "through host";
+
+static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
+
+/// Names the program whose command `probe` calls [`probe`]. Without one nothing is tried, and copies are
+/// taken to be what the driver says.
+pub fn probe_by(program: PathBuf) {
+    // The first who names one is the program itself.
+    let _ = PROGRAM.set(program);
+}
+
+/// Tries one copy of a megabyte for each pair of GPUs (from, to), in a process of its own, and waits at most
+/// `limit` for each.
+pub fn peer_copies(pairs: &[(u32, u32)], limit: Duration) -> PeerCopies {
+    let Some(program) = PROGRAM.get().filter(|_| !pairs.is_empty()) else {
+        return PeerCopies::Direct;
+    };
+    let mut command = Command::new(program);
+    command.arg("probe");
+    command.args(pairs.iter().map(|(from, to)| format!("{from}-{to}")));
+    command.stdin(Stdio::null()).stdout(Stdio::piped());
+    let spawned = command.stderr(Stdio::null()).spawn();
+    let (mut child, output) = match spawned.map(|mut child| (child.stdout.take(), child)) {
+        Ok((Some(output), child)) => (child, output),
+        Ok((None, _)) => return PeerCopies::Broken("the probe has no output".to_owned()),
+        Err(error) => return PeerCopies::Broken(format!("the probe does not start: {error}")),
+    };
+    let (said, hears) = channel();
+    std::thread::spawn(move || {
+        for line in BufReader::new(output).lines().map_while(Result::ok) {
+            // Nobody listens any more when the limit is over.
+            if said.send(line).is_err() {
+                return;
+            }
         }
+    });
+    let mut found = PeerCopies::Direct;
+    for (from, to) in pairs {
+        let broken = match hears.recv_timeout(limit) {
+            Ok(line) if line == DIRECT => continue,
+            Ok(line) if line == THROUGH_HOST => {
+                found = PeerCopies::ThroughHost;
+                continue;
+            }
+            Ok(line) => format!("a copy from GPU {from} to GPU {to} {line}"),
+            Err(_) => format!(
+                "a copy from GPU {from} to GPU {to} did not arrive within {} s",
+                limit.as_secs()
+            ),
+        };
+        found = PeerCopies::Broken(broken);
+        break;
+    }
+    // It has done what it can, or hangs; either way there is nothing to hear from it any more.
+    let _ = child.kill();
+    let _ = child.wait();
+    found
+}
+
+/// What the process of its own does: tries one copy from GPU `from` to GPU `to`, and gives the line that
+/// [`peer_copies`] reads.
+pub fn probe(from: u32, to: u32) -> String {
+    match copy(from, to) {
+        Ok(true) => DIRECT.to_owned(),
+        Ok(false) => THROUGH_HOST.to_owned(),
+        Err(Unusable::OtherBytes) => "brought other bytes than were sent".to_owned(),
+        Err(Unusable::Call(error)) => format!("failed: {error}"),
+    }
+}
+
+/// Why a copy cannot be relied on.
+enum Unusable {
+    OtherBytes,
+    Call(CudaError),
+}
+
+impl From<CudaError> for Unusable {
+    fn from(error: CudaError) -> Self {
+        Unusable::Call(error)
     }
 }
 
@@ -116,7 +173,9 @@ impl Drop for Place {
     }
 }
 
-fn copy(from: u32, to: u32) -> Result<PeerCopies, CudaError> {
+/// Whether the copy went directly, if it arrived.
+fn copy(from: u32, to: u32) -> Result<bool, Unusable> {
+    super::library::open_driver()?;
     let (source, target) = (Place::open(from)?, Place::open(to)?);
     source.enter()?;
     let mut direct = 0;
@@ -162,13 +221,8 @@ fn copy(from: u32, to: u32) -> Result<PeerCopies, CudaError> {
         copied.and(stream::destroy(queue))
     };
     call(to, "cuMemcpyPeerAsync", copied)?;
-    if found != sent {
-        return Ok(PeerCopies::Broken(format!(
-            "a copy from GPU {from} to GPU {to} brought other bytes than were sent"
-        )));
+    match found == sent {
+        true => Ok(direct != 0),
+        false => Err(Unusable::OtherBytes),
     }
-    Ok(match direct {
-        0 => PeerCopies::ThroughHost,
-        _ => PeerCopies::Direct,
-    })
 }

@@ -109,6 +109,7 @@ fn sends_towards_each_other_hang_until_aborted() {
         || {
             let bench = bench(&[("EMULATOR_QUIET", "0")]).unwrap();
             on_ranks(&bench, &[0, 1], |rank| {
+                rank.greet(2);
                 let x = rank.floats(&[1.0; 4]);
                 rank.send(&x, 1 - rank.rank).unwrap();
                 let sent = rank.launched();
@@ -136,6 +137,7 @@ fn to_synchronise_waits_for_what_another_thread_brings() {
     let Some(bench) = bench(&[]) else { return };
     let both = Barrier::new(2);
     let seen = on_ranks(&bench, &[0, 1], |rank| {
+        rank.greet(2);
         let mut x = rank.floats(&[rank.rank as f32 + 1.0; 4]);
         if rank.rank == 0 {
             rank.receive(&mut x, 1).unwrap();
@@ -156,11 +158,44 @@ fn to_synchronise_waits_for_what_another_thread_brings() {
 }
 
 #[test]
+fn a_first_transfer_is_in_progress_until_its_partner_has_called() {
+    for streams in ["late", "early"] {
+        let Some(bench) = bench(&[("EMULATOR_STREAMS", streams)]) else {
+            return;
+        };
+        let (asked, both) = (Barrier::new(2), Barrier::new(2));
+        on_ranks(&bench, &[0, 1], |rank| {
+            let mut x = rank.floats(&[rank.rank as f32; 4]);
+            for round in 0..2 {
+                if rank.rank == 0 {
+                    rank.receive(&mut x, 1).unwrap();
+                    // Connected, the call is done long before its partner's.
+                    let expected = [ncclResult_t::ncclInProgress, ncclResult_t::ncclSuccess][round];
+                    for _ in 0..30 {
+                        state_of(rank.communicator);
+                    }
+                    assert_eq!(state_of(rank.communicator), expected);
+                    asked.wait();
+                } else {
+                    asked.wait();
+                    rank.send(&x, 0).unwrap();
+                }
+                wait(&rank.launched());
+                both.wait();
+            }
+            assert_eq!(rank.read(&x), [1.0; 4]);
+            rank.leave();
+        });
+    }
+}
+
+#[test]
 fn a_silence_is_explained() {
     let said = in_a_child("nccl::a_silence_is_explained", &[], || {
         let bench = bench(&[("EMULATOR_QUIET", "0"), ("EMULATOR_SILENCE", "0.05")]).unwrap();
         let done = Barrier::new(2);
         on_ranks(&bench, &[0, 1], |rank| {
+            rank.greet(2);
             let mut x = rank.floats(&[1.0; 4]);
             if rank.rank == 0 {
                 rank.receive(&mut x, 1).unwrap();
@@ -309,6 +344,7 @@ fn a_communicator_keeps_its_order_across_streams() {
     };
     let (second_sent, first_may) = (Barrier::new(2), Barrier::new(2));
     on_ranks(&bench, &[0, 1, 2], |rank| {
+        rank.greet(3);
         let mut x = rank.floats(&[rank.rank as f32; 4]);
         match rank.rank {
             0 => {
@@ -347,14 +383,15 @@ fn what_can_deadlock_beside_a_waiting_group_is_counted() {
     let counter = |name: &str| bench.emulator.counter(name);
     let both = Barrier::new(2);
     on_ranks(&bench, &[0, 1], |rank| {
+        rank.greet(2);
         let mut x = rank.floats(&[1.0; 4]);
         let mut kept = None;
-        both.wait();
+        both.wait(); // nothing else happens on either device until the second meeting
         if rank.rank == 1 {
             both.wait();
             rank.send(&x, 0).unwrap();
         } else {
-            assert_eq!(counter("allocations_beside_nccl"), 0);
+            bench.emulator.reset_counters();
             rank.receive(&mut x, 1).unwrap();
             let received = rank.launched();
             assert!(stays_away(&received));

@@ -164,6 +164,20 @@ impl Rank {
         }
     }
 
+    /// A first exchange with every other rank, so that they are connected: later calls wait for nobody.
+    pub fn greet(&self, ranks: usize) {
+        let own = self.floats(&[0.0]);
+        let mut theirs = self.floats(&[0.0]);
+        grouped(|| {
+            for peer in (0..ranks).filter(|&peer| peer != self.rank) {
+                self.send(&own, peer).unwrap();
+                self.receive(&mut theirs, peer).unwrap();
+            }
+        })
+        .unwrap();
+        wait(&self.launched());
+    }
+
     /// Waits until NCCL has launched what it was given, and marks the end of it.
     pub fn launched(&self) -> CudaEvent {
         assert_eq!(settle(self.communicator), ncclResult_t::ncclSuccess);
