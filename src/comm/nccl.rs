@@ -30,8 +30,8 @@ const MAGIC: u32 = 0xcafe_beef;
 /// The version whose configuration is filled in below: 2.24.
 const CONFIG_VERSION: u32 = 22_400;
 
-/// Words of the first exchange: the one that is sent, and those from both neighbours.
-const WORDS: usize = 3;
+/// Words on the device for the first exchange: the one that is sent, and those from both neighbours.
+pub const WORDS: usize = 3;
 
 /// The two communicators' ids, the same on all ranks.
 #[derive(Clone, Copy)]

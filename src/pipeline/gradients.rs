@@ -115,6 +115,21 @@ impl<B: Backend> Agreement<B> {
         Ok(backend.sum(&mut self.values, index, token_loss, targets)?)
     }
 
+    /// Sums over all stages as [`Agreement::decide`] does, waits for it, and decides nothing.
+    ///
+    /// # Errors
+    /// Another stage is gone, or the device fails.
+    pub fn rehearse<T: Transport<B>>(
+        &mut self,
+        backend: &B,
+        transport: &mut T,
+    ) -> Result<(), Cause> {
+        let len = self.len();
+        transport.all_reduce_sum(backend, &mut self.values, len)?;
+        backend.read(&self.values, len)?;
+        Ok(())
+    }
+
     /// Enters this stage's partial norms.
     ///
     /// # Errors

@@ -225,12 +225,14 @@ impl Device {
     ) -> Result<T> {
         answer.map_err(|error| {
             let (ordinal, reason) = (self.ordinal, driver_reason(error));
+            let is_full = error.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY;
             BackendError::Cuda(match is_lost(error) {
                 true => CudaError::Lost {
                     ordinal,
                     noticed: call,
                     reason,
                 },
+                false if is_full => CudaError::NoMemory { ordinal, call },
                 false => CudaError::Call {
                     ordinal,
                     call,

@@ -130,6 +130,18 @@ pub enum CudaError {
         /// Name and text of the error.
         reason: String,
     },
+    /// The GPU is full, beside what was planned for the run.
+    #[error(
+        "CUDA device {ordinal}: no memory is left for {call}: give the run less of it with \
+         memory_per_device, so that more is left beside it, or use a smaller micro_batch_size, shorter \
+         rows, recompute = \"block\" or more devices; `nvidia-smi` shows who else is there"
+    )]
+    NoMemory {
+        /// The device.
+        ordinal: u32,
+        /// The call, the kernel, or the library.
+        call: &'static str,
+    },
     /// Work that was queued failed, and nothing more can be done on the device by this process.
     #[error(
         "CUDA device {ordinal} failed: {reason}; noticed at {noticed}, which may come some work behind \
@@ -187,6 +199,7 @@ impl CudaError {
             | CudaError::OldDevice { .. }
             | CudaError::Compile { .. }
             | CudaError::Call { .. }
+            | CudaError::NoMemory { .. }
             | CudaError::Lost { .. }
             | CudaError::Nccl { .. }
             | CudaError::Product { .. } => true,
