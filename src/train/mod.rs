@@ -81,7 +81,7 @@ pub fn run(
     for warning in warnings {
         reporter(Event::Warning(warning));
     }
-    let initial = initial::values(config, &base, &trainables, resumed)?;
+    let initial = initial::values(config, &trainables, resumed)?;
     let mut engine = base.start(&layout, trainables.clone(), initial)?;
     let config_path = checkpoint::write_config(config, &config.run.output)?;
     reporter(Event::RunStarted(RunStarted {
