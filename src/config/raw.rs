@@ -236,7 +236,7 @@ pub struct RawPipeline {
     /// CPU threads of all stages together [all cores]
     #[arg(long, value_name = "N", value_parser = whole::<usize>)]
     pub threads: Option<usize>,
-    /// What may be used of a device, e.g. 12GiB [what is free]
+    /// Most of each device, e.g. 12GiB [what is free]
     #[arg(long, value_name = "BYTES")]
     pub memory_per_device: Option<ByteSize>,
     /// Between GPUs: auto, nccl or p2p [auto]
