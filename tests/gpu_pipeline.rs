@@ -11,6 +11,8 @@ mod connected;
 mod cuda_emulator;
 #[path = "run/family.rs"]
 mod family;
+#[path = "gpu_pipeline/faults.rs"]
+mod faults;
 #[path = "gpu_run/gpu.rs"]
 mod gpu;
 #[path = "run/layout.rs"]

@@ -28,6 +28,8 @@ pub mod safetensors;
 pub mod synthetic;
 mod tensor;
 pub mod torch_bin;
+mod torch_map;
+mod torch_pickle;
 
 pub use adapter_files::{LoraFileConfig, LoraFiles};
 pub use error::CheckpointError;

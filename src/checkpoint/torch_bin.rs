@@ -1,7 +1,8 @@
 //! PyTorch `.bin` files, the zip kind and the older stream kind, read without running their pickles.
 //!
 //! The parsing is the `pytorch-reader` crate's. What is added here: limits that follow from the size
-//! of the file, a list of element types, and an error where the crate is content with no tensors.
+//! of the file, a list of element types, an error where the crate is content with no tensors, and the
+//! place of a tensor in the file, so that it need not be taken into memory as a whole.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -9,7 +10,8 @@ use std::path::{Path, PathBuf};
 use pytorch_reader::{DType as FileDtype, FileFormat, PytorchReader, Tensor};
 
 use super::input_file::open_plain;
-use super::{CheckpointError, Dtype, HostTensor, TensorInfo, TensorSource};
+use super::torch_map::{Said, TorchMap};
+use super::{CheckpointError, Dtype, HostTensor, OpenTensor, TensorInfo, TensorSource};
 
 /// The most bytes of one file: five times ChatGLM-6B in float32.
 const MAX_FILE_BYTES: u64 = 128 << 30;
@@ -20,11 +22,13 @@ const MAX_TENSORS: usize = 100_000;
 /// How often the tensors of a file together may repeat its bytes; tied weights repeat some once.
 const MAX_SHARING: u64 = 16;
 
-/// One PyTorch file; the tensors are read from it one at a time.
+/// One PyTorch file; the tensors are read from it one at a time, or opened where they lie in it.
 #[derive(Debug)]
 pub struct TorchBinFile {
     path: PathBuf,
     tensors: BTreeMap<String, (Dtype, Tensor)>,
+    /// Nothing for the older stream kind.
+    map: Option<TorchMap>,
 }
 
 impl TorchBinFile {
@@ -64,8 +68,14 @@ impl TorchBinFile {
             tensors.insert(name, (dtype, tensor));
         }
         check_sizes(&tensors, size).map_err(damaged)?;
+        let said = tensors.iter().map(|(name, (dtype, tensor))| Said {
+            name,
+            dtype: *dtype,
+            shape: tensor.shape(),
+        });
         Ok(Self {
             path: path.to_owned(),
+            map: TorchMap::open(path, said),
             tensors,
         })
     }
@@ -120,6 +130,26 @@ impl TensorSource for TorchBinFile {
         HostTensor::new(*dtype, tensor.shape(), bytes)
             .map_err(|cause| cause.in_tensor(&self.path, name))
     }
+
+    fn open(&self, name: &str) -> Result<OpenTensor<'_>, CheckpointError> {
+        let mapped = self
+            .map
+            .as_ref()
+            .and_then(|map| map.bytes(&self.path, name));
+        match (mapped, self.tensors.get(name)) {
+            (Some(bytes), Some((dtype, tensor))) => {
+                OpenTensor::new(*dtype, tensor.shape().to_vec(), bytes?)
+            }
+            _ => {
+                let HostTensor {
+                    dtype,
+                    shape,
+                    bytes,
+                } = self.read(name)?;
+                OpenTensor::new(dtype, shape, bytes)
+            }
+        }
+    }
 }
 
 fn allowed(dtype: FileDtype) -> Option<Dtype> {
@@ -136,4 +166,29 @@ fn allowed(dtype: FileDtype) -> Option<Dtype> {
         FileDtype::Bool => Dtype::Bool,
         FileDtype::U16 | FileDtype::U32 | FileDtype::U64 => return None,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn what_torch_saves_is_mapped_tensor_by_tensor() {
+        let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/chatglm-6b");
+        for file in [
+            "model_bin/pytorch_model-00001-of-00002.bin",
+            "model_bin/pytorch_model-00002-of-00002.bin",
+            "ptuning_checkpoint/pytorch_model.bin",
+        ] {
+            let path = golden.join(file);
+            let opened = TorchBinFile::open(&path).unwrap();
+            let map = opened.map.as_ref().unwrap();
+            for name in opened.names() {
+                let mapped = map.bytes(&path, &name);
+                let mapped = mapped.unwrap_or_else(|| panic!("{file}: {name} is not mapped"));
+                assert!(mapped.unwrap() == opened.read(&name).unwrap().bytes);
+            }
+        }
+    }
 }

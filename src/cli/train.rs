@@ -80,8 +80,7 @@ impl From<TrainError> for Failure {
             TrainError::Start(StartError::Failure(stage)) | TrainError::Failure(stage) => {
                 match stage.cause {
                     Cause::Stalled { .. } => failure.hint(
-                        "where it was slow, not hung, a larger [pipeline] stall_timeout (seconds) \
-                         lets it be",
+                        "if it is slow and not hung, give it more time: --stall-timeout SECONDS",
                     ),
                     _ => failure,
                 }

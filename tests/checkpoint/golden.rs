@@ -264,5 +264,9 @@ fn both_pytorch_containers_are_read() {
         let tensor = file.read("layer.weight").unwrap();
         assert_eq!(tensor.shape, [2, 2]);
         assert_eq!(tensor.to_f32().unwrap(), expected);
+        let mut opened = [0.0; 4];
+        let open = file.open("layer.weight").unwrap();
+        open.read_f32(0, &mut opened).unwrap();
+        assert_eq!(opened, expected);
     }
 }

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::PathBuf;
 
-use mp_train::checkpoint::{CheckpointError, ModelFolder, open_tensor_file};
+use mp_train::checkpoint::{CheckpointError, ModelFolder, TensorSource, open_tensor_file};
 use rustix::fs::{CWD, FileType, Mode, mknodat};
 use tempfile::{TempDir, tempdir};
 
@@ -370,6 +370,29 @@ fn a_changed_byte_in_a_pytorch_tensor_is_noticed() {
     refuses("pytorch_model.bin", &changed, "'w'");
 }
 
+/// A tensor taken in pieces out of its file is the tensor that is read as a whole, or neither is to be
+/// had.
+fn opening_is_reading(file: &dyn TensorSource) {
+    for name in file.names() {
+        let (read, open) = (file.read(&name), file.open(&name));
+        match (read, open) {
+            (Ok(read), Ok(open)) => {
+                assert_eq!((read.dtype, &read.shape[..]), (open.dtype(), open.shape()));
+                if let Ok(values) = read.to_f32() {
+                    let mut pieces = vec![0.0; values.len()];
+                    open.read_f32(0, &mut pieces).unwrap();
+                    let bits = |values: &[f32]| -> Vec<u32> {
+                        values.iter().map(|value| value.to_bits()).collect()
+                    };
+                    assert_eq!(bits(&values), bits(&pieces), "{name}");
+                }
+            }
+            (Err(_), Err(_)) => {}
+            (read, open) => panic!("{name}: read {:?}, open {:?}", read.err(), open.err()),
+        }
+    }
+}
+
 /// Whatever single bytes are changed, reading ends in values or in an error that names the file.
 #[test]
 fn random_damage_never_panics() {
@@ -404,8 +427,11 @@ fn random_damage_never_panics() {
                 bytes[place] = random.below(256) as u8;
             }
             fs::write(&path, &bytes).unwrap();
-            let result = open_tensor_file(&path)
-                .and_then(|file| mp_train::checkpoint::read_all(file.as_ref()));
+            let opened = open_tensor_file(&path);
+            if let Ok(file) = &opened {
+                opening_is_reading(file.as_ref());
+            }
+            let result = opened.and_then(|file| mp_train::checkpoint::read_all(file.as_ref()));
             if let Err(error) = result {
                 failed += 1;
                 assert!(

@@ -350,7 +350,7 @@ pub const CASES: &[Case] = &[
             "stage 0, step 2",
             "CUDA device 0",
             "CUDA_LAUNCH_BLOCKING=1",
-            "--resume",
+            "there is no checkpoint",
         ],
     ),
     case(

@@ -1,7 +1,7 @@
 //! Buffers, casts and sums of buffers.
 
 use half::f16;
-use mp_train::backend::{Backend, Element, Plain};
+use mp_train::backend::{Backend, BackendError, Element, PIECE_BYTES, Plain};
 
 use crate::buffer::{Act, Buf};
 use crate::check::Check;
@@ -37,6 +37,59 @@ pub fn cases<B: Backend>(b: &B, check: &mut Check) {
         });
     }
     extreme_casts(b, check);
+    // Nothing, one value, less than a piece, and so many pieces that a ring of them goes round; in
+    // rows, too, and in rows that are longer than a piece.
+    for (len, unit) in [
+        (0, 1),
+        (1, 1),
+        (40_001, 1),
+        (1_800_003, 1),
+        (48 * 33_000, 48),
+        (3 * 300_001, 300_001),
+    ] {
+        let words: Vec<u32> = (0..len).map(|_| numbers.word() as u32).collect();
+        pieces(b, check, &words, unit);
+        let bytes: Vec<i8> = words.iter().map(|&word| word as i8).collect();
+        pieces(b, check, &bytes, unit);
+    }
+}
+
+fn pieces<B: Backend, T: Plain>(b: &B, check: &mut Check, host: &[T], unit: usize) {
+    let (len, size) = (host.len(), size_of::<T>());
+    let label = format!("{len} values of {size} bytes in units of {unit}");
+    check.run(b, "upload_pieces", label, &[], || Ok(()));
+    let mut done = 0;
+    let uploaded = b
+        .upload_pieces(len, unit, |start, out: &mut [T]| {
+            assert_eq!(start, done, "pieces come in order");
+            assert!(!out.is_empty() && out.len().is_multiple_of(unit));
+            assert!(out.len() == unit || out.len() * size <= PIECE_BYTES);
+            out.copy_from_slice(&host[start..start + out.len()]);
+            done += out.len();
+            Ok::<_, BackendError>(())
+        })
+        .unwrap();
+    assert_eq!(done, len);
+    check.expect_bits(&b.read(&uploaded, len).unwrap(), host);
+
+    // A piece that cannot be had is the caller's own error.
+    let refused = b.upload_pieces(len, unit, |start, _: &mut [T]| match start {
+        0 => Err(NoPiece(None)),
+        _ => Ok(()),
+    });
+    match (refused, len) {
+        (Ok(_), 0) | (Err(NoPiece(None)), 1..) => {}
+        _ => check.fail("the error of a piece was lost"),
+    }
+}
+
+/// An error of whoever fills pieces, or of the device.
+struct NoPiece(Option<BackendError>);
+
+impl From<BackendError> for NoPiece {
+    fn from(error: BackendError) -> Self {
+        NoPiece(Some(error))
+    }
 }
 
 fn transfers<B: Backend, T: Plain>(b: &B, check: &mut Check, host: &[T], name: &str) {

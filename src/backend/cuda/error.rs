@@ -156,6 +156,21 @@ pub enum CudaError {
         /// Name and text of the error.
         reason: String,
     },
+    /// A call or a transfer of NCCL failed.
+    #[error(
+        "NCCL: {call} failed on stage {rank}: {reason}; NCCL_DEBUG=INFO makes it say more, \
+         --transport p2p does without it"
+    )]
+    Nccl {
+        /// The stage.
+        rank: usize,
+        /// The call.
+        call: &'static str,
+        /// The library's words.
+        reason: String,
+        /// Whether another rank failed, and this one is only told.
+        remote: bool,
+    },
     /// cuBLASLt has no algorithm for a product.
     #[error("CUDA device {ordinal}: cuBLASLt cannot do a product ({shape}): {reason}")]
     Product {
@@ -186,6 +201,7 @@ impl CudaError {
             | CudaError::Call { .. }
             | CudaError::NoMemory { .. }
             | CudaError::Lost { .. }
+            | CudaError::Nccl { .. }
             | CudaError::Product { .. } => true,
         }
     }
