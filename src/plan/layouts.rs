@@ -138,6 +138,13 @@ pub fn compare(subject: &Subject, options: &PlanOptions) -> String {
         asked.map_or(0.0, |forecast| forecast.tokens_per_second)
     };
     let best = rows.iter().map(speed).fold(0.0, f64::max);
+    if rows
+        .iter()
+        .all(|(_, forecasts)| forecasts.iter().all(Result::is_err))
+    {
+        return "no number of stages, schedule or number of micro-batches makes it fit\n"
+            .to_owned();
+    }
     // Writing to a String cannot fail.
     let mut text = format!("  {:<6} {:<15}", "stages", "schedule");
     for count in counts {
@@ -182,7 +189,7 @@ pub fn compare(subject: &Subject, options: &PlanOptions) -> String {
                 "devices"
             }
         ),
-        None => "None of them fits.".to_owned(),
+        None => format!("None fits with {asked} micro-batches."),
     };
     text + &wrapped(&format!(
         "{fastest} Predicted from matrix products alone, by assumption: {} TFLOP/s sustained by each \
