@@ -246,7 +246,7 @@ fn layout(
         typical: TypicalBatch::new(sequences as f64, tokens as f64, 0.5),
     };
     let memory = DeviceMemory::of(&options.devices, None, options.transport)?;
-    let Fitted { layout, shortage } = demand.fit(&base.config, trainables, &memory)?;
+    let Fitted { layout, shortage } = demand.fit_or_nearly(&base.config, trainables, &memory)?;
     match shortage.filter(|shortage| shortage.firm) {
         None => Ok(layout),
         Some(shortage) => {

@@ -38,7 +38,7 @@ impl std::fmt::Display for NoRoom {
             1 => write!(out, "stage {rank} on device {device} needs")?,
             _ => write!(out, "the {sharing} stages on device {device} need")?,
         }
-        let missing = ByteSize(needed - room);
+        let missing = ByteSize(self.shortage.missing());
         let (needed, room) = (ByteSize(needed), ByteSize(room));
         write!(out, " {needed}, and {room} are there for it")?;
         if own > 0 {

@@ -1,6 +1,7 @@
 //! From what a run asks for and what its devices have to who does what: blocks dealt out by cost and by
 //! fit together, and the cheapest recomputation that fits.
 
+use std::ops::Range;
 use std::time::Duration;
 
 use super::base::{Layout, StartError};
@@ -66,6 +67,13 @@ pub struct Shortage {
     pub firm: bool,
 }
 
+impl Shortage {
+    /// Bytes that are missing.
+    pub fn missing(&self) -> u64 {
+        self.needed.saturating_sub(self.room)
+    }
+}
+
 /// Where blocks went, and whether they fit there.
 #[derive(Clone, Debug)]
 pub struct Fitted {
@@ -100,14 +108,7 @@ impl Demand {
         trainables: &Trainables,
         memory: &[DeviceMemory],
     ) -> Result<Fitted, StartError> {
-        let (stages, chunks) = (self.devices.len(), self.virtual_stages);
-        let search = Search {
-            schedule: Schedule::build(self.schedule, stages, chunks, self.micro_batches)?,
-            demand: self,
-            model,
-            trainables,
-            memory,
-        };
+        let search = self.search(model, trainables, memory)?;
         let mut best: Option<(f64, Fitted)> = None;
         for split in search.splits()? {
             let fitted = search.recomputing(split);
@@ -121,6 +122,48 @@ impl Demand {
         }
         let none = StartError::Partition(PartitionError::NoStages);
         best.map(|(_, fitted)| fitted).ok_or(none)
+    }
+
+    /// As [`Demand::fit`]; where nothing fits, the split whose worst stage misses least. Takes longer
+    /// then.
+    ///
+    /// # Errors
+    /// As [`Demand::fit`].
+    pub fn fit_or_nearly(
+        &self,
+        model: &ModelConfig,
+        trainables: &Trainables,
+        memory: &[DeviceMemory],
+    ) -> Result<Fitted, StartError> {
+        let fitted = self.fit(model, trainables, memory)?;
+        let Some(shortage) = &fitted.shortage else {
+            return Ok(fitted);
+        };
+        let search = self.search(model, trainables, memory)?;
+        let Some(split) = search.closest()? else {
+            return Ok(fitted);
+        };
+        let nearest = search.recomputing(split);
+        match &nearest.shortage {
+            Some(nearer) if nearer.missing() >= shortage.missing() => Ok(fitted),
+            _ => Ok(nearest),
+        }
+    }
+
+    fn search<'a>(
+        &'a self,
+        model: &'a ModelConfig,
+        trainables: &'a Trainables,
+        memory: &'a [DeviceMemory],
+    ) -> Result<Search<'a>, StartError> {
+        let (stages, chunks) = (self.devices.len(), self.virtual_stages);
+        Ok(Search {
+            schedule: Schedule::build(self.schedule, stages, chunks, self.micro_batches)?,
+            demand: self,
+            model,
+            trainables,
+            memory,
+        })
     }
 
     /// The levels of recomputation to choose from.
@@ -151,30 +194,63 @@ impl Search<'_> {
         }
         let mut splits: Vec<Vec<StageSpec>> = Vec::new();
         for &level in self.demand.levels() {
-            let (share, full) = (self.demand.typical.target_share, self.trainables.is_full());
-            let head_cost = partition::head_cost(self.model, share, level, full);
+            let head_cost = self.head_cost(level);
             let by_cost = partition::by_cost(layers, devices.len(), *virtual_stages, head_cost)?;
-            let fits = |rank: usize, chunks: &[std::ops::Range<usize>]| {
-                let mut split = by_cost.clone();
-                split[rank].chunks = chunks.to_vec();
-                let layout = self.layout(split, vec![level; devices.len()]);
-                self.share(rank)
-                    .is_none_or(|share| self.needed(&layout, rank) <= share)
-            };
-            let by_fit = partition::by_cost_and_fit(
-                layers,
-                devices.len(),
-                *virtual_stages,
-                head_cost,
-                &fits,
-            )?;
-            for split in std::iter::once(by_cost.clone()).chain(by_fit) {
+            for split in std::iter::once(by_cost).chain(self.by_fit(level, 0)?) {
                 if !splits.contains(&split) {
                     splits.push(split);
                 }
             }
         }
         Ok(splits)
+    }
+
+    /// What the head costs in blocks.
+    fn head_cost(&self, level: Recompute) -> f64 {
+        let (share, full) = (self.demand.typical.target_share, self.trainables.is_full());
+        partition::head_cost(self.model, share, level, full)
+    }
+
+    /// The split by cost among those that fit with this recomputation, if every stage had `more` bytes.
+    fn by_fit(&self, level: Recompute, more: u64) -> Result<Option<Vec<StageSpec>>, StartError> {
+        let (layers, stages) = (self.model.num_layers, self.demand.devices.len());
+        let (chunks, head_cost) = (self.demand.virtual_stages, self.head_cost(level));
+        let any = partition::by_cost(layers, stages, chunks, head_cost)?;
+        let fits = |rank: usize, chunks: &[Range<usize>]| {
+            let mut split = any.clone();
+            split[rank].chunks = chunks.to_vec();
+            let layout = self.layout(split, vec![level; stages]);
+            self.share(rank)
+                .is_none_or(|share| self.needed(&layout, rank) <= share + more)
+        };
+        let split = partition::by_cost_and_fit(layers, stages, chunks, head_cost, &fits)?;
+        Ok(split)
+    }
+
+    /// The split whose worst stage misses least, where nothing fits.
+    fn closest(&self) -> Result<Option<Vec<StageSpec>>, StartError> {
+        /// Nobody cares about less.
+        const NEAR: u64 = 1 << 20;
+        if self.demand.balance.is_some() {
+            return Ok(None);
+        }
+        let level = self.demand.levels().last().copied();
+        let level = level.unwrap_or(Recompute::Block);
+        let (mut least, mut enough, mut found) = (0, NEAR, None);
+        while found.is_none() && enough < 1 << 50 {
+            found = self.by_fit(level, enough)?;
+            if found.is_none() {
+                (least, enough) = (enough, 2 * enough);
+            }
+        }
+        while least + NEAR < enough {
+            let middle = least.midpoint(enough);
+            match self.by_fit(level, middle)? {
+                Some(split) => (found, enough) = (Some(split), middle),
+                None => least = middle,
+            }
+        }
+        Ok(found)
     }
 
     fn layout(&self, stages: Vec<StageSpec>, recompute: Vec<Recompute>) -> Layout {
@@ -234,7 +310,7 @@ impl Search<'_> {
                 }
             }
             let missing = needed.saturating_sub(room);
-            let most_missing = shortage.as_ref().map_or(0, |s| s.needed - s.room);
+            let most_missing = shortage.as_ref().map_or(0, Shortage::missing);
             if missing > most_missing {
                 let stages = memory.stages.iter().copied();
                 let largest = stages.max_by_key(|&rank| self.needed(&layout, rank));

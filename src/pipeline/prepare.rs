@@ -101,7 +101,8 @@ impl Prepared {
         let max_rows = sampler.max_tokens(&rows).max(longest.unwrap_or(0));
         let largest = (max_rows, sampler.max_sequences(&rows));
         let demand = demand(config, largest, typical(config, &rows));
-        let Fitted { layout, shortage } = demand.fit(&base.config, &trainables, &memory)?;
+        let Fitted { layout, shortage } =
+            demand.fit_or_nearly(&base.config, &trainables, &memory)?;
         let no_room = shortage.filter(|shortage| shortage.firm).map(|shortage| {
             let wish = Wish {
                 demand: &demand,

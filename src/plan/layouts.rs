@@ -59,8 +59,8 @@ impl Choice {
         }
     }
 
-    /// The layout with `micro_batches` in a step, where there is one and it fits.
-    fn layout(self, subject: &Subject, micro_batches: usize) -> Option<Layout> {
+    /// The layout with `micro_batches` in a step, or why there is none.
+    fn layout(self, subject: &Subject, micro_batches: usize) -> Result<Layout, String> {
         let asked = &subject.demand;
         let balance = asked
             .balance
@@ -75,9 +75,17 @@ impl Choice {
             ..asked.clone()
         };
         let memory = DeviceMemory::of_first(&subject.memory, self.stages, asked.transport);
-        let fitted = demand.fit(&subject.model, &subject.trainables, &memory);
-        let Fitted { layout, shortage } = fitted.ok()?;
-        shortage.is_none().then_some(layout)
+        match demand.fit(&subject.model, &subject.trainables, &memory) {
+            Ok(Fitted {
+                layout,
+                shortage: None,
+            }) => Ok(layout),
+            Ok(_) => Err("does not fit".to_owned()),
+            Err(_) if !micro_batches.is_multiple_of(self.stages) => {
+                Err(format!("no multiple of {}", self.stages))
+            }
+            Err(_) => Err("not possible".to_owned()),
+        }
     }
 }
 
@@ -113,21 +121,30 @@ pub fn compare(subject: &Subject, options: &PlanOptions) -> String {
     let asked = subject.demand.micro_batches;
     let counts = [asked, 2 * asked, 4 * asked];
     let choices = Choice::all(subject.demand.devices.len(), subject.model.num_layers);
-    let rows: Vec<(Choice, Vec<Option<Forecast>>)> = choices
+    let rows: Vec<(Choice, Vec<Result<Forecast, String>>)> = choices
         .into_iter()
         .map(|choice| {
             let forecasts = counts.map(|count| {
                 let layout = choice.layout(subject, count)?;
-                Some(forecast(subject, options, &layout))
+                Ok(forecast(subject, options, &layout))
             });
             (choice, forecasts.into())
         })
         .collect();
-    let speed = |(_, forecasts): &(Choice, Vec<Option<Forecast>>)| {
-        let asked = forecasts.first().and_then(Option::as_ref);
+    let speed = |(_, forecasts): &(Choice, Vec<Result<Forecast, String>>)| {
+        let asked = forecasts
+            .first()
+            .and_then(|forecast| forecast.as_ref().ok());
         asked.map_or(0.0, |forecast| forecast.tokens_per_second)
     };
     let best = rows.iter().map(speed).fold(0.0, f64::max);
+    if rows
+        .iter()
+        .all(|(_, forecasts)| forecasts.iter().all(Result::is_err))
+    {
+        return "no number of stages, schedule or number of micro-batches makes it fit\n"
+            .to_owned();
+    }
     // Writing to a String cannot fail.
     let mut text = format!("  {:<6} {:<15}", "stages", "schedule");
     for count in counts {
@@ -149,14 +166,14 @@ pub fn compare(subject: &Subject, options: &PlanOptions) -> String {
         let _ = write!(text, "{mark} {:<6} {:<15}", choice.stages, choice.name());
         for forecast in forecasts {
             let _ = match forecast {
-                Some(forecast) => write!(
+                Ok(forecast) => write!(
                     text,
                     "  {:>5.1}% {:>7} {:>7.0}",
                     100.0 * forecast.bubble,
                     seconds(forecast.step_seconds),
                     forecast.tokens_per_second,
                 ),
-                None => write!(text, "  {:>22}", "does not fit"),
+                Err(why) => write!(text, "  {why:>22}"),
             };
         }
         text.push('\n');
@@ -172,11 +189,12 @@ pub fn compare(subject: &Subject, options: &PlanOptions) -> String {
                 "devices"
             }
         ),
-        None => "None of them fits.".to_owned(),
+        None => format!("None fits with {asked} micro-batches."),
     };
     text + &wrapped(&format!(
         "{fastest} Predicted from matrix products alone, by assumption: {} TFLOP/s sustained by each \
-         device (--tflops) and {} GB/s between them (--link-gbps). More micro-batches make larger steps.",
+         device (--tflops) and {} GB/s between them (--link-gbps). Where \
+         memory is short, with recomputation. More micro-batches make larger steps.",
         options.tflops, options.link_gbps,
     ))
 }

@@ -115,7 +115,7 @@ impl Subject {
             pipeline.memory_per_device,
             pipeline.transport,
         )?;
-        let Fitted { layout, shortage } = demand.fit(&model, &trainables, &memory)?;
+        let Fitted { layout, shortage } = demand.fit_or_nearly(&model, &trainables, &memory)?;
         let no_room = shortage.filter(|shortage| shortage.firm).map(|shortage| {
             let wish = Wish {
                 demand: &demand,

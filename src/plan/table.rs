@@ -97,7 +97,11 @@ pub fn devices(subject: &Subject) -> String {
             number(bytes.workspace),
             number(own),
             number(bytes.total() + own),
-            free.map_or(String::new(), |free| format!("{free:.2}")),
+            match (first, free) {
+                (None, _) if device.is_some() => "shared".to_owned(),
+                (_, Some(free)) => format!("{free:.2}"),
+                (_, None) => "?".to_owned(),
+            },
         );
     }
     debug_assert!(text.lines().all(|line| line.len() <= WIDTH));

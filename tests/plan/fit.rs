@@ -186,7 +186,7 @@ fn nothing_is_refused_for_an_estimate_of_the_system_s_memory() {
 
 #[test]
 fn what_is_missing_is_said_with_the_nearest_settings_that_fit() {
-    let said = asked(1, lora(), 4).refused(16 * GB);
+    let said = asked(1, lora(), 8).refused(16 * GB);
     println!("{said}");
     for words in [
         "stage 0 on device 0 needs ",
@@ -211,7 +211,7 @@ fn what_is_missing_is_said_with_the_nearest_settings_that_fit() {
 /// What is advised is the nearest, and fits: the next larger value does not.
 #[test]
 fn advice_holds_to_the_last_row() {
-    let mut asked = asked(1, lora(), 4);
+    let mut asked = asked(1, lora(), 8);
     let said = asked.refused(16 * GB);
     let number = |lead: &str| -> usize {
         let rest = &said[said.find(lead).unwrap() + lead.len()..];
@@ -226,7 +226,7 @@ fn advice_holds_to_the_last_row() {
         asked.fit(16 * GB).shortage.is_none()
     };
     assert!(fits(rows, 1024) && !fits(rows + 1, 1024));
-    assert!(fits(4, longest) && !fits(4, longest + 1));
+    assert!(fits(8, longest) && !fits(8, longest + 1));
 }
 
 #[test]
