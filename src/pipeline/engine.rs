@@ -347,7 +347,6 @@ impl Engine {
             device: seat.map_or(Device::Cpu, |seat| seat.device),
             step,
             doing: action,
-            device_at: None,
             cause,
         }
     }

@@ -132,10 +132,9 @@ impl From<BackendError> for Cause {
 /// The failure that ended a run.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "stage {rank}{}, {doing} on {}{}: {cause}",
+    "stage {rank}{}, {doing} on {}: {cause}",
     .step.map(|step| format!(", step {step}")).unwrap_or_default(),
-    title(.device),
-    .device_at.as_ref().map(|action| format!(", which had got to {action}")).unwrap_or_default()
+    title(.device)
 )]
 pub struct Failure {
     /// The stage.
@@ -144,10 +143,9 @@ pub struct Failure {
     pub device: Device,
     /// Step of the run, from 1, where it was in one.
     pub step: Option<u64>,
-    /// The action: `F3`, `B0`, `update`, `loading`.
+    /// The action: `F3`, `B0`, `update`, `loading`. Where the cause lies in what was queued on the device,
+    /// the one that the device had got to.
     pub doing: String,
-    /// How far the device had got in that step, where the cause lies in what was queued on it.
-    pub device_at: Option<String>,
     /// Why.
     pub cause: Cause,
 }

@@ -161,7 +161,6 @@ where
                     device: place,
                     step: None,
                     doing: "loading".to_owned(),
-                    device_at: None,
                     cause: Cause::Thread(error),
                 });
             }
@@ -219,14 +218,16 @@ impl Post {
         };
         let Doing { step, action } = lock(&self.doing).clone();
         let place = Place::unpack(self.pulse.place());
-        let behind = step.is_some() && cause.is_late() && place.command == command;
-        let device_at = behind.then(|| action_name(&self.program, place.operation));
+        // The thread is on at something else when it hears of what it had queued.
+        let late = step.is_some() && cause.is_late() && place.command == command;
         let failure = Failure {
             rank: self.rank,
             device: self.device,
             step,
-            device_at: device_at.filter(|at| *at != action),
-            doing: action,
+            doing: match late {
+                true => action_name(&self.program, place.operation),
+                false => action,
+            },
             cause,
         };
         // Nobody listens any more only when the run has ended already.

@@ -178,12 +178,12 @@ fn a_kernel_fails_on_one_gpu() {
         fault(
             "nccl",
             "launch:cross_entropy:7@1",
-            &["stage 1, step 3", "CUDA device 1, which had got to F0"],
+            &["stage 1, step 3, F0 on CUDA device 1"],
         ),
         fault(
             "p2p",
             "launch:embed:8@0",
-            &["stage 0, step 3", "CUDA device 0, which had got to F1"],
+            &["stage 0, step 3, F1 on CUDA device 0"],
         ),
         fault(
             "nccl",
@@ -234,19 +234,15 @@ fn what_hangs_before_the_first_step_leaves_nothing_to_resume() {
 }
 
 #[test]
-fn memory_runs_out_on_one_gpu() {
+fn memory_that_somebody_else_takes_runs_out_on_one_stage() {
     let Some(emulator) = emulator() else { return };
     let setup = setup();
     let output = setup.output("full");
-    let ended = failing(
-        &emulator,
-        &setup,
-        &output,
-        "nccl",
-        "out_of_memory_after:1500000@1",
-    );
+    // Each stage takes its memory at once: the second that does finds none.
+    let manner = [("EMULATOR_FAIL", "allocation:2")];
+    let ended = run(&mut on_gpus(&emulator, &setup, &output, "0,0", &manner));
     assert_eq!(ended.code, Some(1), "{}", ended.stderr);
-    for said in ["stage 1, loading on CUDA device 1", "no memory for"] {
+    for said in [", loading on CUDA device 0", "no memory for"] {
         assert!(error(&ended).contains(said), "{}", ended.stderr);
     }
 }

@@ -343,7 +343,7 @@ pub const CASES: &[Case] = &[
     // What fails on the way.
     case(
         "a kernel that fails in a step",
-        &[("EMULATOR_FAIL", "launch:gelu:5")],
+        &[("EMULATOR_FAIL", "launch:gelu:9")],
         "{train} --devices 0",
         1,
         &[
@@ -361,7 +361,7 @@ pub const CASES: &[Case] = &[
         ],
         "{train} --devices 0,1",
         1,
-        &["stage 1, step 1", "CUDA device 1"],
+        &["stage 1, step 1, F0 on CUDA device 1"],
     ),
     case(
         "a product that fails",

@@ -300,14 +300,17 @@ impl Device {
     /// Something queued failed, or the pulse was stopped meanwhile.
     pub fn wait_for(&self, event: &Event) -> Result<()> {
         let began = Instant::now();
-        while !event.passed(self)? {
+        loop {
+            // The marks first: once something failed, none of them can be asked any more.
             self.glance()?;
+            if event.passed(self)? {
+                return Ok(());
+            }
             match began.elapsed() < WAKEFUL {
                 true => std::thread::yield_now(),
                 false => std::thread::sleep(NAP),
             }
         }
-        Ok(())
     }
 
     /// Lets the pulse reach `place` when everything queued so far is done.
