@@ -91,7 +91,7 @@ fn a_gpu_that_fails_leaves_the_last_checkpoint_whole() {
     // Two stages: the one that is well must end, too. The other is told by its number.
     let two: Manner = &[
         ("EMULATOR_DEVICES", "2"),
-        ("EMULATOR_FAIL", "launch:cross_entropy:7"),
+        ("EMULATOR_FAIL", "launch:cross_entropy:9"),
     ];
     let mut command = on_gpus(&emulator, &setup, &output, "0,1", two);
     fail(&mut command, 1, &["stage 1, step 4", "CUDA device 1"]);
@@ -105,11 +105,11 @@ fn a_gpu_that_fails_leaves_the_last_checkpoint_whole() {
     };
     let early: Manner = &[
         ("EMULATOR_STREAMS", "early"),
-        ("EMULATOR_FAIL", "launch:gelu:3"),
+        ("EMULATOR_FAIL", "launch:gelu:7"),
     ];
     fail(&mut resumed(early), 1, &["stage 0, step 3, F0", "gelu"]);
-    // Some products are tried before the first step.
-    let product: Manner = &[("EMULATOR_FAIL", "product:30")];
+    // Some products are tried, and a step is rehearsed, before the first.
+    let product: Manner = &[("EMULATOR_FAIL", "product:50")];
     fail(&mut resumed(product), 1, &["stage 0, step 3", "cuBLASLt"]);
     assert_eq!(checkpoints(&output), [2]);
 
