@@ -171,13 +171,11 @@ pub fn run(options: &BenchOptions) -> Result<BenchResult, BenchError> {
     let trainables =
         Trainables::new(&base.config, &options.adapter, tied).map_err(StartError::Model)?;
     let layout = layout(options, &base, &trainables)?;
-    let source = Arc::clone(&base.source);
-    let initial = move |spec: &crate::adapter::ParameterSpec| {
-        let whole = match initial_values(spec, SEED) {
-            Some(whole) => whole,
-            None => source.read(&spec.name)?.to_f32()?,
-        };
-        Ok::<_, AdapterError>(ParameterState::fresh(spec.cut(&whole)))
+    let initial = |spec: &crate::adapter::ParameterSpec| {
+        Ok::<_, AdapterError>(match initial_values(spec, SEED) {
+            Some(whole) => ParameterState::fresh(spec.cut(&whole)),
+            None => ParameterState::of_base(),
+        })
     };
     let mut engine = base.start(&layout, trainables.clone(), Box::new(initial))?;
     let start_seconds = began.elapsed().as_secs_f64();

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use half::f16;
-use mp_train::adapter::{ParameterSpec, ParameterState};
+use mp_train::adapter::{ParameterSpec, ParameterState, Role};
 use mp_train::backend::cpu::Cpu;
 use mp_train::backend::{Backend, Element};
 use mp_train::checkpoint::{
@@ -140,18 +140,18 @@ fn prefix(prefix_projection: bool) -> AdapterSection {
     })
 }
 
+/// Rank, number of stages, and chunks: first block, the one behind the last, slots.
+type Place = (usize, usize, &'static [(usize, usize, usize)]);
+
 /// Stages of three blocks: one, the first or the last of two, or one of two with a chunk at either end.
-const STAGES: [(usize, usize, &[(usize, usize, usize)]); 4] = [
+const STAGES: [Place; 4] = [
     (0, 1, &[(0, 3, 2)]),
     (0, 2, &[(0, 2, 2)]),
     (1, 2, &[(2, 3, 1)]),
     (1, 2, &[(0, 1, 3), (2, 3, 2)]),
 ];
 
-fn sizes<E: Element>(
-    (rank, stages, chunks): (usize, usize, &[(usize, usize, usize)]),
-    rows: usize,
-) -> StageSizes {
+fn sizes<E: Element>((rank, stages, chunks): Place, rows: usize) -> StageSizes {
     let chunk = |&(start, end, slots): &(usize, usize, usize)| ChunkShape {
         blocks: start..end,
         slots,
@@ -198,7 +198,12 @@ where
         ..config
     };
     let backend = Cpu::<E>::new(1).unwrap();
-    let initial = |spec: &ParameterSpec| Ok(ParameterState::fresh(vec![0.0; spec.len()]));
+    let initial = |spec: &ParameterSpec| {
+        Ok(match spec.role {
+            Role::Base => ParameterState::of_base(),
+            _ => ParameterState::fresh(vec![0.0; spec.len()]),
+        })
+    };
     let loader = Loader {
         backend: &backend,
         source: &source,
@@ -310,16 +315,22 @@ where
     const LITTLE: usize = 20_000;
     let smallest = 2 * model().hidden_size * model().hidden_size;
     assert!(2 * LITTLE < smallest, "a copy would not be seen");
-    for quantization in [Quantization::None, Quantization::Int8, Quantization::Int4] {
+    for (adapter, quantization) in [
+        (lora(0.0, &["dense"]), Quantization::None),
+        (lora(0.0, &["dense"]), Quantization::Int8),
+        (lora(0.0, &["dense"]), Quantization::Int4),
+        (AdapterSection::Full(FullSection {}), Quantization::None),
+    ] {
         let config = ModelConfig {
             quantization,
             ..model()
         };
-        let trainables = Trainables::new(&config, &lora(0.0, &["dense"]), false).unwrap();
+        let trainables = Trainables::new(&config, &adapter, false).unwrap();
         let sizes = sizes::<E>(STAGES[0], 61);
         let largest =
             measured::<E>(&trainables, &sizes, Recompute::None, false, quantization).largest_beside;
-        println!("{} {quantization:?}: {largest} bytes at once", E::NAME);
-        assert!(largest <= LITTLE, "{quantization:?}: {largest}");
+        let what = format!("{} {quantization:?} {adapter:?}", E::NAME);
+        println!("{what}: {largest} bytes at once");
+        assert!(largest <= LITTLE, "{what}: {largest}");
     }
 }

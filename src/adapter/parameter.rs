@@ -114,23 +114,33 @@ impl ParameterSpec {
 /// Values and moments of a parameter in host memory.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ParameterState {
-    /// f32 values.
+    /// f32 values. None: those of the tensor of that name in the base model, which need not come through
+    /// host memory.
     pub values: Vec<f32>,
-    /// First moment of AdamW.
+    /// First moment of AdamW. None: zeros.
     pub exp_avg: Vec<f32>,
-    /// Second moment of AdamW.
+    /// Second moment of AdamW. None: zeros.
     pub exp_avg_sq: Vec<f32>,
 }
 
 impl ParameterState {
     /// Values with moments of zero.
     pub fn fresh(values: Vec<f32>) -> Self {
-        let zeros = vec![0.0; values.len()];
         ParameterState {
-            exp_avg: zeros.clone(),
-            exp_avg_sq: zeros,
             values,
+            exp_avg: Vec::new(),
+            exp_avg_sq: Vec::new(),
         }
+    }
+
+    /// The base model's own values with moments of zero.
+    pub fn of_base() -> Self {
+        ParameterState::fresh(Vec::new())
+    }
+
+    /// Whether the values are the base model's own.
+    pub fn is_of_base(&self) -> bool {
+        self.values.is_empty()
     }
 }
 
@@ -160,10 +170,29 @@ impl<B: Backend> Parameter<B> {
         counted: bool,
         state: &ParameterState,
     ) -> Result<Self, BackendError> {
-        let len = spec.len();
         let master = backend.upload(&state.values)?;
+        Parameter::over(backend, spec, index, counted, master, state)
+    }
+
+    /// The same with values that are on the device already; those of `state` are not looked at.
+    ///
+    /// # Errors
+    /// When the device has no memory for it.
+    pub fn over(
+        backend: &B,
+        spec: ParameterSpec,
+        index: usize,
+        counted: bool,
+        master: B::Buffer<f32>,
+        state: &ParameterState,
+    ) -> Result<Self, BackendError> {
+        let len = spec.len();
         let mut working = backend.zeros(len)?;
         backend.cast(&mut working, &master, len)?;
+        let moments = |values: &[f32]| match values {
+            [] => backend.zeros(len),
+            values => backend.upload(values),
+        };
         Ok(Parameter {
             spec,
             index,
@@ -172,8 +201,8 @@ impl<B: Backend> Parameter<B> {
             working,
             master,
             gradient: backend.zeros(len)?,
-            exp_avg: backend.upload(&state.exp_avg)?,
-            exp_avg_sq: backend.upload(&state.exp_avg_sq)?,
+            exp_avg: moments(&state.exp_avg)?,
+            exp_avg_sq: moments(&state.exp_avg_sq)?,
         })
     }
 

@@ -47,20 +47,18 @@ pub struct Loader<'a, B: Backend> {
 }
 
 impl<B: Backend> Loader<'_, B> {
-    /// A tensor of the base model, in the storage type.
-    fn frozen(&self, name: &str) -> Result<Weight<B>, ModelError> {
+    /// A tensor of the base model, converted on its way to the device.
+    fn base<T: Element>(&self, name: &str) -> Result<B::Buffer<T>, ModelError> {
         let tensor = self.source.open(name)?;
-        let upload = |start, out: &mut [B::Element]| {
-            let read = match B::Element::by_type(out) {
+        let upload = |start, out: &mut [T]| {
+            let read = match T::by_type(out) {
                 ElementsMut::F32(out) => tensor.read_f32(start, out),
                 ElementsMut::F16(out) => tensor.read_f16(start, out),
             };
             self.read(name, read)
         };
-        let values = self
-            .backend
-            .upload_pieces(tensor.element_count(), 1, upload)?;
-        Ok(Weight::Frozen(values))
+        self.backend
+            .upload_pieces(tensor.element_count(), 1, upload)
     }
 
     /// A piece of a tensor is read, or could not be.
@@ -139,11 +137,17 @@ impl<B: Backend> Loader<'_, B> {
         counted: bool,
     ) -> Result<Weight<B>, ModelError> {
         match self.trainables.find(name, None) {
-            Some(_) if self.trainables.is_full() => {
-                let parameter = self.parameter(name, None, counted)?;
+            Some((index, spec)) if self.trainables.is_full() => {
+                let state = (self.initial)(spec)?;
+                let master = match state.is_of_base() {
+                    true => self.base(file_name)?,
+                    false => self.backend.upload(&state.values)?,
+                };
+                let (backend, spec) = (self.backend, spec.clone());
+                let parameter = Parameter::over(backend, spec, index, counted, master, &state)?;
                 Ok(Weight::Trained(Box::new(parameter)))
             }
-            _ => self.frozen(file_name),
+            _ => Ok(Weight::Frozen(self.base(file_name)?)),
         }
     }
 

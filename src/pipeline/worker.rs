@@ -66,7 +66,10 @@ impl<B: Backend, T: Transport<B>> Worker<B, T> {
     fn connect(&mut self) -> Result<Reply, Cause> {
         self.at(None, "connecting".to_owned());
         let room = Room {
-            all_reduce: self.agreement.len().max(self.stage.shared_gradient_len()),
+            all_reduce: self
+                .agreement
+                .values()
+                .max(self.stage.shared_gradient_len()),
         };
         self.transport.start(&self.backend, &self.pulse, room)?;
         Ok(Reply::Ready)
@@ -189,10 +192,11 @@ impl<B: Backend, T: Transport<B>> Worker<B, T> {
         receive: Option<Parcel>,
     ) -> Result<(), Cause> {
         let (transport, backend) = (&mut self.transport, &self.backend);
-        Ok(match flow {
+        match flow {
             Flow::Forward => transport.exchange(backend, &mut self.activations, send, receive)?,
             Flow::Backward => transport.exchange(backend, &mut self.gradients, send, receive)?,
-        })
+        }
+        Ok(())
     }
 
     fn forward(&mut self, plan: &StepPlan, action: Action, place: usize) -> Result<(), Cause> {

@@ -10,15 +10,12 @@ use crate::adapter::initial::initial_values;
 use crate::adapter::{AdapterError, ParameterSpec, ParameterState};
 use crate::config::run::{AdapterSection, RunConfig};
 use crate::model::trainables::Trainables;
-use crate::model::weights::WORD_EMBEDDINGS;
-use crate::pipeline::base::Base;
 use crate::pipeline::launch::InitialValues;
 
 /// Values of a resumed run, of `init_adapter`, of the base model, or by the seed: whichever comes
 /// first in this list.
 pub(super) fn values(
     config: &RunConfig,
-    base: &Base,
     trainables: &Trainables,
     resumed: Option<Resumed>,
 ) -> Result<InitialValues, TrainError> {
@@ -34,7 +31,7 @@ pub(super) fn values(
             Some(folder) => Some(files::read_prefix(folder, prefix, trainables.specs())?),
             None => None,
         },
-        AdapterSection::Full(_) => return Ok(from_base(base)),
+        AdapterSection::Full(_) => return Ok(Box::new(|_| Ok(ParameterState::of_base()))),
     };
     let seed = config.run.seed;
     Ok(Box::new(move |spec| {
@@ -54,19 +51,6 @@ fn without_source(spec: &ParameterSpec) -> AdapterError {
         name: spec.name.clone(),
         found: "nothing".to_owned(),
     }
-}
-
-fn from_base(base: &Base) -> InitialValues {
-    let source = std::sync::Arc::clone(&base.source);
-    let embedding = base.head_source.embedding;
-    Box::new(move |spec| {
-        let name = if spec.name == WORD_EMBEDDINGS {
-            embedding
-        } else {
-            &spec.name
-        };
-        Ok(ParameterState::fresh(source.read(name)?.to_f32()?))
-    })
 }
 
 fn from_state(trainables: &Trainables, resumed: Resumed) -> Result<InitialValues, TrainError> {

@@ -86,7 +86,7 @@ pub fn run(
     for warning in warnings {
         reporter(Event::Warning(warning));
     }
-    let initial = initial::values(config, &base, &trainables, resumed)?;
+    let initial = initial::values(config, &trainables, resumed)?;
     let mut engine = base.start(&layout, trainables.clone(), initial)?;
     // Memory on the CPU is not taken ahead but page by page, and what there is of it changes under a run: a
     // rehearsal would cost a step and promise nothing.

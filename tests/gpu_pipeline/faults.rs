@@ -61,8 +61,8 @@ fn named(ended: &Ended) -> PathBuf {
     named.unwrap_or_else(|| panic!("{}", ended.stderr)).into()
 }
 
-/// A failure in the third step, and what is said of it. What a kernel's launches are counted by is one step
-/// ahead: the rehearsal before the first has as many, but for those of the update.
+/// A failure in the third step, and what is said of it. Two micro-batches go through in every step, and two
+/// in the rehearsal before the first.
 struct Fault {
     transport: &'static str,
     plan: &'static str,
@@ -196,32 +196,41 @@ fn a_kernel_fails_on_one_gpu() {
 #[test]
 fn nccl_fails_or_hangs() {
     third_step_fails(&[
-        fault("nccl", "nccl_error:24@1", &["stage 1, step 3", "NCCL"]),
-        fault("nccl", "nccl_error:24@0", &["stage 0, step 3", "NCCL"]),
+        fault("nccl", "nccl_error:23@1", &["stage 1, step 3", "NCCL"]),
+        fault("nccl", "nccl_error:23@0", &["stage 0, step 3", "NCCL"]),
         fault(
             "nccl",
-            "nccl_hang:24@1",
+            "nccl_hang:23@1",
             &["step 3", "no sign of life for 5 s"],
         ),
     ]);
 }
 
 #[test]
-fn a_rank_never_arrives_at_the_start() {
+fn what_hangs_before_the_first_step_leaves_nothing_to_resume() {
     let Some(emulator) = emulator() else { return };
     let setup = setup();
-    let output = setup.output("missing");
-    let ended = failing(&emulator, &setup, &output, "nccl", "nccl_init_hang@1");
-    assert_eq!(ended.code, Some(1), "{}", ended.stderr);
-    for said in ["connecting", "no sign of life for 5 s"] {
-        assert!(error(&ended).contains(said), "{}", ended.stderr);
+    for (index, (plan, place)) in [
+        ("nccl_init_hang@1", ", connecting on CUDA device "),
+        (
+            "gpu_hang:embed:1@0",
+            "stage 0, rehearsal, F0 on CUDA device 0: ",
+        ),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let output = setup.output(&index.to_string());
+        let ended = failing(&emulator, &setup, &output, "nccl", plan);
+        assert_eq!(ended.code, Some(1), "{}", ended.stderr);
+        for said in [place, "no sign of life for 5 s"] {
+            assert!(error(&ended).contains(said), "{}", ended.stderr);
+        }
+        let last = ended.stderr.lines().last().unwrap();
+        let folder = output.display();
+        let nothing = format!("there is no checkpoint in {folder} yet to resume from");
+        assert_eq!(last, nothing);
     }
-    let last = ended.stderr.lines().last().unwrap();
-    let nothing = format!(
-        "there is no checkpoint in {} yet to resume from",
-        output.display()
-    );
-    assert_eq!(last, nothing);
 }
 
 #[test]
