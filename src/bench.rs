@@ -10,19 +10,22 @@ use crate::adapter::{AdapterError, ParameterState};
 use crate::backend::cuda;
 use crate::checkpoint::synthetic::SyntheticTensors;
 use crate::config::model::ModelConfig;
+pub use crate::config::model_size::ModelSize;
 use crate::config::run::{
     AdapterSection, Device, LossNormalisation, LrSchedule, OptimizerSection, Precision,
     Quantization, Recompute, STALL_TIMEOUT, ScheduleKind, TransportKind,
 };
 use crate::data::batch::{MicroBatch, Sequence, Target};
-use crate::model::memory;
+use crate::data::sampler::MicroBatchSize;
 use crate::model::trainables::Trainables;
 use crate::model::weights;
+use crate::pipeline::advice::{RowLengths, Wish};
 use crate::pipeline::base::{Base, Layout, StartError};
+use crate::pipeline::cost::TypicalBatch;
 use crate::pipeline::failure::Failure;
+use crate::pipeline::fit::{Demand, Fitted};
 use crate::pipeline::messages::StepPlan;
-use crate::pipeline::partition;
-use crate::pipeline::schedule::Schedule;
+use crate::pipeline::needs::DeviceMemory;
 use crate::random::{Domain, Key};
 use crate::report::FailureClass;
 
@@ -30,51 +33,6 @@ const SEED: u64 = 42;
 
 /// A loss scale that does not overflow with made-up weights.
 const LOSS_SCALE: f32 = 1024.0;
-
-/// Sizes that can be asked for by name.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, clap::ValueEnum)]
-#[serde(rename_all = "kebab-case")]
-#[value(rename_all = "kebab-case")]
-pub enum ModelSize {
-    /// ChatGLM-6B: 28 blocks of 4,096, vocabulary 130,528.
-    #[serde(rename = "chatglm-6b")]
-    #[value(name = "chatglm-6b")]
-    ChatGlm6b,
-    /// 8 blocks of 1,024, vocabulary 32,768: for a CPU.
-    Small,
-    /// 4 blocks of 64, vocabulary 512: to see that it works.
-    Tiny,
-}
-
-impl ModelSize {
-    /// The configuration, with ids at the end of the vocabulary as in ChatGLM-6B.
-    pub fn config(self) -> ModelConfig {
-        let (vocab_size, hidden_size, num_attention_heads, num_layers) = match self {
-            ModelSize::ChatGlm6b => (130_528, 4_096, 32, 28),
-            ModelSize::Small => (32_768, 1_024, 16, 8),
-            ModelSize::Tiny => (512, 64, 4, 4),
-        };
-        let id = |from_end: u32| vocab_size as u32 - from_end;
-        ModelConfig {
-            vocab_size,
-            hidden_size,
-            inner_hidden_size: 4 * hidden_size,
-            num_attention_heads,
-            num_layers,
-            layernorm_epsilon: 1e-5,
-            max_sequence_length: 2_048,
-            bos_token_id: id(4),
-            eos_token_id: id(5),
-            mask_token_id: id(7),
-            gmask_token_id: id(6),
-            pad_token_id: None,
-            tie_word_embeddings: true,
-            pre_seq_len: None,
-            prefix_projection: false,
-            quantization: Quantization::None,
-        }
-    }
-}
 
 /// What to measure.
 #[derive(Clone, Debug, Serialize)]
@@ -270,30 +228,39 @@ fn layout(
     base: &Base,
     trainables: &Trainables,
 ) -> Result<Layout, StartError> {
-    let full = trainables.is_full();
-    let head_cost = partition::head_cost(&base.config, 0.5, options.recompute, full);
-    let stages = base.stages(&options.devices, options.virtual_stages, None, head_cost)?;
-    let (count, micro_batches) = (stages.len(), options.gradient_accumulation);
-    let mut layout = Layout {
+    let (sequences, tokens) = (options.micro_batch_size, options.sequence_length);
+    let demand = Demand {
         devices: options.devices.clone(),
+        transport: options.transport,
+        balance: None,
         precision: options.precision,
         rotary_table: options.precision.rotary_table(),
-        schedule: Schedule::build(
-            options.schedule,
-            count,
-            options.virtual_stages,
-            micro_batches,
-        )?,
-        recompute: vec![options.recompute; count],
-        stages,
-        max_rows: options.micro_batch_size * options.sequence_length,
-        max_sequences: options.micro_batch_size,
-        transport: options.transport,
+        schedule: options.schedule,
+        virtual_stages: options.virtual_stages,
+        micro_batches: options.gradient_accumulation,
+        recompute: options.recompute,
         threads: options.threads,
         stall_timeout: Duration::from_secs(STALL_TIMEOUT),
+        max_rows: sequences * tokens,
+        max_sequences: sequences,
+        typical: TypicalBatch::new(sequences as f64, tokens as f64, 0.5),
     };
-    layout.choose_recompute(&base.config, trainables, None)?;
-    Ok(layout)
+    let memory = DeviceMemory::of(&options.devices, None, options.transport)?;
+    let Fitted { layout, shortage } = demand.fit_or_nearly(&base.config, trainables, &memory)?;
+    match shortage.filter(|shortage| shortage.firm) {
+        None => Ok(layout),
+        Some(shortage) => {
+            let wish = Wish {
+                demand: &demand,
+                model: &base.config,
+                trainables,
+                memory: &memory,
+                size: MicroBatchSize::Rows(sequences),
+                lengths: &RowLengths::uniform(tokens),
+            };
+            Err(wish.refuse(shortage).into())
+        }
+    }
 }
 
 fn plan(options: &BenchOptions, config: &ModelConfig, step: u64) -> StepPlan {
@@ -412,7 +379,7 @@ fn devices(
         let gpu = gpus
             .iter()
             .find(|gpu| Some(gpu.ordinal) == device.ordinal());
-        let (sizes, recompute) = (layout.sizes(rank), layout.recompute[rank]);
+        let capability = gpu.map(|gpu| gpu.capability);
         DeviceResult {
             device,
             name: gpu.map_or("cpu".to_owned(), |gpu| gpu.name.clone()),
@@ -421,8 +388,8 @@ fn devices(
                 .iter()
                 .map(ExactSizeIterator::len)
                 .sum(),
-            recompute,
-            planned_bytes: memory::stage_bytes(config, trainables, &sizes, recompute).total(),
+            recompute: layout.recompute[rank],
+            planned_bytes: layout.bytes(config, trainables, rank, capability).total(),
             used_bytes: gpu.map(|gpu| gpu.total_memory - gpu.free_memory),
         }
     };

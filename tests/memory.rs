@@ -13,16 +13,18 @@ use mp_train::backend::{Backend, Element};
 use mp_train::checkpoint::{
     CheckpointError, Dtype, HostTensor, OpenTensor, TensorInfo, TensorSource,
 };
+use mp_train::comm::{Flow, Mailbox};
 use mp_train::config::model::ModelConfig;
 use mp_train::config::run::{
     AdapterSection, FullSection, LoraSection, PrefixSection, Quantization, Recompute,
 };
 use mp_train::model::load::Loader;
-use mp_train::model::memory::{StageSizes, choose_recompute, stage_bytes};
+use mp_train::model::memory::{StageSizes, stage_buffers};
 use mp_train::model::rotary::RotaryPrecision;
 use mp_train::model::stage::{ChunkShape, Stage, StageShape};
 use mp_train::model::trainables::Trainables;
 use mp_train::model::weights;
+use mp_train::pipeline::gradients::Agreement;
 
 thread_local! {
     /// Bytes that this thread has allocated and not given back: the test runner's own thread, which
@@ -138,26 +140,37 @@ fn prefix(prefix_projection: bool) -> AdapterSection {
     })
 }
 
-fn sizes<E: Element>(rank: usize, stages: usize, rows: usize) -> StageSizes {
-    let blocks = match (stages, rank) {
-        (1, _) => 0..3,
-        (_, 0) => 0..2,
-        _ => 2..3,
+/// Stages of three blocks: one, the first or the last of two, or one of two with a chunk at either end.
+const STAGES: [(usize, usize, &[(usize, usize, usize)]); 4] = [
+    (0, 1, &[(0, 3, 2)]),
+    (0, 2, &[(0, 2, 2)]),
+    (1, 2, &[(2, 3, 1)]),
+    (1, 2, &[(0, 1, 3), (2, 3, 2)]),
+];
+
+fn sizes<E: Element>(
+    (rank, stages, chunks): (usize, usize, &[(usize, usize, usize)]),
+    rows: usize,
+) -> StageSizes {
+    let chunk = |&(start, end, slots): &(usize, usize, usize)| ChunkShape {
+        blocks: start..end,
+        slots,
     };
     StageSizes {
-        chunks: vec![ChunkShape { blocks, slots: 2 }],
-        exchanges: false,
+        chunks: chunks.iter().map(chunk).collect(),
+        exchanges: stages > 1,
         embedding: rank == 0,
         head: rank + 1 == stages,
         max_rows: rows,
         max_sequences: 4,
+        micro_batches: 8,
         element_size: E::SIZE,
     }
 }
 
 /// What loading a stage took.
 struct Measured {
-    /// Bytes that are allocated for the stage and stay.
+    /// Bytes that are allocated for the stage and its worker, and stay.
     stay: u64,
     /// Bytes of the largest thing that was made and given back meanwhile.
     largest_beside: usize,
@@ -212,8 +225,16 @@ where
     let before = LIVE.get();
     LARGEST_FREED.set(0);
     let stage = Stage::load(&loader, shape, &head_source).unwrap();
+    let parameters = trainables.specs().len();
+    let agreement = Agreement::new(&backend, parameters, sizes.micro_batches).unwrap();
+    let largest = match sizes.exchanges {
+        true => stage.largest_activation(),
+        false => 0,
+    };
+    let activations = Mailbox::<_, f32>::new(&backend, Flow::Forward, largest).unwrap();
+    let gradients = Mailbox::<_, E>::new(&backend, Flow::Backward, largest).unwrap();
     let (after, largest_beside) = (LIVE.get(), LARGEST_FREED.get());
-    drop(stage);
+    drop((stage, agreement, activations, gradients));
     Measured {
         stay: (after - before) as u64,
         largest_beside,
@@ -250,15 +271,16 @@ where
             assert!(full && quantization != Quantization::None);
             continue;
         };
-        for (rank, stages) in [(0, 1), (0, 2), (1, 2)] {
+        for stage in STAGES {
             for recompute in [Recompute::None, Recompute::AttentionFree, Recompute::Block] {
                 let what = format!(
-                    "{} stage {rank} of {stages}, {recompute:?}, tied {tied}, {quantization:?}, {adapter:?}",
+                    "{} {stage:?}, {recompute:?}, tied {tied}, {quantization:?}, {adapter:?}",
                     E::NAME
                 );
                 let both = [61, 331].map(|rows| {
-                    let sizes = sizes::<E>(rank, stages, rows);
-                    let planned = stage_bytes(&config, &trainables, &sizes, recompute).total();
+                    let sizes = sizes::<E>(stage, rows);
+                    let buffers = stage_buffers(&config, &trainables, &sizes, recompute);
+                    let planned = buffers.total(1);
                     let measured =
                         measured::<E>(&trainables, &sizes, recompute, tied, quantization).stay;
                     assert!(
@@ -282,7 +304,6 @@ fn planned_bytes_are_those_that_a_stage_takes() {
     planned_is_measured::<f16>();
     loading_makes_no_copy_of_a_tensor::<f32>();
     loading_makes_no_copy_of_a_tensor::<f16>();
-    the_choice_of_recomputation_takes_the_cheapest_that_fits();
 }
 
 /// One row of weights on its way to codes, scales, a LoRA's values, rotary tables: nothing half as
@@ -305,28 +326,11 @@ where
             ..model()
         };
         let trainables = Trainables::new(&config, &adapter, false).unwrap();
-        let sizes = sizes::<E>(0, 1, 61);
+        let sizes = sizes::<E>(STAGES[0], 61);
         let largest =
             measured::<E>(&trainables, &sizes, Recompute::None, false, quantization).largest_beside;
         let what = format!("{} {quantization:?} {adapter:?}", E::NAME);
         println!("{what}: {largest} bytes at once");
         assert!(largest <= LITTLE, "{what}: {largest}");
     }
-}
-
-fn the_choice_of_recomputation_takes_the_cheapest_that_fits() {
-    let config = model();
-    let trainables = Trainables::new(&config, &lora(0.0, &["dense"]), false).unwrap();
-    let sizes = sizes::<f32>(0, 1, 331);
-    let bytes = |recompute| stage_bytes(&config, &trainables, &sizes, recompute).total();
-    let choose = |budget| choose_recompute(&config, &trainables, &sizes, budget);
-    let cheapest_first = [Recompute::None, Recompute::AttentionFree, Recompute::Block];
-    for recompute in cheapest_first {
-        assert_eq!(choose(bytes(recompute)), (recompute, true));
-        assert_ne!(choose(bytes(recompute) - 1), (recompute, true));
-    }
-    assert_eq!(
-        choose(bytes(Recompute::Block) - 1),
-        (Recompute::Block, false)
-    );
 }

@@ -85,6 +85,17 @@ fn piece_len<T>(unit: usize) -> usize {
     (fitting / unit).max(1) * unit
 }
 
+/// What a backend was told to take of its device, and what became of it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MemoryUse {
+    /// Bytes taken at once when the run started.
+    pub planned: u64,
+    /// Bytes of them that buffers lie in, at the most.
+    pub used: u64,
+    /// Bytes of buffers that had no room there, so far.
+    pub beside: u64,
+}
+
 /// A device that holds buffers and runs the ops of the engine on them.
 ///
 /// `Element` is the storage type of weights and activations. Residual sums, statistics, gradients of
@@ -97,6 +108,11 @@ pub trait Backend: Sized + 'static {
 
     /// Lets the worker's [`Pulse`] reach `place` when everything queued so far is done.
     fn mark(&self, place: u64) -> Result<()>;
+
+    /// How the memory that was planned for a run is used; nothing where none is taken ahead.
+    fn memory_use(&self) -> Option<MemoryUse> {
+        None
+    }
 
     /// A buffer of `len` zeros.
     fn zeros<T: Plain>(&self, len: usize) -> Result<Self::Buffer<T>>;

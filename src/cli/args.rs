@@ -9,15 +9,17 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
-use crate::bench::ModelSize;
 use crate::config::error::ConfigError;
 use crate::config::file::ConfigFile;
 use crate::config::layers::Layers;
+use crate::config::model_size::ModelSize;
+use crate::config::paths::Paths;
 use crate::config::raw::{AdapterKind, RawConfig};
 use crate::config::run::{
     Device, Precision, Quantization, Recompute, RotaryPrecision, RunConfig, ScheduleKind,
     TemplateKind, TransportKind,
 };
+use crate::plan::PlanOptions;
 
 /// Model-parallel fine-tuning of ChatGLM-6B: LoRA, P-Tuning v2, whole model
 #[derive(Debug, Parser)]
@@ -42,9 +44,13 @@ pub(super) enum Command {
     /// Train, or continue a run
     #[command(allow_negative_numbers = true)]
     Train(Box<TrainArgs>),
-    /// Show the split of blocks and the schedule, without loading the model
-    #[command(allow_negative_numbers = true)]
-    Plan(Box<ConfigArgs>),
+    /// Show what each device would hold and how fast it would go, without loading the model
+    #[command(
+        allow_negative_numbers = true,
+        after_help = "With --devices and --memory-per-device no GPU is needed; with --size and \
+                      --sequence-length neither a model folder nor data."
+    )]
+    Plan(Box<PlanArgs>),
     /// Answer prompts from a file, text or token ids
     #[command(
         allow_negative_numbers = true,
@@ -102,9 +108,19 @@ impl ConfigArgs {
     }
 
     pub fn resolve(&self) -> Result<RunConfig, ConfigError> {
+        self.resolve_with(|_, _| {})
+    }
+
+    /// As [`ConfigArgs::resolve`], after `fill` has put into the flags (the first) what neither they nor
+    /// the file (the second) say.
+    fn resolve_with(
+        &self,
+        fill: impl FnOnce(&mut RawConfig, Option<&RawConfig>),
+    ) -> Result<RunConfig, ConfigError> {
         let file = self.config.as_deref().map(ConfigFile::read).transpose()?;
         let mut flags = self.flags.clone();
         let in_file = file.as_ref().map(|file| &file.raw);
+        fill(&mut flags, in_file);
         if flags.pipeline.devices.is_none()
             && in_file.is_none_or(|raw| raw.pipeline.devices.is_none())
         {
@@ -114,6 +130,68 @@ impl ConfigArgs {
         }
         Layers { flags, file }.resolve()
     }
+}
+
+#[derive(Debug, Args)]
+pub(super) struct PlanArgs {
+    #[command(flatten)]
+    pub config: ConfigArgs,
+    /// A model of this size in place of a folder: chatglm-6b, small or tiny
+    #[arg(
+        long,
+        value_name = "SIZE",
+        hide_possible_values = true,
+        help_heading = "Plan"
+    )]
+    pub size: Option<ModelSize>,
+    /// Tokens of every row, in place of data
+    #[arg(long, value_name = "N", help_heading = "Plan",
+        value_parser = clap::value_parser!(u32).range(1..))]
+    pub sequence_length: Option<u32>,
+    /// Share of these tokens with a target
+    #[arg(long, value_name = "X", default_value_t = 0.5, help_heading = "Plan",
+        value_parser = share)]
+    pub target_share: f64,
+    /// 10^12 operations per second that a device sustains [50; 0.1 on cpu]
+    #[arg(long, value_name = "X", help_heading = "Plan", value_parser = above_zero)]
+    pub tflops: Option<f64>,
+    /// 10^9 bytes per second between two devices
+    #[arg(long, value_name = "X", default_value_t = PlanOptions::USUAL_LINK_GBPS,
+        help_heading = "Plan", value_parser = above_zero)]
+    pub link_gbps: f64,
+}
+
+impl PlanArgs {
+    /// The configuration, where what a plan does not need is made up if it was left out.
+    pub fn resolve(&self) -> Result<RunConfig, ConfigError> {
+        self.config.resolve_with(|flags, in_file| {
+            let said = |says: fn(&RawConfig) -> bool| in_file.is_some_and(says);
+            if self.size.is_some() && !said(|raw| raw.model.path.is_some()) {
+                flags.model.path.get_or_insert("none".into());
+            }
+            if self.sequence_length.is_some() && !said(|raw| raw.data.train.is_some()) {
+                flags.data.train.get_or_insert(Paths(vec!["none".into()]));
+            }
+            let has_end = |raw: &RawConfig| raw.run.max_steps.or(raw.run.epochs).is_some();
+            if !has_end(flags) && !said(has_end) {
+                flags.run.max_steps = Some(1);
+            }
+        })
+    }
+}
+
+/// Parses a share.
+fn share(text: &str) -> Result<f64, String> {
+    let value = text.parse().ok();
+    let value = value.filter(|value| (0.0..=1.0).contains(value));
+    value.ok_or_else(|| "expected a number from 0 to 1".to_owned())
+}
+
+/// Parses a speed.
+fn above_zero(text: &str) -> Result<f64, String> {
+    let value = text.parse().ok();
+    let value = value.filter(|value: &f64| *value > 0.0 && value.is_finite());
+    value.ok_or_else(|| "expected a number above 0".to_owned())
 }
 
 /// A model, what is laid over it, and where it computes.

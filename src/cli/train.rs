@@ -1,7 +1,7 @@
 //! `mp-train [train]`.
 
 use std::error::Error;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 use std::time::Duration;
@@ -16,7 +16,7 @@ use crate::pipeline::failure::Cause;
 use crate::report::metrics::{self, Metrics};
 use crate::report::progress::{Progress, Style};
 use crate::report::tensorboard::EventFile;
-use crate::report::{Event, RunStarted, StepReport, ValidationReport};
+use crate::report::{Event, MemoryReport, RunStarted, StepReport, ValidationReport};
 use crate::train::{Outcome, TrainError};
 
 pub(super) fn run(args: &TrainArgs) -> Result<(), Failure> {
@@ -120,6 +120,7 @@ struct Recorder<'a> {
 
 /// The files that a run's numbers go to.
 struct Files {
+    output: PathBuf,
     steps: Metrics,
     validation: Metrics,
     tensorboard: EventFile,
@@ -128,6 +129,7 @@ struct Files {
 impl Files {
     fn open(run: &RunStarted) -> Result<Self, Box<dyn Error>> {
         Ok(Files {
+            output: run.output.clone(),
             steps: Metrics::open(&run.output, metrics::STEPS, run.start_step)?,
             validation: Metrics::open(&run.output, metrics::VALIDATION, run.start_step)?,
             tensorboard: EventFile::create(&run.output)?,
@@ -144,6 +146,11 @@ impl Files {
         Ok(self.tensorboard.scalars(report.step, &scalars)?)
     }
 
+    fn memory(&mut self, report: &MemoryReport) -> Result<(), Box<dyn Error>> {
+        let mut rows = Metrics::open(&self.output, metrics::MEMORY, report.step)?;
+        Ok(rows.append(report)?)
+    }
+
     fn validation(&mut self, report: &ValidationReport) -> Result<(), Box<dyn Error>> {
         self.validation.append(report)?;
         let scalars = [("validation/loss", report.loss)];
@@ -157,6 +164,7 @@ impl Recorder<'_> {
             (Event::RunStarted(run), _) => Files::open(run).map(|files| self.files = Some(files)),
             (Event::Step(report), Some(files)) => files.step(report),
             (Event::Validation(report), Some(files)) => files.validation(report),
+            (Event::Memory(report), Some(files)) => files.memory(report),
             _ => Ok(()),
         };
         if let Err(error) = result {

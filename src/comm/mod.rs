@@ -29,19 +29,6 @@ pub enum CommError {
     /// A transfer before the transport was started.
     #[error("the transport was used before it was started; this is a bug")]
     NotStarted,
-    /// NCCL.
-    #[error(
-        "NCCL: {call} failed on stage {rank}: {reason}; NCCL_DEBUG=INFO makes it say more, \
-         --transport p2p does without it"
-    )]
-    Nccl {
-        /// The stage.
-        rank: usize,
-        /// The call.
-        call: &'static str,
-        /// The library's words.
-        reason: String,
-    },
     /// The worker was told to give up while it waited; why is reported by whoever told it.
     #[error("gave up waiting, because the run is ending")]
     Stopped,

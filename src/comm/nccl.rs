@@ -4,16 +4,18 @@
 //! two flows do not wait for each other and both hide behind what is computed. Both communicators are
 //! non-blocking: every call that NCCL finishes later is polled, and an abort frees the GPU.
 
+use std::cell::Cell;
 use std::ffi::CStr;
 use std::mem::MaybeUninit;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
 use cudarc::nccl::sys::{self, ncclResult_t};
 
 use super::{CommError, Flow, Mailbox, Parcel, Room, Transport};
-use crate::backend::cuda::{Cuda, CudaBuffer, Event, NcclLibrary, SideStream};
-use crate::backend::{Backend, Plain, Pulse};
+use crate::backend::cuda::{Cuda, CudaBuffer, CudaError, Event, NcclLibrary, SideStream};
+use crate::backend::{Backend, BackendError, Plain, Pulse};
 
 /// How often a wait for the library looks again.
 const NAP: Duration = Duration::from_micros(100);
@@ -28,8 +30,8 @@ const MAGIC: u32 = 0xcafe_beef;
 /// The version whose configuration is filled in below: 2.24.
 const CONFIG_VERSION: u32 = 22_400;
 
-/// Words of the first exchange: the one that is sent, and those from both neighbours.
-const WORDS: usize = 3;
+/// Words on the device for the first exchange: the one that is sent, and those from both neighbours.
+pub const WORDS: usize = 3;
 
 /// The two communicators' ids, the same on all ranks.
 #[derive(Clone, Copy)]
@@ -56,6 +58,8 @@ struct Link {
     rank: usize,
     library: &'static NcclLibrary,
     communicator: sys::ncclComm_t,
+    /// The same for who watches it, as long as it lives.
+    watched: Rc<Cell<sys::ncclComm_t>>,
     stream: SideStream,
     /// Behind what was computed when the last group was posted.
     computed: Event,
@@ -104,7 +108,7 @@ fn failed(
     call: &'static str,
     code: ncclResult_t,
     communicator: sys::ncclComm_t,
-) -> CommError {
+) -> BackendError {
     // SAFETY: both functions return a string of the library's or the communicator's, or null; the
     // communicator is null or alive.
     let (meaning, detail) = unsafe {
@@ -117,7 +121,25 @@ fn failed(
         true => meaning,
         false => format!("{meaning}: {detail}"),
     };
-    CommError::Nccl { rank, call, reason }
+    BackendError::Cuda(CudaError::Nccl {
+        rank,
+        call,
+        reason,
+        remote: code == ncclResult_t::ncclRemoteError,
+    })
+}
+
+/// What the library says of a communicator now.
+///
+/// # Safety
+/// The communicator is alive.
+unsafe fn state(library: &NcclLibrary, communicator: sys::ncclComm_t) -> ncclResult_t {
+    let mut state = ncclResult_t::ncclSuccess;
+    // SAFETY: the caller's promise; writes one value.
+    match unsafe { (library.comm_get_async_error)(communicator, &mut state) } {
+        ncclResult_t::ncclSuccess => state,
+        code => code,
+    }
 }
 
 /// # Safety
@@ -154,6 +176,7 @@ impl Link {
             rank,
             library,
             communicator: std::ptr::null_mut(),
+            watched: Rc::new(Cell::new(std::ptr::null_mut())),
             stream: cuda.side_stream()?,
             computed: cuda.event()?,
             done: cuda.event()?,
@@ -167,7 +190,25 @@ impl Link {
             (library.comm_init_rank_config)(communicator, ranks, id, rank, &mut config)
         };
         link.finish(cuda, "ncclCommInitRankConfig", begun)?;
+        link.watch(cuda);
         Ok(link)
+    }
+
+    /// Lets every wait for the GPU notice an error of a transfer, which no event tells of.
+    fn watch(&self, cuda: &Cuda) {
+        self.watched.set(self.communicator);
+        let (watched, library, rank) = (Rc::clone(&self.watched), self.library, self.rank);
+        cuda.watch(move || {
+            let communicator = watched.get();
+            if communicator.is_null() {
+                return Ok(());
+            }
+            // SAFETY: a communicator that has ended is watched no more.
+            match unsafe { state(library, communicator) } {
+                ncclResult_t::ncclSuccess | ncclResult_t::ncclInProgress => Ok(()),
+                code => Err(failed(library, rank, "a transfer", code, communicator)),
+            }
+        });
     }
 
     /// Polls until the library has finished what it has begun.
@@ -184,7 +225,7 @@ impl Link {
                 ncclResult_t::ncclInProgress => {}
                 code => {
                     let (rank, communicator) = (self.rank, self.communicator);
-                    return Err(failed(self.library, rank, call, code, communicator));
+                    return Err(failed(self.library, rank, call, code, communicator).into());
                 }
             }
             cuda.glance()?;
@@ -195,12 +236,8 @@ impl Link {
 
     /// What the library says of the communicator now.
     fn state(&self) -> ncclResult_t {
-        let mut state = ncclResult_t::ncclSuccess;
-        // SAFETY: the communicator is alive; writes one value.
-        match unsafe { (self.library.comm_get_async_error)(self.communicator, &mut state) } {
-            ncclResult_t::ncclSuccess => state,
-            code => code,
-        }
+        // SAFETY: the communicator lives as long as the link.
+        unsafe { state(self.library, self.communicator) }
     }
 
     /// Posts one group behind everything computed so far.
@@ -314,6 +351,7 @@ impl Drop for Link {
         if self.communicator.is_null() {
             return;
         }
+        self.watched.set(std::ptr::null_mut());
         // A communicator with transfers that nobody answers any more would keep the GPU busy for ever.
         let broken = self.pulse.is_stopped() || self.state() != ncclResult_t::ncclSuccess;
         // SAFETY: made by `open`, used by nobody after this. The library finishes by itself what these

@@ -17,6 +17,9 @@ use crate::backend::{Backend, Plain, Pulse};
 /// How often a wait for a note looks at the GPU and at whether it is to give up.
 const GLANCE: Duration = Duration::from_millis(1);
 
+/// Buffers on the device for sums over all stages: the sum, and the part of one stage.
+pub const SUMS: usize = 2;
+
 /// What notes are about. Lanes do not wait for each other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Lane {

@@ -1,5 +1,6 @@
 //! Numbers of bytes with units.
 
+use std::fmt;
 use std::str::FromStr;
 
 use serde::{Deserialize, Deserializer, Serialize};
@@ -8,6 +9,20 @@ use serde::{Deserialize, Deserializer, Serialize};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(transparent)]
 pub struct ByteSize(pub u64);
+
+impl fmt::Display for ByteSize {
+    /// In the largest decimal unit that leaves something in front of the point: `23.40 GB`, `812.4 MB`.
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let in_units = |unit: u64| self.0 as f64 / unit as f64;
+        let text = match self.0 {
+            bytes @ 0..1_000 => format!("{bytes} B"),
+            1_000..1_000_000 => format!("{:.1} kB", in_units(1_000)),
+            1_000_000..1_000_000_000 => format!("{:.1} MB", in_units(1_000_000)),
+            _ => format!("{:.2} GB", in_units(1_000_000_000)),
+        };
+        out.pad(&text)
+    }
+}
 
 impl FromStr for ByteSize {
     type Err = String;
@@ -53,6 +68,20 @@ impl<'de> Deserialize<'de> for ByteSize {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn bytes_are_shown_in_the_unit_that_suits_them() {
+        for (bytes, text) in [
+            (0, "0 B"),
+            (999, "999 B"),
+            (1_000, "1.0 kB"),
+            (812_400_000, "812.4 MB"),
+            (23_400_000_000, "23.40 GB"),
+        ] {
+            assert_eq!(ByteSize(bytes).to_string(), text);
+        }
+        assert_eq!(format!("{:>8}", ByteSize(5)), "     5 B");
+    }
 
     #[test]
     fn bytes_have_units() {

@@ -15,6 +15,7 @@ pub mod generate;
 mod keys;
 pub mod layers;
 pub mod model;
+pub mod model_size;
 pub mod paths;
 pub mod raw;
 mod resolve;

@@ -220,12 +220,8 @@ pub struct RawPipeline {
     /// Blocks per stage [by cost]
     #[arg(long, value_name = "N,N,..", value_delimiter = ',', value_parser = whole::<usize>)]
     pub balance: Option<Vec<usize>>,
-    /// Order of the micro-batches [1f1b]
-    #[arg(
-        long,
-        value_name = "1f1b|gpipe|interleaved",
-        hide_possible_values = true
-    )]
+    /// 1f1b, gpipe or interleaved [1f1b]
+    #[arg(long, value_name = "NAME", hide_possible_values = true)]
     pub schedule: Option<ScheduleKind>,
     /// Interleaved: parts of the model per stage [2]
     #[arg(long, value_name = "N", value_parser = whole::<usize>)]
@@ -236,7 +232,7 @@ pub struct RawPipeline {
     /// CPU threads of all stages together [all cores]
     #[arg(long, value_name = "N", value_parser = whole::<usize>)]
     pub threads: Option<usize>,
-    /// What a stage may use, e.g. 12GiB [what is free]
+    /// Most of each device, e.g. 12GiB [what is free]
     #[arg(long, value_name = "BYTES")]
     pub memory_per_device: Option<ByteSize>,
     /// Between GPUs: auto, nccl or p2p [auto]

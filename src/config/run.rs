@@ -318,7 +318,8 @@ pub struct PipelineSection {
     pub recompute: Recompute,
     /// CPU threads for all stages together.
     pub threads: usize,
-    /// Bytes each stage may use; what is free on its device when absent.
+    /// Bytes of each device that the run may use, for all stages on it, context and libraries of a GPU
+    /// included; what is free there when absent.
     pub memory_per_device: Option<u64>,
     /// How activations travel between GPUs.
     pub transport: TransportKind,

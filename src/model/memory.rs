@@ -1,16 +1,21 @@
-//! Bytes of a stage, from configuration alone.
+//! Every buffer of a stage, from configuration alone: what the plan shows, the split of blocks is made
+//! by and an arena is sized for.
 //!
-//! The terms mirror what `Stage::load` allocates, field by field; a test holds them together.
+//! The list mirrors what `Stage::load`, `Agreement` and the mailboxes of a worker allocate, buffer by
+//! buffer, because a device rounds each of them up; tests hold the two together to the byte.
 
 use super::head::chunk_rows;
 use super::quantised::{self, dequantised_len};
 use super::stage::ChunkShape;
 use super::trainables::Trainables;
-use super::weights::{self, LinearSite};
+use super::weights::{self, FINAL_NORM, LM_HEAD, NamedShape, WORD_EMBEDDINGS};
 use crate::config::model::ModelConfig;
 use crate::config::run::{AdapterSection, Recompute};
 
-/// What decides the bytes of a stage beside the model.
+/// Bytes of an f32, a u32.
+const WORD: u64 = 4;
+
+/// What decides the buffers of a stage beside the model.
 #[derive(Clone, Debug)]
 pub struct StageSizes {
     /// Its blocks, with the micro-batches in flight through them.
@@ -25,8 +30,19 @@ pub struct StageSizes {
     pub max_rows: usize,
     /// S of the largest micro-batch.
     pub max_sequences: usize,
+    /// Micro-batches of a step.
+    pub micro_batches: usize,
     /// Bytes of a stored element.
     pub element_size: usize,
+}
+
+/// A trained tensor of a stage.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StageParameter {
+    /// Values.
+    pub len: usize,
+    /// Whether this stage enters it into sums over all parameters; else another stage has it too.
+    pub counted: bool,
 }
 
 impl StageSizes {
@@ -34,183 +50,323 @@ impl StageSizes {
     fn layers(&self) -> impl Iterator<Item = usize> + '_ {
         self.chunks.iter().flat_map(|chunk| chunk.blocks.clone())
     }
-}
 
-/// Bytes of a stage by purpose.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct StageBytes {
-    /// Frozen tensors of the base model.
-    pub weights: u64,
-    /// Trained tensors: working copy, f32 master values, gradient, two moments.
-    pub trainables: u64,
-    /// Saved activations of all slots.
-    pub slots: u64,
-    /// Room shared by all blocks, and the head's.
-    pub workspace: u64,
-}
+    /// How many blocks it holds.
+    fn blocks(&self) -> u64 {
+        self.layers().count() as u64
+    }
 
-impl StageBytes {
-    /// The sum.
-    pub fn total(&self) -> u64 {
-        self.weights + self.trainables + self.slots + self.workspace
+    /// The base model's tensors that it holds, and whether it counts them.
+    fn base_tensors(&self, config: &ModelConfig, tied: bool) -> Vec<(NamedShape, bool)> {
+        let (v, h) = (config.vocab_size, config.hidden_size);
+        let mut tensors = Vec::new();
+        if self.embedding {
+            tensors.push(((WORD_EMBEDDINGS.to_owned(), vec![v, h]), true));
+        }
+        let in_blocks = self.layers();
+        let in_blocks = in_blocks.flat_map(|layer| weights::block_tensors(config, layer));
+        tensors.extend(in_blocks.map(|tensor| (tensor, true)));
+        if self.head {
+            let norm = ["weight", "bias"].map(|kind| format!("{FINAL_NORM}.{kind}"));
+            tensors.extend(norm.map(|name| ((name, vec![h]), true)));
+            // An untied lm_head that happens to hold the embedding's very values is found out while it
+            // is loaded, and takes nothing then; the plan leaves room for it.
+            if !(self.embedding && tied) {
+                tensors.push(((LM_HEAD.to_owned(), vec![v, h]), !tied));
+            }
+        }
+        tensors
+    }
+
+    /// Everything that is trained on the stage.
+    pub fn parameters(&self, config: &ModelConfig, trainables: &Trainables) -> Vec<StageParameter> {
+        if trainables.is_full() {
+            let tensors = self.base_tensors(config, trainables.tied).into_iter();
+            let parameter = |((_, shape), counted): (NamedShape, bool)| StageParameter {
+                len: shape.iter().product(),
+                counted,
+            };
+            return tensors.map(parameter).collect();
+        }
+        let is_prefix = matches!(trainables.adapter, Some(AdapterSection::Prefix(_)));
+        let (shared, by_block): (Vec<_>, Vec<_>) = trainables
+            .specs()
+            .iter()
+            .partition(|spec| is_prefix && spec.slice.is_none());
+        let per_block = by_block.len() / config.num_layers.max(1);
+        let shared = shared.into_iter().map(|spec| StageParameter {
+            len: spec.len(),
+            counted: self.embedding,
+        });
+        let own = self.layers().flat_map(|layer| {
+            let specs = &by_block[layer * per_block..(layer + 1) * per_block];
+            specs.iter().map(|spec| StageParameter {
+                len: spec.len(),
+                counted: true,
+            })
+        });
+        shared.chain(own).collect()
     }
 }
 
-/// Bytes that a stage takes with a given choice of recomputation (not `auto`).
-pub fn stage_bytes(
+/// Values that all stages sum at most: partial norms and losses at the end of a step, and the gradient of
+/// the layer that all blocks of a prefix projection share.
+pub fn all_reduce_len(
+    config: &ModelConfig,
+    trainables: &Trainables,
+    micro_batches: usize,
+) -> usize {
+    let shared = match &trainables.adapter {
+        Some(AdapterSection::Prefix(prefix)) if prefix.prefix_projection => {
+            prefix.pre_seq_len * config.hidden_size
+        }
+        _ => 0,
+    };
+    shared.max(trainables.specs().len() + micro_batches)
+}
+
+/// What buffers are for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// Frozen tensors of the base model.
+    Weights,
+    /// What is trained: working copy, f32 master values, gradient, two moments; and room of its own.
+    Trainables,
+    /// Micro-batches in flight: their ids and what the backward pass needs of them.
+    Activations,
+    /// Room that all blocks share, the head's, and what is exchanged with other stages.
+    Workspace,
+}
+
+/// Buffers of one kind and size.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Buffers {
+    /// What they are for.
+    pub purpose: Purpose,
+    /// What they hold.
+    pub name: &'static str,
+    /// Bytes of one.
+    pub bytes: u64,
+    /// How many there are.
+    pub count: u64,
+}
+
+/// The buffers of a stage.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Inventory {
+    buffers: Vec<Buffers>,
+}
+
+impl Inventory {
+    /// All of them.
+    pub fn buffers(&self) -> &[Buffers] {
+        &self.buffers
+    }
+
+    /// Bytes together, each buffer rounded up to a multiple of `granularity`.
+    pub fn total(&self, granularity: u64) -> u64 {
+        self.sum(granularity, |_| true)
+    }
+
+    /// Bytes of one purpose.
+    pub fn of(&self, purpose: Purpose, granularity: u64) -> u64 {
+        self.sum(granularity, |buffers| buffers.purpose == purpose)
+    }
+
+    fn sum(&self, granularity: u64, wanted: impl Fn(&Buffers) -> bool) -> u64 {
+        let wanted = self.buffers.iter().filter(|buffers| wanted(buffers));
+        wanted
+            .map(|buffers| buffers.count * buffers.bytes.next_multiple_of(granularity))
+            .sum()
+    }
+
+    fn add(&mut self, purpose: Purpose, name: &'static str, bytes: u64, count: u64) {
+        self.buffers.push(Buffers {
+            purpose,
+            name,
+            bytes,
+            count,
+        });
+    }
+}
+
+/// The buffers of a stage with a given choice of recomputation (not `auto`).
+pub fn stage_buffers(
     config: &ModelConfig,
     trainables: &Trainables,
     sizes: &StageSizes,
     recompute: Recompute,
-) -> StageBytes {
-    let (t, h, f) = (
-        sizes.max_rows as u64,
-        config.hidden_size as u64,
-        config.inner_hidden_size as u64,
-    );
-    let (v, n) = (config.vocab_size as u64, config.num_attention_heads as u64);
+) -> Inventory {
+    let mut inventory = Inventory::default();
+    if !trainables.is_full() {
+        weights(&mut inventory, config, trainables, sizes);
+    }
+    trained(&mut inventory, config, trainables, sizes);
+    slots(&mut inventory, config, sizes, recompute);
+    workspace(&mut inventory, config, trainables, sizes);
+    if sizes.head {
+        head(&mut inventory, config, sizes);
+    }
+    inventory
+}
+
+fn weights(all: &mut Inventory, config: &ModelConfig, trainables: &Trainables, sizes: &StageSizes) {
     let e = sizes.element_size as u64;
-    let attention = t * (3 * h * e + h * e + 4 * n + 4 * h);
-    let dense = t * (2 * h * e + 2 * f * e + 16);
-    let kept = match recompute {
-        Recompute::None => attention + dense,
-        Recompute::AttentionFree => attention,
-        Recompute::Block | Recompute::Auto => 0,
-    };
-    let batch = 6 * 4 * t;
-    let block_slot = 4 * t * h + kept;
-    let in_chunks: u64 = sizes
-        .chunks
-        .iter()
-        .map(|chunk| chunk.slots as u64 * (batch + chunk.blocks.len() as u64 * block_slot))
-        .sum();
-    let last_slots = sizes.chunks.last().map_or(0, |chunk| chunk.slots as u64);
-    let head_slots = if sizes.head {
-        last_slots * t * (h * e + 4)
-    } else {
-        0
-    };
-
-    let (rank, dropout, prefix_len) = match &trainables.adapter {
-        Some(AdapterSection::Lora(lora)) => (lora.r as u64, lora.lora_dropout > 0.0, 0),
-        Some(AdapterSection::Prefix(prefix)) => (0, false, prefix.pre_seq_len as u64),
-        Some(AdapterSection::Full(_)) | None => (0, false, 0),
-    };
-    let prefix = sizes.max_sequences as u64 * prefix_len * 2 * h;
-    let scratch = t * e * (3 * h + 3 * h + f) + prefix * (e + 4);
-    let lora = t * e * (2 * rank + if dropout { 2 * h.max(f) } else { 0 });
-    let c = chunk_rows(config.vocab_size, sizes.max_rows) as u64;
-    let head = match sizes.head {
-        true => 4 * t + c * (4 * h + 8 + 3 * h * e + v * e),
-        false => 0,
-    };
-    let rotary = 8 * config.max_sequence_length as u64 * (config.head_dim() as u64 / 4);
-    let mailboxes = if sizes.exchanges {
-        2 * t * h * (4 + e)
-    } else {
-        0
-    };
-    let dequantised = dequantised_len(config) as u64 * e;
-    let workspace = t * (4 * h + 2 * h * e)
-        + attention
-        + dense
-        + scratch
-        + lora
-        + dequantised
-        + head
-        + rotary
-        + mailboxes;
-    StageBytes {
-        weights: weight_bytes(config, trainables, sizes),
-        trainables: trainable_bytes(config, trainables, sizes),
-        slots: in_chunks + head_slots,
-        workspace,
-    }
-}
-
-/// Values of the base model's tensors that the stage holds.
-fn base_values(config: &ModelConfig, tied: bool, sizes: &StageSizes) -> u64 {
-    let count = |shape: &[usize]| shape.iter().product::<usize>() as u64;
-    let in_blocks: u64 = sizes
-        .layers()
-        .flat_map(|layer| weights::block_tensors(config, layer))
-        .map(|(_, shape)| count(&shape))
-        .sum();
-    let matrix = count(&[config.vocab_size, config.hidden_size]);
-    let matrices = match (sizes.embedding, sizes.head) {
-        (true, true) if tied => 1,
-        (embedding, head) => u64::from(embedding) + u64::from(head),
-    };
-    let final_norm = if sizes.head {
-        2 * config.hidden_size as u64
-    } else {
-        0
-    };
-    in_blocks + matrices * matrix + final_norm
-}
-
-fn weight_bytes(config: &ModelConfig, trainables: &Trainables, sizes: &StageSizes) -> u64 {
-    if trainables.is_full() {
-        return 0;
-    }
-    let element_size = sizes.element_size as u64;
-    let stored = base_values(config, trainables.tied, sizes) * element_size;
-    let Some(bits) = quantised::bits(config.quantization) else {
-        return stored;
-    };
-    // In place of the values: codes, and a half per row.
-    let saved = LinearSite::ALL.into_iter().map(|site| {
-        let (cols, rows) = site.features(config);
-        (rows * cols) as u64 * element_size - (rows * (bits.row_bytes(cols) + 2)) as u64
-    });
-    stored - sizes.layers().count() as u64 * saved.sum::<u64>()
-}
-
-fn trainable_bytes(config: &ModelConfig, trainables: &Trainables, sizes: &StageSizes) -> u64 {
-    let per_value = sizes.element_size as u64 + 16;
-    let matrix = (config.vocab_size * config.hidden_size) as u64;
-    if trainables.is_full() {
-        let ends = sizes.embedding || sizes.head;
-        let tied_room = if trainables.tied && ends {
-            4 * matrix
-        } else {
-            0
-        };
-        return base_values(config, trainables.tied, sizes) * per_value + tied_room;
-    }
-    let share = sizes.layers().count() as u64;
-    let layers = config.num_layers as u64;
-    let all = trainables.specs().iter();
-    let (shared, by_block): (Vec<_>, Vec<_>) = all.partition(|spec| {
-        matches!(trainables.adapter, Some(AdapterSection::Prefix(_))) && spec.slice.is_none()
-    });
-    let count = |specs: Vec<&crate::adapter::ParameterSpec>| {
-        specs.into_iter().map(|spec| spec.len() as u64).sum::<u64>()
-    };
-    let values = count(shared) + count(by_block) / layers * share;
-    let rooms = match &trainables.adapter {
-        Some(AdapterSection::Prefix(prefix)) if prefix.prefix_projection => {
-            let (p, h) = (prefix.pre_seq_len as u64, config.hidden_size as u64);
-            4 * p * h + 8 * p * h + share * 2 * p * h * (sizes.element_size as u64 + 4)
+    for ((name, shape), _) in sizes.base_tensors(config, trainables.tied) {
+        let is_matrix_of_block = shape.len() == 2 && name != WORD_EMBEDDINGS && name != LM_HEAD;
+        match (quantised::bits(config.quantization), &shape[..]) {
+            (Some(bits), &[rows, cols]) if is_matrix_of_block => {
+                let codes = rows * bits.row_bytes(cols);
+                all.add(Purpose::Weights, "codes", codes as u64, 1);
+                // The scales are halves whatever the storage type.
+                all.add(Purpose::Weights, "scales", 2 * rows as u64, 1);
+            }
+            _ => {
+                let values: usize = shape.iter().product();
+                all.add(Purpose::Weights, "frozen tensor", e * values as u64, 1);
+            }
         }
-        _ => 0,
-    };
-    values * per_value + rooms
+    }
 }
 
-/// The cheapest recomputation that fits into `budget` bytes, and whether it does: `none`, then
-/// `attention_free`, then `block`, which is returned also when nothing fits.
-pub fn choose_recompute(
+fn trained(all: &mut Inventory, config: &ModelConfig, trainables: &Trainables, sizes: &StageSizes) {
+    use Purpose::Trainables as Trained;
+    let e = sizes.element_size as u64;
+    for parameter in sizes.parameters(config, trainables) {
+        let len = parameter.len as u64;
+        all.add(Trained, "working copy", e * len, 1);
+        let name = "master values, gradient, two moments";
+        all.add(Trained, name, WORD * len, 4);
+    }
+    if trainables.is_full() && trainables.tied && (sizes.embedding || sizes.head) {
+        let matrix = (config.vocab_size * config.hidden_size) as u64;
+        all.add(
+            Trained,
+            "other gradient of the tied matrix",
+            WORD * matrix,
+            1,
+        );
+    }
+    if let Some(AdapterSection::Prefix(prefix)) = &trainables.adapter
+        && prefix.prefix_projection
+    {
+        let (p, h) = (prefix.pre_seq_len as u64, config.hidden_size as u64);
+        let (hidden, key_value) = (p * h, p * 2 * h);
+        all.add(Trained, "projection's hidden layer", WORD * hidden, 3);
+        all.add(Trained, "keys and values in f32", WORD * key_value, 1);
+        let blocks = sizes.blocks();
+        all.add(Trained, "keys and values", e * key_value, blocks);
+        all.add(Trained, "their gradient", WORD * key_value, blocks);
+    }
+    let agreement = trainables.specs().len() + sizes.micro_batches;
+    let bytes = WORD * agreement as u64;
+    all.add(Purpose::Workspace, "norms and losses of a step", bytes, 1);
+}
+
+/// `AttentionActivations::new`.
+fn attention(config: &ModelConfig, sizes: &StageSizes) -> [(&'static str, u64); 4] {
+    let (t, e) = (sizes.max_rows as u64, sizes.element_size as u64);
+    let (h, n) = (config.hidden_size as u64, config.num_attention_heads as u64);
+    [
+        ("queries, keys and values", t * 3 * h * e),
+        ("attention's output", t * h * e),
+        ("attention's sums", t * n * WORD),
+        ("second norm's input", t * h * WORD),
+    ]
+}
+
+/// `DenseActivations::new`.
+fn dense(config: &ModelConfig, sizes: &StageSizes) -> [(&'static str, u64); 6] {
+    let (t, e) = (sizes.max_rows as u64, sizes.element_size as u64);
+    let (h, f) = (config.hidden_size as u64, config.inner_hidden_size as u64);
+    [
+        ("first norm's output", t * h * e),
+        ("first norm's statistics", 2 * t * WORD),
+        ("second norm's output", t * h * e),
+        ("second norm's statistics", 2 * t * WORD),
+        ("GELU's input", t * f * e),
+        ("GELU's output", t * f * e),
+    ]
+}
+
+fn slots(all: &mut Inventory, config: &ModelConfig, sizes: &StageSizes, recompute: Recompute) {
+    use Purpose::Activations;
+    let (t, e) = (sizes.max_rows as u64, sizes.element_size as u64);
+    let h = config.hidden_size as u64;
+    for chunk in &sizes.chunks {
+        let slots = chunk.slots as u64;
+        let in_blocks = slots * chunk.blocks.len() as u64;
+        all.add(Activations, "ids, positions, targets", t * WORD, 6 * slots);
+        all.add(Activations, "block's input", t * h * WORD, in_blocks);
+        if matches!(recompute, Recompute::None | Recompute::AttentionFree) {
+            for (name, bytes) in attention(config, sizes) {
+                all.add(Activations, name, bytes, in_blocks);
+            }
+        }
+        if recompute == Recompute::None {
+            for (name, bytes) in dense(config, sizes) {
+                all.add(Activations, name, bytes, in_blocks);
+            }
+        }
+    }
+    if let Some(last) = sizes.chunks.last().filter(|_| sizes.head) {
+        let slots = last.slots as u64;
+        all.add(Activations, "loss's gradient", t * h * e, slots);
+        all.add(Activations, "loss of each target", t * WORD, slots);
+    }
+}
+
+fn workspace(
+    all: &mut Inventory,
     config: &ModelConfig,
     trainables: &Trainables,
     sizes: &StageSizes,
-    budget: u64,
-) -> (Recompute, bool) {
-    let fits = |recompute| stage_bytes(config, trainables, sizes, recompute).total() <= budget;
-    for recompute in [Recompute::None, Recompute::AttentionFree] {
-        if fits(recompute) {
-            return (recompute, true);
-        }
+) {
+    use Purpose::Workspace;
+    let (t, e) = (sizes.max_rows as u64, sizes.element_size as u64);
+    let (h, f) = (config.hidden_size as u64, config.inner_hidden_size as u64);
+    all.add(Workspace, "output", t * h * WORD, 1);
+    all.add(Workspace, "gradients that come and go", t * h * e, 2);
+    let both = attention(config, sizes).into_iter();
+    for (name, bytes) in both.chain(dense(config, sizes)) {
+        all.add(Workspace, name, bytes, 1);
     }
-    (Recompute::Block, fits(Recompute::Block))
+    all.add(Workspace, "branch and gradients of sums", t * h * e, 3);
+    all.add(Workspace, "gradient of qkv", t * 3 * h * e, 1);
+    all.add(Workspace, "gradient of GELU's input", t * f * e, 1);
+    match &trainables.adapter {
+        Some(AdapterSection::Lora(lora)) => {
+            all.add(Workspace, "low rank", t * lora.r as u64 * e, 2);
+            if lora.lora_dropout > 0.0 {
+                all.add(Workspace, "LoRA's dropped input", t * h.max(f) * e, 2);
+            }
+        }
+        Some(AdapterSection::Prefix(prefix)) => {
+            let prefixes = (sizes.max_sequences * prefix.pre_seq_len) as u64;
+            all.add(Workspace, "prefix per sequence", prefixes * 2 * h * e, 1);
+            all.add(Workspace, "its gradient", prefixes * 2 * h * WORD, 1);
+        }
+        Some(AdapterSection::Full(_)) | None => {}
+    }
+    let dequantised = dequantised_len(config) as u64;
+    all.add(Workspace, "weights out of their codes", dequantised * e, 1);
+    let table = (config.max_sequence_length * (config.head_dim() / 4)) as u64;
+    all.add(Workspace, "rotary tables", table * WORD, 2);
+    if sizes.exchanges {
+        all.add(Workspace, "activations sent and received", t * h * WORD, 2);
+        all.add(Workspace, "gradients sent and received", t * h * e, 2);
+    }
+}
+
+/// `Head::new`.
+fn head(all: &mut Inventory, config: &ModelConfig, sizes: &StageSizes) {
+    use Purpose::Workspace;
+    let (t, e) = (sizes.max_rows as u64, sizes.element_size as u64);
+    let (h, v) = (config.hidden_size as u64, config.vocab_size as u64);
+    let c = chunk_rows(config.vocab_size, sizes.max_rows) as u64;
+    all.add(Workspace, "head's row indices", t * WORD, 1);
+    all.add(Workspace, "head's rows", c * h * WORD, 1);
+    all.add(Workspace, "head's statistics", 2 * c * WORD, 1);
+    all.add(Workspace, "head's norm and gradients", c * h * e, 3);
+    all.add(Workspace, "logits", c * v * e, 1);
 }

@@ -6,26 +6,23 @@ use std::time::Duration;
 
 use half::f16;
 
+use super::advice::NoRoom;
 use super::failure::Failure;
 use super::launch::{Blueprint, Engine, InitialValues, launch};
 use super::partition::{self, PartitionError, StageSpec};
 use super::schedule::{Schedule, ScheduleError};
 use super::transport::{self, GpuTransport};
 use crate::backend::cpu::Cpu;
-use crate::backend::cuda::{self, Cuda, CudaError, LargestBatch, LinearWork};
+use crate::backend::cuda::{self, Cuda, CudaError, LinearWork, MemoryPlan};
 use crate::backend::{BackendError, Pulse};
 use crate::checkpoint::{CheckpointError, ModelFolder, TensorSource};
 use crate::comm::{CommError, in_process, nccl, peer_copy};
 use crate::config::error::ConfigError;
 use crate::config::model::ModelConfig;
-use crate::config::run::{
-    AdapterSection, Device, Precision, Quantization, Recompute, TransportKind,
-};
+use crate::config::run::{Device, Precision, Quantization, Recompute, TransportKind};
 use crate::data::DataError;
 use crate::data::tokenizer::TokenizerError;
 use crate::model::ModelError;
-use crate::model::head::chunk_rows;
-use crate::model::memory::{self, StageSizes};
 use crate::model::quantised;
 use crate::model::rotary::RotaryPrecision;
 use crate::model::trainables::Trainables;
@@ -98,21 +95,9 @@ pub enum StartError {
     /// A storage type that GPUs do not have here.
     #[error("precision = \"f32\" is for `--devices cpu`: on GPUs use precision = \"f16\"")]
     GpuPrecision,
-    /// Not enough memory for any choice of recomputation.
-    #[error(
-        "stage {rank} needs {:.1} MiB even with recomputation of whole blocks, and {:.1} MiB are \
-         available: use more devices, a smaller micro_batch_size or shorter rows",
-        *needed as f64 / f64::from(1 << 20),
-        *budget as f64 / f64::from(1 << 20)
-    )]
-    Memory {
-        /// The stage.
-        rank: usize,
-        /// Bytes with `recompute = "block"`.
-        needed: u64,
-        /// Bytes allowed.
-        budget: u64,
-    },
+    /// A device has not the memory that its stages need.
+    #[error(transparent)]
+    Memory(#[from] Box<NoRoom>),
     /// A worker.
     #[error(transparent)]
     Failure(#[from] Failure),
@@ -136,7 +121,7 @@ impl StartError {
             | StartError::MixedDevices
             | StartError::GpuPrecision
             | StartError::SharedGpu { .. }
-            | StartError::Memory { .. } => false,
+            | StartError::Memory(_) => false,
         }
     }
 }
@@ -187,151 +172,17 @@ pub struct Layout {
     pub stall_timeout: Duration,
 }
 
-impl Layout {
-    /// Sizes of stage `rank`, for planning its memory.
-    pub fn sizes(&self, rank: usize) -> StageSizes {
-        let spec = &self.stages[rank];
-        StageSizes {
-            chunks: self.schedule.chunks(rank, &spec.chunks),
-            exchanges: self.stages.len() > 1,
-            embedding: spec.embedding,
-            head: spec.head,
-            max_rows: self.max_rows,
-            max_sequences: self.max_sequences,
-            element_size: match self.precision {
-                Precision::F32 => 4,
-                Precision::F16 => 2,
-            },
-        }
-    }
-
-    /// Replaces `auto` by the cheapest choice that fits into each stage's share of the memory:
-    /// `memory_per_device`, or what the system says is available.
-    ///
-    /// # Errors
-    /// Nothing fits into a `memory_per_device` that was given.
-    pub fn choose_recompute(
-        &mut self,
-        config: &ModelConfig,
-        trainables: &Trainables,
-        memory_per_device: Option<u64>,
-    ) -> Result<(), StartError> {
-        for rank in 0..self.stages.len() {
-            if self.recompute[rank] != Recompute::Auto {
-                continue;
-            }
-            let Some(budget) = memory_per_device.or(self.available_memory(rank)?) else {
-                self.recompute[rank] = Recompute::Block;
-                continue;
-            };
-            let sizes = self.sizes(rank);
-            let (choice, fits) = memory::choose_recompute(config, trainables, &sizes, budget);
-            if !fits && memory_per_device.is_some() {
-                let bytes = memory::stage_bytes(config, trainables, &sizes, choice);
-                return Err(StartError::Memory {
-                    rank,
-                    needed: bytes.total(),
-                    budget,
-                });
-            }
-            self.recompute[rank] = choice;
-        }
-        Ok(())
-    }
-
-    /// Bytes that a stage can have, where that is known: its share of what is free on its device.
-    fn available_memory(&self, rank: usize) -> Result<Option<u64>, StartError> {
-        let device = self.devices[rank];
-        let sharing = self.devices.iter().filter(|&&other| other == device);
-        let free = match device {
-            Device::Cpu => free_host_memory(),
-            Device::Cuda(ordinal) => {
-                let free = cuda::free_memory(ordinal)?;
-                Some(free.saturating_sub(cuda::OWN_MEMORY))
-            }
-        };
-        Ok(free.map(|bytes| bytes / sharing.count() as u64))
-    }
-
-    /// What a GPU makes room for beside the buffers of a stage.
-    fn largest_batch(&self, config: &ModelConfig, trainables: &Trainables) -> LargestBatch {
-        LargestBatch {
-            rows: self.max_rows,
-            sequences: self.max_sequences,
-            heads: config.num_attention_heads,
-            hidden_size: config.hidden_size,
-            prefix_len: match &trainables.adapter {
-                Some(AdapterSection::Prefix(prefix)) => prefix.pre_seq_len,
-                _ => 0,
-            },
-        }
-    }
-
-    /// Every linear layer that stage `rank` computes.
-    fn linear_work(
-        &self,
-        config: &ModelConfig,
-        trainables: &Trainables,
-        rank: usize,
-    ) -> Vec<LinearWork> {
-        let spec = &self.stages[rank];
-        let (h, f) = (config.hidden_size, config.inner_hidden_size);
-        let work = |in_features, out_features, bias, max_rows| LinearWork {
-            in_features,
-            out_features,
-            bias,
-            max_rows,
-            backward: true,
-            weight_gradient: trainables.is_full(),
-            single: false,
-        };
-        let mut all = vec![
-            work(h, 3 * h, true, self.max_rows),
-            work(h, h, true, self.max_rows),
-            work(h, f, true, self.max_rows),
-            work(f, h, true, self.max_rows),
-        ];
-        if spec.head {
-            let rows = chunk_rows(config.vocab_size, self.max_rows);
-            all.push(work(h, config.vocab_size, false, rows));
-        }
-        if let Some(AdapterSection::Prefix(prefix)) = &trainables.adapter
-            && prefix.prefix_projection
-        {
-            all.extend([h, 2 * h].map(|width| LinearWork {
-                weight_gradient: true,
-                single: true,
-                ..work(h, width, true, prefix.pre_seq_len)
-            }));
-        }
-        all
-    }
-}
-
-/// Memory that new work can use without swapping, as Linux estimates it; `None` elsewhere.
-fn free_host_memory() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text
-        .lines()
-        .find(|line| line.starts_with("MemAvailable:"))?;
-    let kib: u64 = line.split_whitespace().nth(1)?.parse().ok()?;
-    kib.checked_mul(1024)
-}
-
 /// What a stage's GPU is prepared for.
 struct StagePlan {
     ordinal: Option<u32>,
-    bytes: u64,
-    batch: LargestBatch,
+    memory: MemoryPlan,
     work: Vec<LinearWork>,
 }
 
 impl StagePlan {
     /// The GPU with the stage's memory reserved and its products prepared.
     fn open(&self, pulse: &Arc<Pulse>) -> Result<Cuda, BackendError> {
-        let cuda = Cuda::with_pulse(self.ordinal.unwrap_or_default(), pulse)?;
-        cuda.prepare_batches(&self.batch)?;
-        cuda.reserve(self.bytes)?;
+        let cuda = Cuda::planned(self.ordinal.unwrap_or_default(), pulse, &self.memory)?;
         cuda.prepare_products(&self.work)?;
         Ok(cuda)
     }
@@ -356,7 +207,7 @@ impl Base {
         })
     }
 
-    /// Deals the blocks to `devices`: by `balance`, or by cost.
+    /// Deals the blocks to `devices`, one chunk each: by `balance`, or by cost.
     ///
     /// # Errors
     /// The blocks cannot be dealt out so.
@@ -391,19 +242,49 @@ impl Base {
         initial: InitialValues,
     ) -> Result<Engine, StartError> {
         check_devices(&layout.devices, layout.precision)?;
-        let planned = |rank| -> StagePlan {
-            let (sizes, recompute) = (layout.sizes(rank), layout.recompute[rank]);
-            let bytes = memory::stage_bytes(&self.config, &trainables, &sizes, recompute);
-            StagePlan {
+        let stages = layout.stages.len();
+        if layout.is_reserved() {
+            let choice = transport::choose(layout.transport, &layout.devices)?;
+            let exchange = choice.transport.exchange();
+            let planned = |rank: usize| StagePlan {
                 ordinal: layout.devices[rank].ordinal(),
-                bytes: bytes.total(),
-                batch: layout.largest_batch(&self.config, &trainables),
+                memory: layout.memory_plan(&self.config, &trainables, rank, exchange),
                 work: layout.linear_work(&self.config, &trainables, rank),
-            }
-        };
-        let planned: Vec<StagePlan> = (0..layout.stages.len()).map(planned).collect();
-        let on_gpus = planned.iter().all(|stage| stage.ordinal.is_some());
-        let blueprint = Blueprint {
+            };
+            let planned: Vec<StagePlan> = (0..stages).map(planned).collect();
+            let open = move |rank: usize, _, pulse: &Arc<Pulse>| planned[rank].open(pulse);
+            // GPUs compute by themselves: no stage has to wait for a thread.
+            let blueprint = self.blueprint(layout, trainables, initial, stages);
+            let engine = match choice.transport {
+                GpuTransport::Nccl(library) => {
+                    launch(blueprint, nccl::connect(library, stages)?, open)?
+                }
+                GpuTransport::PeerCopy => launch(blueprint, peer_copy::connect(stages), open)?,
+                GpuTransport::HostMemory => launch(blueprint, in_process::connect(stages), open)?,
+            };
+            return Ok(engine.over(choice.description));
+        }
+        let blueprint = self.blueprint(layout, trainables, initial, layout.threads);
+        let transports = in_process::connect(stages);
+        Ok(match layout.precision {
+            Precision::F32 => launch(blueprint, transports, |_, n, pulse| {
+                Cpu::<f32>::with_pulse(n, pulse)
+            })?,
+            Precision::F16 => launch(blueprint, transports, |_, n, pulse| {
+                Cpu::<f16>::with_pulse(n, pulse)
+            })?,
+        })
+    }
+
+    /// Everything that the stages are made from.
+    fn blueprint(
+        &self,
+        layout: &Layout,
+        trainables: Trainables,
+        initial: InitialValues,
+        threads: usize,
+    ) -> Blueprint {
+        Blueprint {
             config: self.config.clone(),
             source: Arc::clone(&self.source),
             head_source: self.head_source.clone(),
@@ -416,34 +297,8 @@ impl Base {
             max_rows: layout.max_rows,
             max_sequences: layout.max_sequences,
             rotary: layout.rotary_table,
-            // GPUs compute by themselves: no stage has to wait for a thread.
-            threads: match on_gpus {
-                true => layout.stages.len(),
-                false => layout.threads,
-            },
+            threads,
             stall_timeout: layout.stall_timeout,
-        };
-        let stages = layout.stages.len();
-        if on_gpus {
-            let choice = transport::choose(layout.transport, &layout.devices)?;
-            let open = move |rank: usize, _, pulse: &Arc<Pulse>| planned[rank].open(pulse);
-            let engine = match choice.transport {
-                GpuTransport::Nccl(library) => {
-                    launch(blueprint, nccl::connect(library, stages)?, open)?
-                }
-                GpuTransport::PeerCopy => launch(blueprint, peer_copy::connect(stages), open)?,
-                GpuTransport::HostMemory => launch(blueprint, in_process::connect(stages), open)?,
-            };
-            return Ok(engine.over(choice.description));
         }
-        let transports = in_process::connect(stages);
-        Ok(match layout.precision {
-            Precision::F32 => launch(blueprint, transports, |_, n, pulse| {
-                Cpu::<f32>::with_pulse(n, pulse)
-            })?,
-            Precision::F16 => launch(blueprint, transports, |_, n, pulse| {
-                Cpu::<f16>::with_pulse(n, pulse)
-            })?,
-        })
     }
 }

@@ -10,11 +10,12 @@ use crossbeam::channel::{Receiver, RecvTimeoutError, Sender};
 use super::failure::{Cause, Failure};
 use super::messages::{Command, InferPlan, Reply, StepOutcome, StepPlan};
 use super::place::Place;
+use super::rehearsal::Rehearsal;
 use super::schedule::{Operation, Schedule};
 use super::watch::{Sight, Task, Verdict, Watch, Watched};
 use super::worker::{Doing, lock};
 use crate::adapter::ParameterState;
-use crate::backend::{Pulse, leave_behind};
+use crate::backend::{MemoryUse, Pulse, leave_behind};
 use crate::config::run::Device;
 use crate::data::batch::MicroBatch;
 
@@ -87,6 +88,48 @@ impl Engine {
         // Every stage came to the same outcome, by the same numbers.
         let last = outcomes.into_iter().next_back();
         last.ok_or_else(|| self.failure(0, Cause::Vanished))
+    }
+
+    /// Forward and backward of a step that does not count, to find out whether there is room for it.
+    /// Leaves no trace: weights, moments, loss scale, random numbers and the place in the data are as
+    /// they were.
+    ///
+    /// # Errors
+    /// The first stage that failed; the engine is of no further use then.
+    pub fn rehearse(&mut self, rehearsal: Rehearsal) -> Result<(), Failure> {
+        let schedule = Arc::clone(&rehearsal.schedule);
+        let programs = (0..self.seats.len()).map(|rank| schedule.program(rank));
+        let programs = std::mem::replace(&mut self.programs, programs.collect());
+        let schedule = std::mem::replace(&mut self.schedule, schedule);
+        let rehearsal = Arc::new(rehearsal);
+        let rehearsed = self.ask(
+            Task::Rehearsal,
+            || Command::Rehearse(Arc::clone(&rehearsal)),
+            |reply| match reply {
+                Reply::Ready => Some(()),
+                _ => None,
+            },
+        );
+        (self.schedule, self.programs) = (schedule, programs);
+        rehearsed.map(drop).map_err(|failure| Failure {
+            doing: format!("rehearsal, {}", failure.doing),
+            ..failure
+        })
+    }
+
+    /// How each stage uses the memory that was planned for it; nothing where none is taken ahead.
+    ///
+    /// # Errors
+    /// The first stage that failed; the engine is of no further use then.
+    pub fn memory(&mut self) -> Result<Vec<Option<MemoryUse>>, Failure> {
+        self.ask(
+            Task::Snapshot,
+            || Command::Memory,
+            |reply| match reply {
+                Reply::Memory(memory) => Some(memory),
+                _ => None,
+            },
+        )
     }
 
     /// Sum of the losses of all targets of a micro-batch, with nothing trained and no dropout; leaves
@@ -287,7 +330,7 @@ impl Engine {
         Failure {
             step: match task {
                 Task::Step(step) => Some(step),
-                Task::Load | Task::Connect | Task::Pass | Task::Snapshot => None,
+                Task::Load | Task::Connect | Task::Rehearsal | Task::Pass | Task::Snapshot => None,
             },
             doing: action,
             ..self.failure(rank, Cause::Stalled { silent, stall })
@@ -304,6 +347,7 @@ impl Engine {
             device: seat.map_or(Device::Cpu, |seat| seat.device),
             step,
             doing: action,
+            device_at: None,
             cause,
         }
     }

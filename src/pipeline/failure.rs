@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use crate::backend::BackendError;
+use crate::backend::cuda::CudaError;
 use crate::comm::CommError;
 use crate::config::run::Device;
 use crate::model::ModelError;
@@ -101,6 +102,27 @@ pub(super) fn stages(ranks: &[usize]) -> String {
     }
 }
 
+impl Cause {
+    fn of_backend(&self) -> Option<&BackendError> {
+        match self {
+            Cause::Comm(CommError::Backend(error)) | Cause::Model(ModelError::Backend(error)) => {
+                Some(error)
+            }
+            _ => None,
+        }
+    }
+
+    /// Whether it comes from work that was queued before, while the worker was on at something else.
+    pub(super) fn is_late(&self) -> bool {
+        matches!(
+            self.of_backend(),
+            Some(BackendError::Cuda(
+                CudaError::Lost { .. } | CudaError::Nccl { .. }
+            ))
+        )
+    }
+}
+
 impl From<BackendError> for Cause {
     fn from(error: BackendError) -> Self {
         Cause::Model(ModelError::Backend(error))
@@ -110,9 +132,10 @@ impl From<BackendError> for Cause {
 /// The failure that ended a run.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "stage {rank}{}, {doing} on {}: {cause}",
+    "stage {rank}{}, {doing} on {}{}: {cause}",
     .step.map(|step| format!(", step {step}")).unwrap_or_default(),
-    title(.device)
+    title(.device),
+    .device_at.as_ref().map(|action| format!(", which had got to {action}")).unwrap_or_default()
 )]
 pub struct Failure {
     /// The stage.
@@ -123,6 +146,8 @@ pub struct Failure {
     pub step: Option<u64>,
     /// The action: `F3`, `B0`, `update`, `loading`.
     pub doing: String,
+    /// How far the device had got in that step, where the cause lies in what was queued on it.
+    pub device_at: Option<String>,
     /// Why.
     pub cause: Cause,
 }
@@ -154,10 +179,13 @@ impl Failure {
     pub fn is_consequence(&self) -> bool {
         match &self.cause {
             Cause::Comm(CommError::PeerGone { .. } | CommError::Stopped) => true,
-            Cause::Comm(CommError::Backend(error)) | Cause::Model(ModelError::Backend(error)) => {
-                matches!(error, BackendError::Stopped)
-            }
-            _ => false,
+            cause => matches!(
+                cause.of_backend(),
+                Some(
+                    BackendError::Stopped
+                        | BackendError::Cuda(CudaError::Nccl { remote: true, .. })
+                )
+            ),
         }
     }
 }

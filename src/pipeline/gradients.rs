@@ -87,7 +87,7 @@ impl<B: Backend> Agreement<B> {
     }
 
     /// Values in the vector.
-    pub fn len(&self) -> usize {
+    pub fn values(&self) -> usize {
         self.parameters + self.micro_batches
     }
 
@@ -96,7 +96,7 @@ impl<B: Backend> Agreement<B> {
     /// # Errors
     /// When the device fails.
     pub fn clear(&mut self, backend: &B) -> Result<(), Cause> {
-        let len = self.len();
+        let len = self.values();
         Ok(backend.clear(&mut self.values, len)?)
     }
 
@@ -113,6 +113,21 @@ impl<B: Backend> Agreement<B> {
     ) -> Result<(), Cause> {
         let index = self.parameters + micro_batch;
         Ok(backend.sum(&mut self.values, index, token_loss, targets)?)
+    }
+
+    /// Sums over all stages as [`Agreement::decide`] does, waits for it, and decides nothing.
+    ///
+    /// # Errors
+    /// Another stage is gone, or the device fails.
+    pub fn rehearse<T: Transport<B>>(
+        &mut self,
+        backend: &B,
+        transport: &mut T,
+    ) -> Result<(), Cause> {
+        let len = self.values();
+        transport.all_reduce_sum(backend, &mut self.values, len)?;
+        backend.read(&self.values, len)?;
+        Ok(())
     }
 
     /// Enters this stage's partial norms.
@@ -149,7 +164,7 @@ impl<B: Backend> Agreement<B> {
         parameters: &[&mut Parameter<B>],
         plan: &StepPlan,
     ) -> Result<StepOutcome, Cause> {
-        let len = self.len();
+        let len = self.values();
         transport.all_reduce_sum(backend, &mut self.values, len)?;
         let values = backend.read(&self.values, len)?;
         let (partials, loss_sums) = values.split_at(self.parameters);

@@ -13,7 +13,8 @@ use super::gradients::Agreement;
 use super::messages::{Command, Reply};
 use super::partition::StageSpec;
 use super::permits::Permits;
-use super::schedule::Schedule;
+use super::place::{Place, action_name};
+use super::schedule::{Operation, Schedule};
 use super::worker::{Doing, Worker, lock};
 use crate::adapter::{AdapterError, ParameterSpec, ParameterState};
 use crate::backend::{Backend, BackendError, Pulse};
@@ -106,6 +107,7 @@ where
         let post = Post {
             rank,
             device: blueprint.devices[rank],
+            program: engine.programs[rank].clone(),
             commands,
             replies: reply.clone(),
             pulse: Arc::default(),
@@ -159,6 +161,7 @@ where
                     device: place,
                     step: None,
                     doing: "loading".to_owned(),
+                    device_at: None,
                     cause: Cause::Thread(error),
                 });
             }
@@ -172,6 +175,7 @@ where
 struct Post {
     rank: usize,
     device: Device,
+    program: Vec<Operation>,
     commands: Receiver<Command>,
     replies: Sender<(usize, Result<Reply, Failure>)>,
     pulse: Arc<Pulse>,
@@ -186,7 +190,7 @@ impl Post {
         B: Backend,
         T: Transport<B>,
     {
-        let Some(mut worker) = self.told(guarded(|| make(&self))) else {
+        let Some(mut worker) = self.told(0, guarded(|| make(&self))) else {
             return;
         };
         let mut answer = Reply::Ready;
@@ -198,7 +202,8 @@ impl Post {
             let Ok(command) = self.commands.recv() else {
                 return;
             };
-            match self.told(guarded(|| worker.obey(command))) {
+            let obeyed = guarded(|| worker.obey(command));
+            match self.told(worker.command, obeyed) {
                 Some(reply) => answer = reply,
                 None => break,
             }
@@ -206,17 +211,21 @@ impl Post {
         while self.commands.recv().is_ok() {}
     }
 
-    /// The result, or nothing where it is a failure, which the controlling thread is told.
-    fn told<R>(&self, result: Result<R, Cause>) -> Option<R> {
+    /// The result of a command, or nothing where it is a failure, which the controlling thread is told.
+    fn told<R>(&self, command: u32, result: Result<R, Cause>) -> Option<R> {
         let cause = match result {
             Ok(result) => return Some(result),
             Err(cause) => cause,
         };
         let Doing { step, action } = lock(&self.doing).clone();
+        let place = Place::unpack(self.pulse.place());
+        let behind = step.is_some() && cause.is_late() && place.command == command;
+        let device_at = behind.then(|| action_name(&self.program, place.operation));
         let failure = Failure {
             rank: self.rank,
             device: self.device,
             step,
+            device_at: device_at.filter(|at| *at != action),
             doing: action,
             cause,
         };

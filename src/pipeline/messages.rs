@@ -1,6 +1,8 @@
 //! What the controlling thread asks of the workers, and what they answer.
 
+use super::rehearsal::Rehearsal;
 use crate::adapter::ParameterState;
+use crate::backend::MemoryUse;
 use crate::config::run::OptimizerSection;
 use crate::data::batch::MicroBatch;
 use crate::model::head::LogitsRows;
@@ -72,6 +74,8 @@ pub struct CachePlan {
 pub(super) enum Command {
     /// Connect with the other stages.
     Connect,
+    /// The actions of a step, without its update.
+    Rehearse(std::sync::Arc<Rehearsal>),
     /// One training step.
     Step(std::sync::Arc<StepPlan>),
     /// Loss of a micro-batch, without a gradient.
@@ -80,11 +84,13 @@ pub(super) enum Command {
     Infer(std::sync::Arc<InferPlan>),
     /// Values and moments of everything that is trained.
     Snapshot,
+    /// How the memory that was planned is used.
+    Memory,
 }
 
 /// What a worker answers.
 pub(super) enum Reply {
-    /// Its stage is loaded, or connected.
+    /// Its stage is loaded, or connected, or rehearsed.
     Ready,
     /// The step is done.
     Step(StepOutcome),
@@ -94,4 +100,6 @@ pub(super) enum Reply {
     Infer(Option<Vec<f32>>),
     /// Place in the order of all parameters, and state.
     Snapshot(Vec<(usize, ParameterState)>),
+    /// Planned memory; nothing where none is taken ahead.
+    Memory(Option<MemoryUse>),
 }

@@ -2,9 +2,11 @@
 
 use std::time::Duration;
 
+use super::advice::{NoRoom, RowLengths, Wish};
 use super::base::{Base, Layout, StartError};
-use super::partition;
-use super::schedule::Schedule;
+use super::cost::TypicalBatch;
+use super::fit::{Demand, Fitted};
+use super::needs::DeviceMemory;
 use super::template::template_settings;
 use crate::config::model::ModelConfig;
 use crate::config::run::{BadRowPolicy, RunConfig};
@@ -31,8 +33,14 @@ pub struct Prepared {
     pub warnings: Vec<String>,
     /// What is trained.
     pub trainables: Trainables,
+    /// What the run asks of its devices.
+    pub demand: Demand,
+    /// What they have.
+    pub memory: Vec<DeviceMemory>,
     /// The stages and what they do.
     pub layout: Layout,
+    /// What is missing, where the devices have not the memory for it.
+    pub no_room: Option<Box<NoRoom>>,
     /// The order of the rows.
     pub sampler: Sampler,
     /// Steps of the whole run.
@@ -43,8 +51,24 @@ impl Prepared {
     /// Opens model and data and decides who does what; the data goes on at `state`.
     ///
     /// # Errors
-    /// Configuration, model or data do not fit together.
+    /// Configuration, model or data do not fit together, or the run does not fit its devices.
     pub fn open(
+        config: &RunConfig,
+        state: SamplerState,
+        on_progress: OnProgress<'_>,
+    ) -> Result<Self, StartError> {
+        let mut prepared = Self::survey(config, state, on_progress)?;
+        match prepared.no_room.take() {
+            Some(no_room) => Err(no_room.into()),
+            None => Ok(prepared),
+        }
+    }
+
+    /// As [`Prepared::open`], but a run that does not fit its devices is no error.
+    ///
+    /// # Errors
+    /// Configuration, model or data do not fit together.
+    pub fn survey(
         config: &RunConfig,
         state: SamplerState,
         on_progress: OnProgress<'_>,
@@ -56,17 +80,13 @@ impl Prepared {
         // What does not depend on the rows is refused before they are read.
         let trainables = Trainables::new(&base.config, &config.adapter, base.head_source.tied)?;
         let pipeline = &config.pipeline;
-        let balance = pipeline.balance.as_deref();
-        let head_cost = |target_share| {
-            let full = trainables.is_full();
-            partition::head_cost(&base.config, target_share, pipeline.recompute, full)
-        };
-        base.stages(
+        let memory = DeviceMemory::of(
             &pipeline.devices,
-            pipeline.virtual_stages,
-            balance,
-            head_cost(1.0),
+            pipeline.memory_per_device,
+            pipeline.transport,
         )?;
+        let unread = demand(config, (1, 1), TypicalBatch::new(1.0, 1.0, 1.0));
+        unread.fit(&base.config, &trainables, &memory)?;
         let data = open_training_data(&settings, tokenizer.as_ref(), &base.config, on_progress)?;
         let is_text = !data.holds_token_ids;
         warnings.extend(data.notices());
@@ -76,34 +96,24 @@ impl Prepared {
             ..
         } = data;
         let sampler = Sampler::over(&rows, batching(config), order(config), state)?;
-        let head_cost = head_cost(rows.target_share());
-        let stages = base.stages(
-            &pipeline.devices,
-            pipeline.virtual_stages,
-            balance,
-            head_cost,
-        )?;
         let micro_batches = config.run.gradient_accumulation;
         let longest = validation.iter().flat_map(Rows::lengths).max();
-        let mut layout = Layout {
-            devices: pipeline.devices.clone(),
-            precision: config.model.precision,
-            rotary_table: config.model.rotary_table,
-            schedule: Schedule::build(
-                pipeline.schedule,
-                stages.len(),
-                pipeline.virtual_stages,
-                micro_batches,
-            )?,
-            recompute: vec![pipeline.recompute; stages.len()],
-            stages,
-            max_rows: sampler.max_tokens(&rows).max(longest.unwrap_or(0)),
-            max_sequences: sampler.max_sequences(&rows),
-            transport: pipeline.transport,
-            threads: pipeline.threads,
-            stall_timeout: Duration::from_secs(pipeline.stall_timeout),
-        };
-        layout.choose_recompute(&base.config, &trainables, pipeline.memory_per_device)?;
+        let max_rows = sampler.max_tokens(&rows).max(longest.unwrap_or(0));
+        let largest = (max_rows, sampler.max_sequences(&rows));
+        let demand = demand(config, largest, typical(config, &rows));
+        let Fitted { layout, shortage } =
+            demand.fit_or_nearly(&base.config, &trainables, &memory)?;
+        let no_room = shortage.filter(|shortage| shortage.firm).map(|shortage| {
+            let wish = Wish {
+                demand: &demand,
+                model: &base.config,
+                trainables: &trainables,
+                memory: &memory,
+                size: batching(config).size,
+                lengths: &RowLengths::of(&rows, validation.as_ref()),
+            };
+            wish.refuse(shortage)
+        });
         let epochs = config.run.epochs.unwrap_or(1);
         let max_steps = config.run.max_steps;
         Ok(Prepared {
@@ -114,10 +124,44 @@ impl Prepared {
             validation,
             warnings,
             trainables,
+            demand,
+            memory,
             layout,
+            no_room,
             sampler,
         })
     }
+}
+
+/// What a run with micro-batches of up to `largest` tokens and sequences asks of its devices.
+pub fn demand(config: &RunConfig, largest: (usize, usize), typical: TypicalBatch) -> Demand {
+    let pipeline = &config.pipeline;
+    Demand {
+        devices: pipeline.devices.clone(),
+        transport: pipeline.transport,
+        balance: pipeline.balance.clone(),
+        precision: config.model.precision,
+        rotary_table: config.model.rotary_table,
+        schedule: pipeline.schedule,
+        virtual_stages: pipeline.virtual_stages,
+        micro_batches: config.run.gradient_accumulation,
+        recompute: pipeline.recompute,
+        threads: pipeline.threads,
+        stall_timeout: Duration::from_secs(pipeline.stall_timeout),
+        max_rows: largest.0,
+        max_sequences: largest.1,
+        typical,
+    }
+}
+
+/// A micro-batch of rows of middling length.
+fn typical(config: &RunConfig, rows: &Rows) -> TypicalBatch {
+    let tokens = rows.tokens() as f64 / rows.len().max(1) as f64;
+    let sequences = match batching(config).size {
+        MicroBatchSize::Rows(size) => size.min(rows.len()) as f64,
+        MicroBatchSize::Tokens(budget) => (budget as f64 / tokens.max(1.0)).max(1.0),
+    };
+    TypicalBatch::new(sequences, tokens, rows.target_share())
 }
 
 /// The tokenizer of the model's folder, if there is one: rows of token ids do without.
@@ -169,7 +213,8 @@ fn order(config: &RunConfig) -> Order {
     }
 }
 
-fn batching(config: &RunConfig) -> Batching {
+/// How micro-batches are made of rows.
+pub fn batching(config: &RunConfig) -> Batching {
     let size = match config.run.micro_batch_tokens {
         Some(tokens) => MicroBatchSize::Tokens(tokens),
         None => MicroBatchSize::Rows(config.run.micro_batch_size),

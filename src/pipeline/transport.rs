@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use super::base::StartError;
+use super::needs::Exchange;
 use crate::backend::cuda::{self, CudaError, NcclLibrary, PeerCopies};
 use crate::config::run::{Device, TransportKind};
 
@@ -20,6 +21,17 @@ pub(super) enum GpuTransport {
     PeerCopy,
     /// Copies to the host and from there, where nothing better works.
     HostMemory,
+}
+
+impl GpuTransport {
+    /// The way, for planning.
+    pub fn exchange(&self) -> Exchange {
+        match self {
+            GpuTransport::Nccl(_) => Exchange::Nccl,
+            GpuTransport::PeerCopy => Exchange::PeerCopy,
+            GpuTransport::HostMemory => Exchange::HostMemory,
+        }
+    }
 }
 
 /// What was chosen, in words for the person at the terminal.

@@ -13,11 +13,13 @@ pub(super) enum Task {
     Load,
     /// To connect with each other.
     Connect,
+    /// The actions of a step that does not count.
+    Rehearsal,
     /// A training step, counted from 1.
     Step(u64),
     /// One micro-batch forward, without gradients.
     Pass,
-    /// To read what is trained.
+    /// To read what is trained, or how memory is used.
     Snapshot,
 }
 
@@ -204,8 +206,8 @@ impl Watched<'_> {
                 exchanges: false,
             },
             // The device is still at the end of what was asked before.
-            Task::Step(_) | Task::Pass if !begun => own(),
-            Task::Step(_) => self.state_in_step(rank, sights),
+            Task::Rehearsal | Task::Step(_) | Task::Pass if !begun => own(),
+            Task::Rehearsal | Task::Step(_) => self.state_in_step(rank, sights),
             Task::Pass => self.state_in_pass(rank, sights),
         }
     }

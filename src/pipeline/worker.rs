@@ -7,6 +7,7 @@ use super::gradients::{self, Agreement};
 use super::messages::{Command, InferPlan, Reply, StepOutcome, StepPlan};
 use super::permits::Permits;
 use super::place::{Phase, Place, action_name};
+use super::rehearsal::Rehearsal;
 use super::schedule::{Action, Flow, Operation, Schedule};
 use crate::backend::{Backend, Element, Pulse, Span};
 use crate::comm::{CommError, Mailbox, Parcel, Room, Transport};
@@ -53,17 +54,22 @@ impl<B: Backend, T: Transport<B>> Worker<B, T> {
         self.command = self.command.wrapping_add(1);
         match command {
             Command::Connect => self.connect(),
+            Command::Rehearse(rehearsal) => self.rehearse(&rehearsal),
             Command::Step(plan) => self.step(&plan).map(Reply::Step),
             Command::Evaluate(batch) => self.evaluate(&batch).map(Reply::Evaluate),
             Command::Infer(plan) => self.infer(&plan).map(Reply::Infer),
             Command::Snapshot => self.snapshot(),
+            Command::Memory => Ok(Reply::Memory(self.backend.memory_use())),
         }
     }
 
     fn connect(&mut self) -> Result<Reply, Cause> {
         self.at(None, "connecting".to_owned());
         let room = Room {
-            all_reduce: self.agreement.len().max(self.stage.shared_gradient_len()),
+            all_reduce: self
+                .agreement
+                .values()
+                .max(self.stage.shared_gradient_len()),
         };
         self.transport.start(&self.backend, &self.pulse, room)?;
         Ok(Reply::Ready)
@@ -87,8 +93,28 @@ impl<B: Backend, T: Transport<B>> Worker<B, T> {
     }
 
     fn step(&mut self, plan: &StepPlan) -> Result<StepOutcome, Cause> {
-        let number = Some(plan.step + 1);
-        self.at(number, "begin".to_owned());
+        let end = self.actions(plan, Some(plan.step + 1))?;
+        self.update(plan, end)
+    }
+
+    /// A step without its update. What it leaves is overwritten or cleared when the next one begins;
+    /// weights and moments are changed by an update alone.
+    fn rehearse(&mut self, rehearsal: &Rehearsal) -> Result<Reply, Cause> {
+        let full = std::mem::replace(&mut self.schedule, Arc::clone(&rehearsal.schedule));
+        let end = self.actions(&rehearsal.step, None);
+        self.schedule = full;
+        let end = end?;
+        self.at(None, action_name(&[], end));
+        self.complete(end)?;
+        self.reach(end + 1, Phase::Input)?;
+        self.agreement
+            .rehearse(&self.backend, &mut self.transport)?;
+        Ok(Reply::Ready)
+    }
+
+    /// All actions and exchanges of a step, from cleared gradients on; gives the place behind them.
+    fn actions(&mut self, plan: &StepPlan, step: Option<u64>) -> Result<usize, Cause> {
+        self.at(step, "begin".to_owned());
         self.stage.begin_step(&self.backend)?;
         self.agreement.clear(&self.backend)?;
         let program = self.schedule.program(self.transport.rank());
@@ -96,7 +122,7 @@ impl<B: Backend, T: Transport<B>> Worker<B, T> {
         let mut done = [None; 2];
         for (place, operation) in program.iter().enumerate() {
             self.reach(place, Phase::Input)?;
-            self.at(number, action_name(&program, place));
+            self.at(step, action_name(&program, place));
             match *operation {
                 Operation::Run(action) => {
                     match action.flow {
@@ -122,12 +148,11 @@ impl<B: Backend, T: Transport<B>> Worker<B, T> {
                 }
             }
         }
-        self.update(plan, program.len())
+        Ok(program.len())
     }
 
-    /// The end of a step, at place `end` of its program.
-    fn update(&mut self, plan: &StepPlan, end: usize) -> Result<StepOutcome, Cause> {
-        self.at(Some(plan.step + 1), action_name(&[], end));
+    /// Completes the gradients that stages share, at place `end` of a step.
+    fn complete(&mut self, end: usize) -> Result<(), Cause> {
         let others = self.transport.stages() > 1;
         let shares = self.stage.shared_gradient_len() > 0 || self.stage.tied_mut().is_some();
         self.reach(
@@ -138,9 +163,15 @@ impl<B: Backend, T: Transport<B>> Worker<B, T> {
             },
         )?;
         let (stage, backend) = (&mut self.stage, &self.backend);
-        gradients::complete(stage, backend, &mut self.transport, self.layers)?;
+        gradients::complete(stage, backend, &mut self.transport, self.layers)
+    }
+
+    /// The end of a step, at place `end` of its program.
+    fn update(&mut self, plan: &StepPlan, end: usize) -> Result<StepOutcome, Cause> {
+        self.at(Some(plan.step + 1), action_name(&[], end));
+        self.complete(end)?;
         self.agreement
-            .enter_norms(backend, &stage.parameters(), plan)?;
+            .enter_norms(&self.backend, &self.stage.parameters(), plan)?;
         self.reach(end + 1, Phase::Input)?;
         let (backend, transport) = (&self.backend, &mut self.transport);
         let parameters = self.stage.parameters();
@@ -161,10 +192,11 @@ impl<B: Backend, T: Transport<B>> Worker<B, T> {
         receive: Option<Parcel>,
     ) -> Result<(), Cause> {
         let (transport, backend) = (&mut self.transport, &self.backend);
-        Ok(match flow {
+        match flow {
             Flow::Forward => transport.exchange(backend, &mut self.activations, send, receive)?,
             Flow::Backward => transport.exchange(backend, &mut self.gradients, send, receive)?,
-        })
+        }
+        Ok(())
     }
 
     fn forward(&mut self, plan: &StepPlan, action: Action, place: usize) -> Result<(), Cause> {

@@ -1,8 +1,8 @@
-//! `metrics.jsonl` and `validation.jsonl`: one JSON object per optimiser step or measurement, for
-//! programs.
+//! `metrics.jsonl`, `validation.jsonl` and `memory.jsonl`: one JSON object per optimiser step,
+//! measurement or end of a run, for programs.
 //!
-//! A row is a [`StepReport`](super::StepReport) or a [`ValidationReport`](super::ValidationReport)
-//! with its field names as keys. Floats are written with all digits needed
+//! A row is a [`StepReport`](super::StepReport), a [`ValidationReport`](super::ValidationReport) or a
+//! [`MemoryReport`](super::MemoryReport) with its field names as keys. Floats are written with all digits needed
 //! to read the same bits back; not-a-number and infinity are null.
 
 use std::fs::{File, OpenOptions};
@@ -17,6 +17,8 @@ use super::atomic_file::AtomicFile;
 pub const STEPS: &str = "metrics.jsonl";
 /// Rows of validation losses, in the output folder.
 pub const VALIDATION: &str = "validation.jsonl";
+/// Rows of planned and used memory, in the output folder of a run on GPUs.
+pub const MEMORY: &str = "memory.jsonl";
 
 /// Longest row that is kept on resume: far more than one with a million micro-batches needs.
 const MAX_ROW_BYTES: u64 = 1 << 26;

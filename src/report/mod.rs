@@ -31,6 +31,8 @@ pub enum Event {
         /// Optimiser steps that it holds.
         step: u64,
     },
+    /// How the memory that was planned was used, at the end of a run on GPUs.
+    Memory(MemoryReport),
     /// Something the user should know that does not end the run.
     Warning(String),
     /// All steps are done and the result is saved.
@@ -110,6 +112,28 @@ pub struct ValidationReport {
     pub loss: f32,
     /// Targets.
     pub target_tokens: u64,
+}
+
+/// How the memory that was planned was used.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct MemoryReport {
+    /// Steps done.
+    pub step: u64,
+    /// The stages, first to last.
+    pub stages: Vec<StageMemory>,
+}
+
+/// Memory of one stage.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct StageMemory {
+    /// Where it runs: a CUDA device number.
+    pub device: String,
+    /// Bytes planned, and taken at once when the run started.
+    pub planned_bytes: u64,
+    /// Bytes of them that were used.
+    pub used_bytes: u64,
+    /// Bytes that had no room there.
+    pub beside_bytes: u64,
 }
 
 /// How far the data is tokenised.

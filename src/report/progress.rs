@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 use std::io::{IsTerminal, Write};
 
-use super::{Event, RunFinished, RunStarted, StepReport, TokenisingReport};
+use super::{Event, MemoryReport, RunFinished, RunStarted, StepReport, TokenisingReport};
 
 /// How progress is shown.
 #[derive(Clone, Copy, Debug, Default)]
@@ -88,6 +88,7 @@ impl<W: Write> Progress<W> {
                 grouped(report.target_tokens)
             )),
             Event::Tokenising(report) => self.tokenising(report),
+            Event::Memory(report) => self.line(&memory_use(report)),
             Event::Finished(run) => self.line(&finished(run)),
         }
     }
@@ -231,6 +232,24 @@ fn started(run: &RunStarted) -> String {
         );
     }
     text
+}
+
+fn memory_use(report: &MemoryReport) -> String {
+    let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
+    let stages = report.stages.iter().enumerate().map(|(rank, stage)| {
+        let mut text = format!(
+            "memory of stage {rank} on device {}: {:.1} MiB planned, {:.1} MiB used",
+            stage.device,
+            mib(stage.planned_bytes),
+            mib(stage.used_bytes),
+        );
+        if stage.beside_bytes > 0 {
+            // Writing to a String cannot fail.
+            let _ = write!(text, ", {:.1} MiB beside it", mib(stage.beside_bytes));
+        }
+        text
+    });
+    stages.collect::<Vec<_>>().join("\n")
 }
 
 fn finished(run: &RunFinished) -> String {

@@ -78,7 +78,8 @@ impl TrainError {
             self,
             TrainError::Failure(_) | TrainError::Start(StartError::Failure(_))
         );
-        of_a_stage || self.class() != FailureClass::User
+        let refused = matches!(self, TrainError::Start(_));
+        of_a_stage || !refused && self.class() != FailureClass::User
     }
 
     /// Whose turn it is.

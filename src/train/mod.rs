@@ -23,7 +23,11 @@ use crate::pipeline::base::{Base, Layout, StartError, check_devices};
 use crate::pipeline::launch::Engine;
 use crate::pipeline::messages::{StepOutcome, StepPlan};
 use crate::pipeline::prepare::Prepared;
-use crate::report::{Event, RunFinished, RunStarted, StageSummary, StepReport, TokenisingReport};
+use crate::pipeline::rehearsal::Rehearsal;
+use crate::report::{
+    Event, MemoryReport, RunFinished, RunStarted, StageMemory, StageSummary, StepReport,
+    TokenisingReport,
+};
 
 use self::checkpoint::{Fingerprint, Run, TrainerState};
 pub use self::error::TrainError;
@@ -77,12 +81,18 @@ pub fn run(
         max_steps,
         template,
         warnings,
+        ..
     } = prepared;
     for warning in warnings {
         reporter(Event::Warning(warning));
     }
     let initial = initial::values(config, &trainables, resumed)?;
     let mut engine = base.start(&layout, trainables.clone(), initial)?;
+    // Memory on the CPU is not taken ahead but page by page, and what there is of it changes under a run: a
+    // rehearsal would cost a step and promise nothing.
+    if layout.is_reserved() {
+        rehearse(config, &base, &layout, &state, &mut engine)?;
+    }
     let config_path = checkpoint::write_config(config, &config.run.output)?;
     reporter(Event::RunStarted(RunStarted {
         stages: summary(&layout),
@@ -131,6 +141,7 @@ pub fn run(
             saved = Some(state.step);
         }
         if interrupted {
+            report_memory(&layout, &mut engine, state.step, reporter)?;
             return Ok(Outcome::Interrupted { step: state.step });
         }
     }
@@ -140,12 +151,51 @@ pub fn run(
     }
     let states = engine.snapshot()?;
     let result = checkpoint::write_result(this, &states)?;
+    report_memory(&layout, &mut engine, state.step, reporter)?;
     reporter(Event::Finished(RunFinished {
         steps: state.step,
         seconds: started.elapsed().as_secs_f64(),
         result,
     }));
     Ok(Outcome::Finished)
+}
+
+/// Forward and backward of the largest micro-batches before the first step.
+fn rehearse(
+    config: &RunConfig,
+    base: &Base,
+    layout: &Layout,
+    state: &TrainerState,
+    engine: &mut Engine,
+) -> Result<(), TrainError> {
+    let scale = state.loss_scale.scale();
+    let rehearsal = Rehearsal::of(layout, &base.config, &config.optimizer, scale);
+    Ok(engine.rehearse(rehearsal.map_err(StartError::Schedule)?)?)
+}
+
+/// Says how the memory that was planned was used, where it was taken ahead.
+fn report_memory(
+    layout: &Layout,
+    engine: &mut Engine,
+    step: u64,
+    reporter: &mut dyn FnMut(Event),
+) -> Result<(), TrainError> {
+    let stages = layout.devices.iter().zip(engine.memory()?);
+    let stages: Vec<StageMemory> = stages
+        .filter_map(|(device, memory)| {
+            let memory = memory?;
+            Some(StageMemory {
+                device: device.to_string(),
+                planned_bytes: memory.planned,
+                used_bytes: memory.used,
+                beside_bytes: memory.beside,
+            })
+        })
+        .collect();
+    if !stages.is_empty() {
+        reporter(Event::Memory(MemoryReport { step, stages }));
+    }
+    Ok(())
 }
 
 /// Opens model and data, saying how far the data is; `None` when a signal came meanwhile.

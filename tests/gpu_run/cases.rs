@@ -277,30 +277,30 @@ pub const CASES: &[Case] = &[
     ),
     // Memory.
     case(
-        "no memory for the library",
-        &[("EMULATOR_MEMORY", "4000000")],
+        "no memory for the stage",
+        &[("EMULATOR_MEMORY", "540000000")],
         "{train} --devices 0",
-        1,
-        &["stage 0", "CUDA device 0", "memory"],
+        2,
+        &["stage 0", "device 0", "are missing"],
     ),
     case(
-        "no memory for the stage",
-        &[("EMULATOR_MEMORY", "5300000")],
+        "memory that somebody else takes meanwhile",
+        &[("EMULATOR_FAIL", "allocation:1")],
         "{train} --devices 0",
         1,
-        &["stage 0", "CUDA device 0", "memory"],
+        &["stage 0", "CUDA device 0", "no memory for"],
     ),
     case(
         "no memory for what was asked",
         &[],
         "{train} --devices 0 --memory-per-device 1MiB --kind full",
         2,
-        &["stage 0", "micro_batch_size"],
+        &["stage 0", "are missing"],
     ),
     // A step allocates nothing; answers of unknown length do.
     case(
         "no memory for an answer",
-        &[("EMULATOR_FAIL", "allocation:8")],
+        &[("EMULATOR_FAIL", "allocation:2")],
         "generate --model model --input prompts.jsonl --devices 0 --max-new-tokens 2000",
         1,
         &["stage 0", "CUDA device 0", "no memory for 0.5 MiB"],
@@ -357,7 +357,7 @@ pub const CASES: &[Case] = &[
         "a kernel that fails on the second of two GPUs",
         &[
             ("EMULATOR_DEVICES", "2"),
-            ("EMULATOR_FAIL", "launch:cross_entropy:1"),
+            ("EMULATOR_FAIL", "launch:cross_entropy:2"),
         ],
         "{train} --devices 0,1",
         1,

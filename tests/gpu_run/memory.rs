@@ -1,69 +1,154 @@
-//! What a run takes of a GPU's memory: what `mp-train plan` says, and once.
+//! What a run takes of a GPU's memory: what `mp-train plan` says, to the byte, and once.
 
+use std::collections::BTreeMap;
 use std::fs;
+use std::path::Path;
 use std::process::Command;
 
-use mp_train::backend::cuda::OWN_MEMORY;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::family::family;
 use super::gpu::{ANY_SHAPE, emulator, half, on_gpus};
-use super::model;
-use super::program::{fail, mp_train, succeed};
+use super::program::{mp_train, succeed};
 use super::trace::Trace;
 
-/// The last column of a plan's only stage, in MiB.
-fn planned_mib(plan: &str) -> f64 {
-    let row = plan.lines().find(|line| line.starts_with("0 ")).unwrap();
-    row.split_whitespace().next_back().unwrap().parse().unwrap()
+/// Runs whose memory is planned and counted: flags, and devices.
+const RUNS: &[(&str, &str)] = &[
+    ("--kind lora --r 4 --recompute none", "0"),
+    (
+        "--kind lora --r 3 --lora-dropout 0.1 --recompute attention_free --target-modules \
+         query_key_value,dense,dense_h_to_4h,dense_4h_to_h",
+        "0,1",
+    ),
+    ("--kind lora --schedule gpipe --recompute block", "0,1,2"),
+    ("--kind lora --schedule interleaved --recompute none", "0,1"),
+    ("--kind lora --balance 1,1,1,1", "0,1,2,3"),
+    ("--kind lora --recompute none", "0,0"),
+    ("--kind prefix --pre-seq-len 16 --recompute none", "0"),
+    (
+        "--kind prefix --pre-seq-len 70 --prefix-dropout 0.1 --prefix-projection true --recompute block",
+        "0,1",
+    ),
+    ("--kind full --recompute none", "0"),
+    ("--kind full --recompute attention_free", "0,1,2"),
+    ("--kind lora --quantization int8 --recompute block", "0"),
+    (
+        "--kind lora --quantization int4 --lora-dropout 0.1",
+        "0,1,2",
+    ),
+    ("--kind prefix --quantization int4 --recompute none", "0,1"),
+];
+
+/// The golden model as it is, with embedding and head in two matrices, or with both in one.
+fn copy_model(to: &Path, tied: bool) {
+    fs::create_dir(to).unwrap();
+    for entry in fs::read_dir(family().path("model")).unwrap() {
+        let path = entry.unwrap().path();
+        fs::copy(&path, to.join(path.file_name().unwrap())).unwrap();
+    }
+    let mut config = family().config.clone();
+    config["tie_word_embeddings"] = tied.into();
+    fs::write(to.join("config.json"), config.to_string()).unwrap();
+}
+
+/// What a run left in memory.jsonl: device, planned, used and further bytes of each stage.
+fn used_memory(output: &Path) -> Vec<(String, u64, u64, u64)> {
+    let text = fs::read_to_string(output.join("memory.jsonl")).unwrap();
+    let row: Value = serde_json::from_str(text.lines().next_back().unwrap()).unwrap();
+    let stages = row["stages"].as_array().unwrap().iter();
+    let stage = |stage: &Value| {
+        let bytes = |name: &str| stage[name].as_u64().unwrap();
+        (
+            stage["device"].as_str().unwrap().to_owned(),
+            bytes("planned_bytes"),
+            bytes("used_bytes"),
+            bytes("beside_bytes"),
+        )
+    };
+    stages.map(stage).collect()
+}
+
+/// Numbers of the column `name` of the plan's table, in bytes.
+fn planned_column(plan: &str, name: &str) -> Vec<f64> {
+    let mut lines = plan.lines().skip_while(|line| !line.starts_with("stage "));
+    let head: Vec<&str> = lines.next().unwrap().split_whitespace().collect();
+    assert!(head.contains(&"MB"), "{plan}");
+    // What stands before the column may have spaces in it, what stands behind has none.
+    let from_end = head.len() - head.iter().position(|column| *column == name).unwrap();
+    let rows = lines.take_while(|line| line.starts_with(|c: char| c.is_ascii_digit()));
+    let number = |row: &str| -> f64 {
+        let words: Vec<&str> = row.split_whitespace().collect();
+        words[words.len() - from_end].parse().unwrap()
+    };
+    rows.map(|row| 1e6 * number(row)).collect()
 }
 
 #[test]
-fn a_stage_takes_at_once_what_the_plan_says_and_little_beside_it() {
+fn planned_bytes_are_taken_at_once_and_used_to_the_last() {
     let Some(emulator) = emulator() else { return };
     let folder = tempfile::tempdir().unwrap();
-    let rows = model::untrained().parent().unwrap().join("tuning.jsonl");
-    let trace = folder.path().join("trace.jsonl");
-    for (turn, flags) in [
-        "--kind lora --r 4 --recompute none",
-        "--kind prefix --pre-seq-len 16 --prefix-projection true --recompute block",
-        "--kind full --recompute none",
-        "--kind lora --r 4 --recompute none --quantization int8",
-        "--kind prefix --pre-seq-len 16 --recompute block --quantization int4",
-    ]
-    .into_iter()
-    .enumerate()
-    {
-        let train = |subcommand: &[&str]| -> Command {
+    let rows = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/golden_lora_train.jsonl");
+    for tied in [false, true] {
+        copy_model(&folder.path().join(format!("tied-{tied}")), tied);
+    }
+    for (turn, (flags, devices)) in RUNS.iter().enumerate() {
+        let tied = turn % 2 == 1;
+        let what = format!("{flags} --devices {devices}, tied {tied}");
+        let output = folder.path().join(turn.to_string());
+        let report = folder.path().join("report.json");
+        // What a transport makes room for is known when it is.
+        let shared = *devices == "0,0";
+        let transport = if shared || tied { "p2p" } else { "nccl" };
+        let command = |subcommand: &[&str]| -> Command {
             let mut command = mp_train(subcommand);
             command
                 .args(flags.split_whitespace())
-                .args(["--devices", "0", "--max-steps", "1"])
-                .args(["--micro-batch-size", "16", "--model"])
-                .arg(model::untrained())
+                .args(["--devices", devices, "--transport", transport])
+                .args(["--max-steps", "1"])
+                .args(["--micro-batch-size", "3", "--gradient-accumulation", "4"])
+                .arg("--model")
+                .arg(folder.path().join(format!("tied-{tied}")))
                 .arg("--train")
                 .arg(&rows)
                 .arg("--output")
-                .arg(folder.path().join(turn.to_string()));
+                .arg(&output);
             emulator.command_env(&mut command);
+            command.env("EMULATOR_DEVICES", "4");
             command
         };
-        let planned = planned_mib(&succeed(&mut train(&["plan"])).stdout);
-        // It is enough to see that everything is there: the first kernel fails.
-        let _ = fs::remove_file(&trace);
-        let mut command = train(&[]);
-        command.env("EMULATOR_FAIL", "launch:embed:1");
-        fail(command.env("EMULATOR_TRACE", &trace), 1, &["CUDA device 0"]);
-        let allocations = Trace::read(&trace).allocations();
-        // 1 MiB is for the rounding of many small buffers.
-        let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20) - 1.0;
-        let is_planned = |bytes: &&u64| (mib(**bytes) - planned).abs() <= 0.051;
-        println!("{flags}: {planned} MiB planned, {allocations:?} taken");
-        assert_eq!(allocations.iter().filter(is_planned).count(), 1, "{flags}");
-        // Workspace, scratch, and three tables of a micro-batch's sequences.
-        assert!(allocations.len() <= 7, "{flags}: {allocations:?}");
-        let beside: u64 = allocations.iter().filter(|bytes| !is_planned(bytes)).sum();
-        assert!(beside <= OWN_MEMORY, "{flags}: {beside} bytes");
+        let plan = succeed(&mut command(&["plan"])).stdout;
+        succeed(command(&[]).env("EMULATOR_REPORT", &report));
+        let stages = used_memory(&output);
+        assert_eq!(stages.len(), devices.split(',').count(), "{what}");
+        for (stage, (device, planned, used, beside)) in stages.iter().enumerate() {
+            println!("{what}: stage {stage} on {device}: {planned} planned, {used} used");
+            assert_eq!((used, beside), (planned, &0), "{what}: stage {stage}");
+        }
+        let shown = planned_column(&plan, "MB");
+        let own = planned_column(&plan, "own");
+        for ((shown, own), stage) in shown.iter().zip(own).zip(&stages) {
+            assert!(
+                (shown - own - stage.1 as f64).abs() <= 10_001.0,
+                "{what}\n{plan}"
+            );
+        }
+        // What the driver counted, which knows nothing of plans.
+        let counters: Value = serde_json::from_str(&fs::read_to_string(&report).unwrap()).unwrap();
+        let mut on_devices: BTreeMap<&str, u64> = BTreeMap::new();
+        for (device, planned, ..) in &stages {
+            *on_devices.entry(device).or_default() += planned.next_multiple_of(512);
+        }
+        assert_eq!(
+            counters["peak_bytes"].as_u64(),
+            on_devices.values().max().copied(),
+            "{what}"
+        );
+        for (device, planned) in on_devices {
+            let counted = counters.get(format!("peak_bytes:{device}"));
+            if let Some(counted) = counted.and_then(Value::as_u64) {
+                assert_eq!(counted, planned, "{what}: device {device}");
+            }
+        }
     }
 }
 

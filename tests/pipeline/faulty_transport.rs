@@ -55,9 +55,8 @@ impl FaultyTransport {
     fn inner(&mut self) -> Result<&mut InProcess, CommError> {
         let call = self.calls;
         self.calls += 1;
-        match self.fault.filter(|fault| fault.call == call) {
-            Some(Fault { how, .. }) => self.fail(call, how)?,
-            None => {}
+        if let Some(Fault { how, .. }) = self.fault.filter(|fault| fault.call == call) {
+            self.fail(call, how)?;
         }
         Ok(self.inner.as_mut().unwrap())
     }

@@ -84,7 +84,7 @@ fn at_once<C: Send + Clone + 'static>(cases: &[C], test: impl Fn(C) + Send + Clo
 /// Some of many, the same in every run.
 fn some<C: Clone>(all: Vec<C>, count: usize) -> Vec<C> {
     // Knuth's multiplicative hash of the counted numbers.
-    let place = |index: usize| (index * 2_654_435_761 >> 7) % all.len();
+    let place = |index: usize| ((index * 2_654_435_761) >> 7) % all.len();
     (1..=count).map(|index| all[place(index)].clone()).collect()
 }
 

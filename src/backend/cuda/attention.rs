@@ -6,9 +6,9 @@ use super::device::{Argument, Geometry, Kernel, Pointer};
 use super::error::CudaError;
 use super::memory::CudaBuffer;
 use super::module::Modules;
-use super::spans::{SpanTable, Table};
+use super::spans::{self, SpanTable, Table};
 use super::tiles;
-use super::{Cuda, LargestBatch, Result};
+use super::{Cuda, OpRooms, Result};
 use crate::backend::{AttentionLayout, BackendError, HeadLayout, Prefix, Span};
 
 const FORWARD: &str = "attention_forward.cu";
@@ -254,21 +254,28 @@ fn delta_bytes(rows: usize, heads: usize) -> usize {
     rows * heads * size_of::<f32>()
 }
 
-/// Takes the room for micro-batches up to `batch`.
-pub(super) fn prepare(cuda: &Cuda, batch: &LargestBatch) -> Result<()> {
-    let LargestBatch {
-        rows,
-        sequences,
-        prefix_len,
-        ..
-    } = *batch;
-    cuda.reserve_spans(sequences)?;
-    let kernels = &cuda.attention;
-    for (table, prefix_len) in [(&kernels.query_tiles, 0), (&kernels.key_tiles, prefix_len)] {
-        let most = tiles::most(rows, sequences, prefix_len);
-        table.reserve(cuda, most, tiles::WORDS)?;
-    }
-    cuda.scratch(delta_bytes(rows, batch.heads)).map(drop)
+/// Bytes of scratch for the largest micro-batch.
+pub(super) fn scratch_bytes(rooms: &OpRooms) -> usize {
+    delta_bytes(rooms.rows, rooms.heads)
+}
+
+/// Most tiles of queries and of keys.
+fn most_tiles(rooms: &OpRooms) -> [usize; 2] {
+    [0, rooms.prefix_len].map(|prefix_len| tiles::most(rooms.rows, rooms.sequences, prefix_len))
+}
+
+/// Words of the tables of sequences and tiles for the largest micro-batch.
+pub(super) fn table_words(rooms: &OpRooms) -> [usize; 3] {
+    let [queries, keys] = most_tiles(rooms).map(|most| most * tiles::WORDS);
+    [rooms.sequences * spans::SPAN_WORDS, queries, keys].map(spans::table_words)
+}
+
+/// Takes the room of [`table_words`].
+pub(super) fn reserve(cuda: &Cuda, rooms: &OpRooms) -> Result<()> {
+    let [spans, queries, keys] = table_words(rooms);
+    cuda.span_table.reserve(cuda, spans)?;
+    cuda.attention.query_tiles.reserve(cuda, queries)?;
+    cuda.attention.key_tiles.reserve(cuda, keys)
 }
 
 #[allow(clippy::too_many_arguments)]

@@ -216,14 +216,18 @@ pub(super) struct Blas {
     plans: RefCell<HashMap<Key, Plan>>,
 }
 
+/// Bytes of the workspace by compute capability (times ten); the larger one where that is not known.
+/// NVIDIA's advice: 32 MiB on Hopper, 4 MiB before.
+pub(super) fn workspace_bytes(capability: Option<u32>) -> usize {
+    match capability {
+        Some(capability) if capability < 90 => 4 << 20,
+        _ => 32 << 20,
+    }
+}
+
 impl Blas {
     pub fn new(device: &Rc<Device>, memory: &Memory) -> Result<Self> {
-        // NVIDIA's advice: 32 MiB on Hopper, 4 MiB before.
-        let bytes: usize = if device.capability() >= 90 {
-            32 << 20
-        } else {
-            4 << 20
-        };
+        let bytes = workspace_bytes(Some(device.capability()));
         let workspace = memory.buffer(bytes / 4)?;
         let handle = result::create_handle().map_err(|error| {
             BackendError::Cuda(CudaError::Call {
@@ -243,6 +247,12 @@ impl Blas {
     /// Queues a product.
     pub fn multiply(&self, product: &Product) -> Result<()> {
         self.try_multiply(product).map_err(|error| {
+            if error.0 == sys::cublasStatus_t::CUBLAS_STATUS_ALLOC_FAILED {
+                return BackendError::Cuda(CudaError::NoMemory {
+                    ordinal: self.device.ordinal(),
+                    call: "cuBLASLt",
+                });
+            }
             BackendError::Cuda(CudaError::Product {
                 ordinal: self.device.ordinal(),
                 shape: format!(

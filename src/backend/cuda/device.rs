@@ -1,6 +1,6 @@
 //! One GPU: its context and stream, and what is queued there.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::ffi::c_void;
 use std::sync::Arc;
@@ -28,7 +28,13 @@ pub(super) struct Device {
     /// Stopped when the worker is to give up.
     pulse: Arc<Pulse>,
     marks: RefCell<Marks>,
+    watched: RefCell<Vec<Check>>,
+    /// When what is watched was last looked at.
+    looked: Cell<Instant>,
 }
+
+/// Tells of an error of something beside the streams.
+type Check = Box<dyn Fn() -> Result<()>>;
 
 /// Places in the work of the worker that the GPU has not reached yet, and events to use again.
 #[derive(Default)]
@@ -39,6 +45,8 @@ struct Marks {
 
 /// A wait for the GPU that lasts looks this often; before, it does nothing else.
 const NAP: Duration = Duration::from_micros(50);
+/// What is watched beside the streams is looked at this often.
+const LOOK: Duration = Duration::from_millis(1);
 /// Most steps of a small model are over sooner than a nap would be.
 const WAKEFUL: Duration = Duration::from_millis(2);
 
@@ -174,6 +182,8 @@ impl Device {
             stream,
             pulse: Arc::clone(pulse),
             marks: RefCell::default(),
+            watched: RefCell::default(),
+            looked: Cell::new(Instant::now()),
         })
     }
 
@@ -215,12 +225,14 @@ impl Device {
     ) -> Result<T> {
         answer.map_err(|error| {
             let (ordinal, reason) = (self.ordinal, driver_reason(error));
+            let is_full = error.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY;
             BackendError::Cuda(match is_lost(error) {
                 true => CudaError::Lost {
                     ordinal,
                     noticed: call,
                     reason,
                 },
+                false if is_full => CudaError::NoMemory { ordinal, call },
                 false => CudaError::Call {
                     ordinal,
                     call,
@@ -310,12 +322,23 @@ impl Device {
         self.glance()
     }
 
+    /// Looks after something beside the streams in every wait from here on.
+    pub fn watch(&self, check: impl Fn() -> Result<()> + 'static) {
+        self.watched.borrow_mut().push(Box::new(check));
+    }
+
     /// Tells the pulse how far the GPU is.
     ///
     /// # Errors
-    /// Something queued failed, or the pulse was stopped.
+    /// Something queued or watched failed, or the pulse was stopped.
     pub fn glance(&self) -> Result<()> {
-        if self.pulse.is_stopped() {
+        let stopped = self.pulse.is_stopped();
+        // Why it was stopped is told by another worker, unless the cause lies here.
+        if stopped || self.looked.get().elapsed() > LOOK {
+            self.watched.borrow().iter().try_for_each(|check| check())?;
+            self.looked.set(Instant::now());
+        }
+        if stopped {
             return Err(BackendError::Stopped);
         }
         let mut marks = self.marks.borrow_mut();

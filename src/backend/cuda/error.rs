@@ -130,6 +130,18 @@ pub enum CudaError {
         /// Name and text of the error.
         reason: String,
     },
+    /// The GPU is full, beside what was planned for the run.
+    #[error(
+        "CUDA device {ordinal}: no memory is left for {call}: give the run less of it with \
+         memory_per_device, so that more is left beside it, or use a smaller micro_batch_size, shorter \
+         rows, recompute = \"block\" or more devices; `nvidia-smi` shows who else is there"
+    )]
+    NoMemory {
+        /// The device.
+        ordinal: u32,
+        /// The call, the kernel, or the library.
+        call: &'static str,
+    },
     /// Work that was queued failed, and nothing more can be done on the device by this process.
     #[error(
         "CUDA device {ordinal} failed: {reason}; noticed at {noticed}, which may come some work behind \
@@ -143,6 +155,21 @@ pub enum CudaError {
         noticed: &'static str,
         /// Name and text of the error.
         reason: String,
+    },
+    /// A call or a transfer of NCCL failed.
+    #[error(
+        "NCCL: {call} failed on stage {rank}: {reason}; NCCL_DEBUG=INFO makes it say more, \
+         --transport p2p does without it"
+    )]
+    Nccl {
+        /// The stage.
+        rank: usize,
+        /// The call.
+        call: &'static str,
+        /// The library's words.
+        reason: String,
+        /// Whether another rank failed, and this one is only told.
+        remote: bool,
     },
     /// cuBLASLt has no algorithm for a product.
     #[error("CUDA device {ordinal}: cuBLASLt cannot do a product ({shape}): {reason}")]
@@ -172,7 +199,9 @@ impl CudaError {
             | CudaError::OldDevice { .. }
             | CudaError::Compile { .. }
             | CudaError::Call { .. }
+            | CudaError::NoMemory { .. }
             | CudaError::Lost { .. }
+            | CudaError::Nccl { .. }
             | CudaError::Product { .. } => true,
         }
     }

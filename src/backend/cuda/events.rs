@@ -200,6 +200,11 @@ impl Cuda {
         self.device.glance()
     }
 
+    /// Calls `check` in every wait for the GPU from here on, which ends with the error it finds.
+    pub fn watch(&self, check: impl Fn() -> Result<()> + 'static) {
+        self.device.watch(check);
+    }
+
     /// Where a buffer stands.
     pub fn place<T: Plain>(&self, buffer: &CudaBuffer<T>) -> DevicePlace {
         let Pointer(pointer) = buffer.at();

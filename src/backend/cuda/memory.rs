@@ -8,17 +8,13 @@ use std::rc::Rc;
 use cudarc::driver::{result, sys};
 
 use super::device::{Argument, Device, Pointer};
-use crate::backend::{BackendError, Plain};
+use crate::backend::{BackendError, MemoryUse, Plain};
 
 type Result<T> = std::result::Result<T, BackendError>;
 
 /// Every buffer starts at a multiple of this, as an allocation of the driver's does: what 16-byte
 /// loads, cuBLASLt and coalescing want.
-pub(super) const ALIGNMENT: usize = 256;
-
-/// What an arena is larger than its buffers together: the rounding of 4,096 of them. A stage of 28
-/// blocks with a LoRA on every layer has about 2,000.
-const ROUNDING_ROOM: usize = 4096 * ALIGNMENT;
+pub const ALIGNMENT: usize = 256;
 
 /// Bytes that a buffer of `bytes` bytes takes in the arena.
 pub(super) fn rounded(bytes: usize) -> usize {
@@ -73,6 +69,8 @@ struct Arena {
 pub(super) struct Memory {
     device: Rc<Device>,
     arena: RefCell<Option<Arena>>,
+    /// Bytes of buffers that had no room in the arena.
+    beside: Cell<usize>,
 }
 
 impl Memory {
@@ -80,12 +78,13 @@ impl Memory {
         Memory {
             device: Rc::clone(device),
             arena: RefCell::new(None),
+            beside: Cell::new(0),
         }
     }
 
-    /// Takes room for buffers of together `bytes` bytes at once; they come from there until it is full.
+    /// Takes `bytes` bytes at once: what buffers of together that much take, each of them [`rounded`].
+    /// They come from there until it is full.
     pub fn reserve(&self, bytes: usize) -> Result<()> {
-        let bytes = bytes + ROUNDING_ROOM;
         let allocation = Rc::new(Allocation::new(&self.device, bytes)?);
         *self.arena.borrow_mut() = Some(Arena {
             allocation,
@@ -95,12 +94,24 @@ impl Memory {
         Ok(())
     }
 
-    /// Start and bytes of the arena.
-    pub fn arena(&self) -> Option<(Pointer, usize)> {
+    /// Start and bytes of what is left of the arena.
+    pub fn unused(&self) -> Option<(Pointer, usize)> {
         let arena = self.arena.borrow();
-        arena
-            .as_ref()
-            .map(|arena| (Pointer(arena.allocation.at), arena.bytes))
+        arena.as_ref().map(|arena| {
+            let used = arena.used.get();
+            let start = Pointer(arena.allocation.at).offset(used);
+            (start, arena.bytes - used)
+        })
+    }
+
+    /// What was planned, and what was taken of it so far; nothing where nothing was planned.
+    pub fn used(&self) -> Option<MemoryUse> {
+        let arena = self.arena.borrow();
+        arena.as_ref().map(|arena| MemoryUse {
+            planned: arena.bytes as u64,
+            used: arena.used.get() as u64,
+            beside: self.beside.get() as u64,
+        })
     }
 
     /// Room for `len` values, not cleared.
@@ -128,6 +139,7 @@ impl Memory {
             }
         }
         let allocation = Allocation::new(&self.device, bytes)?;
+        self.beside.set(self.beside.get() + size);
         Ok(CudaBuffer {
             at: Pointer(allocation.at),
             len,
@@ -187,7 +199,8 @@ impl Scratch {
         }
     }
 
-    /// At least `bytes` bytes, with whatever is in them; good until the next call.
+    /// At least `bytes` bytes, with whatever is in them; good until the next call. What was there before
+    /// stays taken where it came from an arena, so a run asks for its most first.
     pub fn get(&self, memory: &Memory, bytes: usize) -> Result<Pointer> {
         let mut room = self.room.borrow_mut();
         if room.len() * 4 < bytes {

@@ -41,15 +41,15 @@ use half::f16;
 pub use compile::{Compiled, compile_kernels, nvrtc};
 pub use error::CudaError;
 pub use events::{DevicePlace, Event, SideStream};
-pub use memory::CudaBuffer;
+pub use memory::{ALIGNMENT, CudaBuffer};
 pub use nccl_library::{NcclLibrary, nccl};
-pub use prepare::{LargestBatch, LinearWork, OWN_MEMORY};
+pub use prepare::{LinearWork, MemoryPlan, NCCL_MEMORY_PER_PEER, OWN_MEMORY, OpRooms};
 pub use probe::{PeerCopies, peer_copies, probe, probe_by};
 pub use survey::{GpuInfo, Survey, check, free_memory, survey, visible};
 
 use super::{
     AdamwStep, AdamwTensor, AttentionLayout, Backend, BackendError, Dropout, Element, LinearShape,
-    NormShape, Plain, Prefix, Pulse, RowGradient, Span, SumOf, piece_len,
+    MemoryUse, NormShape, Plain, Prefix, Pulse, RowGradient, Span, SumOf, piece_len,
 };
 use crate::quant::Bits;
 use device::{Device, Pointer};
@@ -101,10 +101,19 @@ impl Cuda {
     /// # Errors
     /// As [`Cuda::new`].
     pub fn with_pulse(ordinal: u32, pulse: &Arc<Pulse>) -> Result<Self> {
+        Cuda::open(ordinal, pulse, None)
+    }
+
+    /// The GPU; with a plan, all its memory is taken at once, after the kernels and before all else.
+    fn open(ordinal: u32, pulse: &Arc<Pulse>, plan: Option<&MemoryPlan>) -> Result<Self> {
         let device = Device::open(ordinal, pulse).map_err(BackendError::Cuda)?;
         let device = Rc::new(device);
         let modules = Modules::load(&device)?;
         let memory = Memory::new(&device);
+        if let Some(MemoryPlan { buffers, rooms }) = plan {
+            let bytes = buffers + rooms.bytes(Some(device.capability()));
+            memory.reserve(bytes as usize)?;
+        }
         Ok(Cuda {
             blas: blas::Blas::new(&device, &memory)?,
             norm: norm::Kernels::load(&modules)?,
@@ -139,6 +148,10 @@ impl Backend for Cuda {
 
     fn mark(&self, place: u64) -> Result<()> {
         self.device.mark(place)
+    }
+
+    fn memory_use(&self) -> Option<MemoryUse> {
+        self.memory.used()
     }
 
     fn zeros<T: Plain>(&self, len: usize) -> Result<CudaBuffer<T>> {

@@ -5,7 +5,7 @@ use half::f16;
 use super::device::{Geometry, Kernel, Pointer};
 use super::memory::CudaBuffer;
 use super::module::Modules;
-use super::{Cuda, LargestBatch, Result};
+use super::{Cuda, OpRooms, Result};
 use crate::backend::{NormShape, RowGradient};
 
 /// Kernels of the family.
@@ -173,12 +173,11 @@ const ROWS_PER_CHUNK: u32 = 32;
 const MOST_CHUNKS: u32 = 128;
 const CHUNK_THREADS: u32 = 64;
 
-/// Takes the room for micro-batches up to `batch`.
-pub(super) fn prepare(cuda: &Cuda, batch: &LargestBatch) -> Result<()> {
-    let chunks = batch.rows.div_ceil(ROWS_PER_CHUNK as usize);
+/// Bytes of scratch for the largest micro-batch.
+pub(super) fn scratch_bytes(rooms: &OpRooms) -> usize {
+    let chunks = rooms.rows.div_ceil(ROWS_PER_CHUNK as usize);
     let chunks = chunks.min(MOST_CHUNKS as usize);
-    let bytes = chunks * 2 * batch.hidden_size * size_of::<f32>();
-    cuda.scratch(bytes).map(drop)
+    chunks * 2 * rooms.hidden_size * size_of::<f32>()
 }
 
 /// `sums[i][h] += ` what `kernel` sums over the rows, chunk by chunk.

@@ -10,7 +10,7 @@ use bytemuck::{Pod, Zeroable};
 use super::device::{Geometry, Kernel, Pointer};
 use super::memory::CudaBuffer;
 use super::module::Modules;
-use super::{Cuda, Result};
+use super::{Cuda, OpRooms, Result};
 use crate::backend::{AdamwStep, AdamwTensor, SumOf};
 
 /// `PIECE` and `OPTIM_THREADS` of kernels/optim.cu.
@@ -93,6 +93,21 @@ impl<R: Pod + PartialEq> Table<R> {
         }
     }
 
+    /// Words of a table of tensors with so many values each.
+    fn words(lens: &[usize]) -> usize {
+        lens.len() * size_of::<R>() / 4 + 2 * pieces(lens)
+    }
+
+    /// Room for `words` words, so that no table up to there is a new allocation.
+    fn reserve(&self, cuda: &Cuda, words: usize) -> Result<()> {
+        *self.held.borrow_mut() = Some(Held {
+            rows: Vec::new(),
+            pieces: 0,
+            device: cuda.memory.buffer(words)?,
+        });
+        Ok(())
+    }
+
     /// The table of `rows`, sent unless it is the one sent last; `len` tells a row's values. Good until
     /// the next call on the same object.
     fn get(&self, cuda: &Cuda, rows: Vec<R>, len: impl Fn(&R) -> u64) -> Result<OnDevice> {
@@ -128,6 +143,31 @@ impl<R: Pod + PartialEq> Table<R> {
         *held = Some(current);
         Ok(table)
     }
+}
+
+/// Pieces of tensors with so many values each.
+fn pieces(lens: &[usize]) -> usize {
+    lens.iter().map(|len| len.div_ceil(PIECE)).sum()
+}
+
+/// Bytes of scratch for the sums of a run; what [`sum`] takes is for the largest micro-batch.
+pub(super) fn scratch_bytes(rooms: &OpRooms) -> usize {
+    pieces(&rooms.summed).max(rooms.rows.div_ceil(PIECE)) * size_of::<f32>()
+}
+
+/// Words of the tables of a run: of the tensors whose squares are summed, and of those updated.
+pub(super) fn table_words(rooms: &OpRooms) -> [usize; 2] {
+    [
+        Table::<SquaresTerm>::words(&rooms.summed),
+        Table::<TensorRow>::words(&rooms.updated),
+    ]
+}
+
+/// Takes the room of [`table_words`].
+pub(super) fn reserve(cuda: &Cuda, rooms: &OpRooms) -> Result<()> {
+    let [squares, tensors] = table_words(rooms);
+    cuda.optim.square_terms.reserve(cuda, squares)?;
+    cuda.optim.adamw_tensors.reserve(cuda, tensors)
 }
 
 pub(super) fn sum(

@@ -1,10 +1,20 @@
 //! What a run tells its GPU before it starts, so that no step allocates or loads anything.
 
-use super::{Cuda, Result, attention, linear, norm};
+use std::sync::Arc;
 
-/// Bytes of a GPU that a worker takes beside the buffers of its run: context, kernels, the workspace of
-/// cuBLASLt, scratch.
-pub const OWN_MEMORY: u64 = 600 << 20;
+use super::memory::rounded;
+use super::{Cuda, Result, attention, blas, linear, norm, optim};
+use crate::backend::Pulse;
+
+/// Bytes of a GPU that a worker takes beside what is planned to the byte: its context, the kernels, the
+/// libraries' own. An estimate, and why a plan leaves headroom: 0.3 to 0.5 GiB is what a context with
+/// cuBLASLt shows in `nvidia-smi` on GPUs from Turing to Hopper, more on those with more processors.
+pub const OWN_MEMORY: u64 = 512 << 20;
+
+/// Bytes that NCCL takes for each GPU it exchanges with. An estimate: a channel keeps 4 MiB of
+/// `NCCL_BUFFSIZE`, 4.7 MiB for its LL128 protocol and 0.5 MiB for LL in each direction, and two GPUs
+/// share two to eight channels, by how they are connected.
+pub const NCCL_MEMORY_PER_PEER: u64 = 96 << 20;
 
 /// A linear layer that a run will compute.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,12 +35,13 @@ pub struct LinearWork {
     pub single: bool,
 }
 
-/// The largest micro-batch of a run, and what else decides the room that ops need beside their buffers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct LargestBatch {
-    /// T, most tokens.
+/// What the ops of a run need beside its buffers: tables of sequences and tensors, scratch, cuBLASLt's
+/// workspace.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct OpRooms {
+    /// T, most tokens of a micro-batch.
     pub rows: usize,
-    /// S, most sequences.
+    /// S, most sequences of a micro-batch.
     pub sequences: usize,
     /// Attention heads.
     pub heads: usize,
@@ -38,36 +49,67 @@ pub struct LargestBatch {
     pub hidden_size: usize,
     /// P, keys of a prefix; 0 without one.
     pub prefix_len: usize,
+    /// Values of each tensor whose squares are summed at the end of a step.
+    pub summed: Vec<usize>,
+    /// Values of each tensor that is updated then.
+    pub updated: Vec<usize>,
+}
+
+impl OpRooms {
+    /// Bytes that they take on a GPU of compute capability `capability` / 10; with `None` on any.
+    pub fn bytes(&self, capability: Option<u32>) -> u64 {
+        let single = [blas::workspace_bytes(capability), self.scratch_bytes()];
+        let tables = attention::table_words(self)
+            .into_iter()
+            .chain(optim::table_words(self));
+        let tables = tables.map(|words| words * size_of::<u32>());
+        let all = single.into_iter().chain(tables).map(rounded);
+        all.sum::<usize>() as u64
+    }
+
+    /// The most scratch that any op takes.
+    fn scratch_bytes(&self) -> usize {
+        let wanted = [
+            attention::scratch_bytes(self),
+            norm::scratch_bytes(self),
+            optim::scratch_bytes(self),
+        ];
+        // Scratch is kept in words.
+        let most = wanted.into_iter().max().unwrap_or_default();
+        most.next_multiple_of(size_of::<u32>())
+    }
+}
+
+/// The memory of a run on one GPU.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct MemoryPlan {
+    /// Bytes of all buffers, each rounded up to [`ALIGNMENT`](super::ALIGNMENT).
+    pub buffers: u64,
+    /// What its ops need beside them.
+    pub rooms: OpRooms,
 }
 
 impl Cuda {
-    /// Takes `bytes` bytes for the buffers of a run at once, and 1 MiB for their rounding. What does
-    /// not fit there, and what is made after the run has started, has an allocation of its own.
+    /// The GPU with all memory of a run taken at once. Buffers, tables and scratch come from there; what
+    /// does not fit, and what is made after the run has started, has an allocation of its own.
     ///
     /// # Errors
-    /// The GPU has not that much memory.
-    pub fn reserve(&self, bytes: u64) -> Result<()> {
-        self.memory.reserve(bytes as usize)
-    }
-
-    /// Takes the room that ops need beside their buffers, so that nothing is allocated when a later
-    /// micro-batch is larger than those before it.
-    ///
-    /// # Errors
-    /// The GPU has not that much memory.
-    pub fn prepare_batches(&self, batch: &LargestBatch) -> Result<()> {
-        attention::prepare(self, batch)?;
-        norm::prepare(self, batch)
+    /// As [`Cuda::new`], or the GPU has not that much memory.
+    pub fn planned(ordinal: u32, pulse: &Arc<Pulse>, plan: &MemoryPlan) -> Result<Self> {
+        let cuda = Cuda::open(ordinal, pulse, Some(plan))?;
+        attention::reserve(&cuda, &plan.rooms)?;
+        optim::reserve(&cuda, &plan.rooms)?;
+        cuda.scratch(plan.rooms.scratch_bytes())?;
+        Ok(cuda)
     }
 
     /// Runs every product of `layers` once for every number of rows that has an algorithm of its own,
-    /// so that no kernel is loaded in the middle of a step. What the reserved memory holds is lost: to
-    /// be called before anything is put there.
+    /// so that no kernel is loaded in the middle of a step; over planned memory that holds nothing yet.
     ///
     /// # Errors
     /// A product has no algorithm.
     pub fn prepare_products(&self, layers: &[LinearWork]) -> Result<()> {
-        let Some((at, bytes)) = self.memory.arena() else {
+        let Some((at, bytes)) = self.memory.unused() else {
             return Ok(());
         };
         for layer in layers {

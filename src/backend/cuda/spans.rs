@@ -23,7 +23,12 @@ struct Held {
 /// Words of a table that is not worth growing.
 const LEAST_WORDS: usize = 256;
 /// Words of a span on the device.
-const SPAN_WORDS: usize = 5;
+pub(super) const SPAN_WORDS: usize = 5;
+
+/// Words that are taken for a table of `words` words.
+pub(super) fn table_words(words: usize) -> usize {
+    words.max(LEAST_WORDS)
+}
 
 /// A table on the device.
 #[derive(Clone, Copy)]
@@ -40,13 +45,13 @@ impl SpanTable {
         }
     }
 
-    /// Room for `rows` rows of `words` words, so that no table up to there is a new allocation.
-    pub fn reserve(&self, cuda: &Cuda, rows: usize, words: usize) -> Result<()> {
+    /// Room for `words` words, so that no table up to there is a new allocation.
+    pub fn reserve(&self, cuda: &Cuda, words: usize) -> Result<()> {
         *self.held.borrow_mut() = Some(Held {
             spans: Vec::new(),
             key: u32::MAX,
             rows: 0,
-            device: cuda.memory.buffer((rows * words).max(LEAST_WORDS))?,
+            device: cuda.memory.buffer(words)?,
         });
         Ok(())
     }
@@ -75,7 +80,7 @@ impl SpanTable {
         let device = match held.take() {
             Some(held) if held.device.len() >= words.len() => held.device,
             // Twice as much as is needed now, so that growth ends soon.
-            _ => cuda.memory.buffer((2 * words.len()).max(LEAST_WORDS))?,
+            _ => cuda.memory.buffer(table_words(2 * words.len()))?,
         };
         cuda.staging
             .write(device.at(), bytemuck::cast_slice(words))?;
@@ -94,11 +99,6 @@ impl SpanTable {
 }
 
 impl Cuda {
-    /// Room for the spans of `sequences` sequences.
-    pub(super) fn reserve_spans(&self, sequences: usize) -> Result<()> {
-        self.span_table.reserve(self, sequences, SPAN_WORDS)
-    }
-
     /// The spans as `Span` of kernels/spans.cuh.
     pub(super) fn spans(&self, spans: &[Span]) -> Result<Table> {
         self.span_table.get(self, spans, 0, |spans| {

@@ -134,14 +134,15 @@ pub fn survey() -> Result<Survey, CudaError> {
     })
 }
 
-/// Bytes of a GPU's memory that nobody uses now.
+/// Bytes of a GPU's memory that nobody uses now, and its compute capability times ten.
 ///
 /// # Errors
 /// As [`check`], or the GPU cannot be asked.
-pub fn free_memory(ordinal: u32) -> Result<u64, CudaError> {
+pub fn free_memory(ordinal: u32) -> Result<(u64, u32), CudaError> {
     check([ordinal])?;
     let device = cu_device::get(ordinal as i32).map_err(call(ordinal, "cuDeviceGet"))?;
-    memory(ordinal, device).map(|(free, _)| free as u64)
+    let (free, _) = memory(ordinal, device)?;
+    Ok((free as u64, capability(ordinal, device)?))
 }
 
 fn gpu(ordinal: u32, count: u32) -> Result<GpuInfo, CudaError> {
