@@ -140,18 +140,18 @@ fn prefix(prefix_projection: bool) -> AdapterSection {
     })
 }
 
+/// Rank, number of stages, and chunks: first block, the one behind the last, slots.
+type Place = (usize, usize, &'static [(usize, usize, usize)]);
+
 /// Stages of three blocks: one, the first or the last of two, or one of two with a chunk at either end.
-const STAGES: [(usize, usize, &[(usize, usize, usize)]); 4] = [
+const STAGES: [Place; 4] = [
     (0, 1, &[(0, 3, 2)]),
     (0, 2, &[(0, 2, 2)]),
     (1, 2, &[(2, 3, 1)]),
     (1, 2, &[(0, 1, 3), (2, 3, 2)]),
 ];
 
-fn sizes<E: Element>(
-    (rank, stages, chunks): (usize, usize, &[(usize, usize, usize)]),
-    rows: usize,
-) -> StageSizes {
+fn sizes<E: Element>((rank, stages, chunks): Place, rows: usize) -> StageSizes {
     let chunk = |&(start, end, slots): &(usize, usize, usize)| ChunkShape {
         blocks: start..end,
         slots,

@@ -67,12 +67,7 @@ pub trait TensorSource: Send + Sync {
     /// # Errors
     /// As [`TensorSource::read`].
     fn open(&self, name: &str) -> Result<OpenTensor<'_>, CheckpointError> {
-        let HostTensor {
-            dtype,
-            shape,
-            bytes,
-        } = self.read(name)?;
-        OpenTensor::new(dtype, shape, bytes)
+        self.read(name)?.try_into()
     }
 }
 

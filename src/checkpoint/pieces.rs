@@ -5,8 +5,9 @@ use std::ops::Range;
 
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
+use memmap2::Mmap;
 
-use super::{CheckpointError, Dtype, TensorSource};
+use super::{CheckpointError, Dtype, HostTensor, TensorSource};
 
 /// Elements that are converted at a time; both forms stay in the innermost cache.
 const BLOCK: usize = 1024;
@@ -23,6 +24,28 @@ pub struct OpenTensor<'a> {
     len: usize,
     /// The tensor's bytes; where they are fewer, they come again and again.
     bytes: Cow<'a, [u8]>,
+    _pages: Option<Pages<'a>>,
+}
+
+/// Pages of a mapped file, which the process gives up with the tensor that stands there: so that a model
+/// that was loaded does not count as the program's memory. They stay in the system's cache of the file.
+#[derive(Debug)]
+struct Pages<'a> {
+    map: &'a Mmap,
+    range: Range<usize>,
+}
+
+#[cfg(unix)]
+impl Drop for Pages<'_> {
+    fn drop(&mut self) {
+        let (start, len) = (self.range.start, self.range.len());
+        let advice = memmap2::UncheckedAdvice::DontNeed;
+        // SAFETY: the map is of a file and never written to, so that pages given up are read from the
+        // file again by whoever looks at them next.
+        let advised = unsafe { self.map.unchecked_advise_range(advice, start, len) };
+        // Without it, everything is the same but for the figure of the program's memory.
+        let _ = advised;
+    }
 }
 
 impl<'a> OpenTensor<'a> {
@@ -42,6 +65,7 @@ impl<'a> OpenTensor<'a> {
                 shape,
                 len,
                 bytes,
+                _pages: None,
             }),
             _ => Err(CheckpointError::Shape {
                 dtype,
@@ -49,6 +73,25 @@ impl<'a> OpenTensor<'a> {
                 bytes: bytes.len(),
             }),
         }
+    }
+
+    /// A tensor that is `range` of a mapped file.
+    ///
+    /// # Errors
+    /// `range` is not of the length that `dtype` and `shape` need.
+    pub(super) fn mapped(
+        dtype: Dtype,
+        shape: Vec<usize>,
+        map: &'a Mmap,
+        range: Range<usize>,
+    ) -> Result<Self, CheckpointError> {
+        Ok(OpenTensor {
+            _pages: Some(Pages {
+                map,
+                range: range.clone(),
+            }),
+            ..OpenTensor::new(dtype, shape, &map[range])?
+        })
     }
 
     /// A tensor whose bytes are `pattern` again and again.
@@ -66,6 +109,7 @@ impl<'a> OpenTensor<'a> {
                 shape,
                 len,
                 bytes: Cow::Borrowed(&pattern[..pattern.len().min(len)]),
+                _pages: None,
             }),
             _ => Err(CheckpointError::Shape {
                 dtype,
@@ -151,6 +195,19 @@ impl<'a> OpenTensor<'a> {
         let elements = self.elements(start, out.len())?;
         bytemuck::cast_slice_mut(out).copy_from_slice(&elements);
         Ok(())
+    }
+}
+
+impl TryFrom<HostTensor> for OpenTensor<'_> {
+    type Error = CheckpointError;
+
+    fn try_from(tensor: HostTensor) -> Result<Self, CheckpointError> {
+        let HostTensor {
+            dtype,
+            shape,
+            bytes,
+        } = tensor;
+        OpenTensor::new(dtype, shape, bytes)
     }
 }
 
@@ -243,7 +300,6 @@ fn each<const N: usize, U>(out: &mut [U], bytes: &[u8], convert: impl Fn([u8; N]
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
-    use crate::checkpoint::HostTensor;
 
     /// Enough for several blocks and a rest.
     const COUNT: usize = 2 * BLOCK + 77;

@@ -83,12 +83,18 @@ impl SafetensorsFile {
         })
     }
 
-    /// The bytes of a tensor where they lie in the file, for staging without a copy between.
+    /// The bytes of a tensor where they lie in the file.
     ///
     /// # Errors
     /// There is no such tensor, or the file was shortened since it was opened.
     pub fn bytes(&self, name: &str) -> Result<&[u8], CheckpointError> {
         let entry = self.entry(name)?;
+        self.check_length()?;
+        Ok(&self.map[entry.range.clone()])
+    }
+
+    /// Looks whether the file is as long as the map of it.
+    fn check_length(&self) -> Result<(), CheckpointError> {
         let now = self
             .file
             .metadata()
@@ -97,7 +103,7 @@ impl SafetensorsFile {
             let reason = "it was shortened while it was being read";
             return Err(CheckpointError::damaged(&self.path, reason));
         }
-        Ok(&self.map[entry.range.clone()])
+        Ok(())
     }
 
     fn entry(&self, name: &str) -> Result<&Entry, CheckpointError> {
@@ -130,7 +136,9 @@ impl TensorSource for SafetensorsFile {
 
     fn open(&self, name: &str) -> Result<OpenTensor<'_>, CheckpointError> {
         let entry = self.entry(name)?;
-        OpenTensor::new(entry.dtype, entry.shape.clone(), self.bytes(name)?)
+        self.check_length()?;
+        let (shape, range) = (entry.shape.clone(), entry.range.clone());
+        OpenTensor::mapped(entry.dtype, shape, &self.map, range)
     }
 }
 

@@ -68,16 +68,20 @@ impl TorchBinFile {
             tensors.insert(name, (dtype, tensor));
         }
         check_sizes(&tensors, size).map_err(damaged)?;
-        let said = tensors.iter().map(|(name, (dtype, tensor))| Said {
-            name,
-            dtype: *dtype,
-            shape: tensor.shape(),
-        });
+        let said = tensors.iter().map(|(name, tensor)| said(name, tensor));
         Ok(Self {
             path: path.to_owned(),
             map: TorchMap::open(path, said),
             tensors,
         })
+    }
+}
+
+fn said<'a>(name: &'a str, (dtype, tensor): &'a (Dtype, Tensor)) -> Said<'a> {
+    Said {
+        name,
+        dtype: *dtype,
+        shape: tensor.shape(),
     }
 }
 
@@ -132,23 +136,11 @@ impl TensorSource for TorchBinFile {
     }
 
     fn open(&self, name: &str) -> Result<OpenTensor<'_>, CheckpointError> {
-        let mapped = self
-            .map
-            .as_ref()
-            .and_then(|map| map.bytes(&self.path, name));
-        match (mapped, self.tensors.get(name)) {
-            (Some(bytes), Some((dtype, tensor))) => {
-                OpenTensor::new(*dtype, tensor.shape().to_vec(), bytes?)
-            }
-            _ => {
-                let HostTensor {
-                    dtype,
-                    shape,
-                    bytes,
-                } = self.read(name)?;
-                OpenTensor::new(dtype, shape, bytes)
-            }
-        }
+        let mapped = self.tensors.get(name).and_then(|tensor| {
+            let map = self.map.as_ref()?;
+            map.tensor(&self.path, &said(name, tensor))
+        });
+        mapped.unwrap_or_else(|| self.read(name)?.try_into())
     }
 }
 
@@ -185,9 +177,12 @@ mod tests {
             let opened = TorchBinFile::open(&path).unwrap();
             let map = opened.map.as_ref().unwrap();
             for name in opened.names() {
-                let mapped = map.bytes(&path, &name);
+                let mapped = map.tensor(&path, &said(&name, &opened.tensors[&name]));
                 let mapped = mapped.unwrap_or_else(|| panic!("{file}: {name} is not mapped"));
-                assert!(mapped.unwrap() == opened.read(&name).unwrap().bytes);
+                let read = opened.read(&name).unwrap();
+                assert!(mapped.unwrap().into_bytes() == read.bytes);
+                // The pages that were given up come back.
+                assert!(opened.open(&name).unwrap().into_bytes() == read.bytes);
             }
         }
     }

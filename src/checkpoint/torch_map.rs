@@ -10,7 +10,7 @@ use memmap2::Mmap;
 use zip::{CompressionMethod, ZipArchive};
 
 use super::torch_pickle::{self, Place};
-use super::{CheckpointError, Dtype};
+use super::{CheckpointError, Dtype, OpenTensor};
 
 /// The most bytes of a pickle: a hundred times that of ChatGLM-6B in one file.
 const MAX_PICKLE_BYTES: u64 = 16 << 20;
@@ -73,28 +73,39 @@ impl TorchMap {
         })
     }
 
-    /// The bytes of a tensor, if it stands in one piece.
+    /// Opens a tensor, if it stands in one piece.
     ///
     /// # Errors
-    /// The file was shortened since it was opened, or they are not those that were written.
-    pub fn bytes(&self, path: &Path, name: &str) -> Option<Result<&[u8], CheckpointError>> {
-        let tensor = self.tensors.get(name)?;
-        let damaged = |reason: String| Err(CheckpointError::damaged(path, reason));
-        Some(match self.file.metadata() {
-            Err(cause) => Err(CheckpointError::read(path)(cause)),
-            Ok(now) if now.len() < self.map.len() as u64 => {
-                damaged("it was shortened while it was being read".to_owned())
+    /// The file was shortened since it was opened, or its bytes are not those that were written.
+    pub fn tensor(
+        &self,
+        path: &Path,
+        said: &Said<'_>,
+    ) -> Option<Result<OpenTensor<'_>, CheckpointError>> {
+        let tensor = self.tensors.get(said.name)?;
+        Some(self.checked(path, said, tensor))
+    }
+
+    fn checked(
+        &self,
+        path: &Path,
+        said: &Said<'_>,
+        tensor: &Mapped,
+    ) -> Result<OpenTensor<'_>, CheckpointError> {
+        let now = self.file.metadata().map_err(CheckpointError::read(path))?;
+        if now.len() < self.map.len() as u64 {
+            let reason = "it was shortened while it was being read";
+            return Err(CheckpointError::damaged(path, reason));
+        }
+        let (shape, range) = (said.shape.to_vec(), tensor.range.clone());
+        let opened = OpenTensor::mapped(said.dtype, shape, &self.map, range.clone())?;
+        match tensor.crc32 {
+            Some(crc32) if crc32fast::hash(&self.map[range]) != crc32 => {
+                let reason = format!("the bytes of tensor '{}' have another checksum", said.name);
+                Err(CheckpointError::damaged(path, reason))
             }
-            Ok(_) => {
-                let bytes = &self.map[tensor.range.clone()];
-                match tensor.crc32 {
-                    Some(crc32) if crc32fast::hash(bytes) != crc32 => damaged(format!(
-                        "the bytes of tensor '{name}' have another checksum"
-                    )),
-                    _ => Ok(bytes),
-                }
-            }
-        })
+            _ => Ok(opened),
+        }
     }
 }
 

@@ -234,16 +234,29 @@ fn what_hangs_before_the_first_step_leaves_nothing_to_resume() {
 }
 
 #[test]
-fn memory_that_somebody_else_takes_runs_out_on_one_stage() {
+fn memory_runs_out_on_one_gpu() {
     let Some(emulator) = emulator() else { return };
     let setup = setup();
-    let output = setup.output("full");
-    // Each stage takes its memory at once: the second that does finds none.
-    let manner = [("EMULATOR_FAIL", "allocation:2")];
-    let ended = run(&mut on_gpus(&emulator, &setup, &output, "0,0", &manner));
-    assert_eq!(ended.code, Some(1), "{}", ended.stderr);
-    for said in [", loading on CUDA device 0", "no memory for"] {
-        assert!(error(&ended).contains(said), "{}", ended.stderr);
+    for (fault, code, says) in [
+        // Known before anything is loaded.
+        (
+            "out_of_memory_after:1500000@1",
+            2,
+            ["stage 1 on device 1 needs", "are missing"],
+        ),
+        // Taken by somebody else between plan and start.
+        (
+            "allocation:1@1",
+            1,
+            ["stage 1, loading on CUDA device 1", "no memory for"],
+        ),
+    ] {
+        let output = setup.output(&code.to_string());
+        let ended = failing(&emulator, &setup, &output, "nccl", fault);
+        assert_eq!(ended.code, Some(code), "{}", ended.stderr);
+        for said in says {
+            assert!(error(&ended).contains(said), "{}", ended.stderr);
+        }
     }
 }
 

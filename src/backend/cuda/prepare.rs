@@ -7,13 +7,13 @@ use super::{Cuda, Result, attention, blas, linear, norm, optim};
 use crate::backend::Pulse;
 
 /// Bytes of a GPU that a worker takes beside what is planned to the byte: its context, the kernels, the
-/// libraries' own. An estimate, and why a plan leaves headroom: 0.3 to 0.5 GiB is what a context with
-/// cuBLASLt shows in `nvidia-smi` on GPUs from Turing to Hopper, more on those with more processors.
+/// libraries' own. An estimate, and why a plan leaves headroom: about half a gigabyte is what contexts
+/// with cuBLASLt are known to show in `nvidia-smi`, more on GPUs with more processors.
 pub const OWN_MEMORY: u64 = 512 << 20;
 
-/// Bytes that NCCL takes for each GPU it exchanges with. An estimate: a channel keeps 4 MiB of
-/// `NCCL_BUFFSIZE`, 4.7 MiB for its LL128 protocol and 0.5 MiB for LL in each direction, and two GPUs
-/// share two to eight channels, by how they are connected.
+/// Bytes that NCCL takes for each GPU it exchanges with. An estimate: each flow has a communicator of up to
+/// four channels, and a channel keeps 4 MiB (`NCCL_BUFFSIZE`), with other protocols up to 9.2 MiB, in each
+/// direction. That is 64 to 147 MiB; this lies between.
 pub const NCCL_MEMORY_PER_PEER: u64 = 96 << 20;
 
 /// A linear layer that a run will compute.
