@@ -173,7 +173,7 @@ pub fn run(options: &BenchOptions) -> Result<BenchResult, BenchError> {
     let layout = layout(options, &base, &trainables)?;
     let initial = |spec: &crate::adapter::ParameterSpec| {
         Ok::<_, AdapterError>(match initial_values(spec, SEED) {
-            Some(whole) => ParameterState::fresh(spec.cut(&whole)),
+            Some(values) => ParameterState::fresh(values),
             None => ParameterState::of_base(),
         })
     };

@@ -68,10 +68,15 @@ impl Key {
 
     /// All words of row 0 in order.
     pub fn stream(self) -> Stream {
+        self.stream_from(0)
+    }
+
+    /// The same but for the first `skipped`.
+    pub fn stream_from(self, skipped: u64) -> Stream {
         Stream {
             key: self,
-            drawn: 0,
-            words: [0; 4],
+            drawn: skipped,
+            words: self.words(0, skipped / 4),
         }
     }
 

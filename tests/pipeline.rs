@@ -97,9 +97,9 @@ fn initial(source: Arc<dyn TensorSource>) -> InitialValues {
     Box::new(move |spec: &ParameterSpec| {
         let values = match initial_values(spec, 1) {
             Some(values) => values,
-            None => source.read(&spec.name)?.to_f32()?,
+            None => spec.cut(&source.read(&spec.name)?.to_f32()?),
         };
-        Ok(ParameterState::fresh(spec.cut(&values)))
+        Ok(ParameterState::fresh(values))
     })
 }
 

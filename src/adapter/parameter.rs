@@ -96,9 +96,15 @@ impl ParameterSpec {
 
     /// Cuts this parameter's values out of the whole tensor.
     pub fn cut(&self, whole: &[f32]) -> Vec<f32> {
+        self.filled(|there, part| part.copy_from_slice(&whole[there..there + part.len()]))
+    }
+
+    /// This parameter's values, made run by run: `fill` gets a place in the whole tensor and the room for
+    /// the values from there on.
+    pub fn filled(&self, mut fill: impl FnMut(usize, &mut [f32])) -> Vec<f32> {
         let mut part = vec![0.0; self.len()];
         for (here, there, len) in self.runs() {
-            part[here..here + len].copy_from_slice(&whole[there..there + len]);
+            fill(there, &mut part[here..here + len]);
         }
         part
     }
@@ -114,12 +120,12 @@ impl ParameterSpec {
 /// Values and moments of a parameter in host memory.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ParameterState {
-    /// f32 values. None: those of the tensor of that name in the base model, which need not come through
+    /// f32 values. Empty: those of the tensor of that name in the base model, which need not come through
     /// host memory.
     pub values: Vec<f32>,
-    /// First moment of AdamW. None: zeros.
+    /// First moment of AdamW. Empty: zeros.
     pub exp_avg: Vec<f32>,
-    /// Second moment of AdamW. None: zeros.
+    /// Second moment of AdamW. Empty: zeros.
     pub exp_avg_sq: Vec<f32>,
 }
 

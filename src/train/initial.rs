@@ -37,7 +37,7 @@ pub(super) fn values(
     Ok(Box::new(move |spec| {
         let values = match &given {
             Some(given) => given.get(&spec.name).map(|whole| spec.cut(whole)),
-            None => initial_values(spec, seed).map(|whole| spec.cut(&whole)),
+            None => initial_values(spec, seed),
         };
         values
             .map(ParameterState::fresh)

@@ -108,9 +108,9 @@ impl Run {
         let initial = move |spec: &ParameterSpec| {
             let values = match initial_values(spec, 1) {
                 Some(values) => values,
-                None => source.read(&spec.name)?.to_f32()?,
+                None => spec.cut(&source.read(&spec.name)?.to_f32()?),
             };
-            Ok(ParameterState::fresh(spec.cut(&values)))
+            Ok(ParameterState::fresh(values))
         };
         let mut engine: Engine = base
             .start(&fitted.layout, trainables, Box::new(initial))
