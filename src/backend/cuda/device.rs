@@ -294,16 +294,18 @@ impl Device {
         Ok(())
     }
 
-    /// Waits on the host for an event, in small steps.
+    /// Waits on the host for an event that was recorded behind everything queued, in small steps.
     ///
     /// # Errors
     /// Something queued failed, or the pulse was stopped meanwhile.
-    pub fn wait_for(&self, event: &Event) -> Result<()> {
+    fn wait_for(&self, event: &Event) -> Result<()> {
         let began = Instant::now();
         loop {
-            // The marks first: once something failed, none of them can be asked any more.
             self.glance()?;
-            if event.passed(self)? {
+            // The marks before it come first: when something has failed, no event tells any more how far
+            // the GPU was.
+            let marked = !self.marks.borrow().ahead.is_empty();
+            if !marked && event.passed(self)? {
                 return Ok(());
             }
             match began.elapsed() < WAKEFUL {
