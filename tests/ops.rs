@@ -49,24 +49,27 @@ mod swiglu;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::Command;
+use std::sync::Arc;
 
 use half::f16;
-use mp_train::backend::Backend;
 use mp_train::backend::cpu::Cpu;
 use mp_train::backend::cuda::Cuda;
+use mp_train::backend::{Backend, Pulse};
 
 use check::{Check, Tolerance};
 use cuda_emulator::{Emulator, Order};
 
 #[test]
 fn cpu_f32() {
-    let threads = [1, 2, 3].map(|threads| move || Cpu::<f32>::new(threads).unwrap());
+    let threads =
+        [1, 2, 3].map(|threads| move |pulse: &_| Cpu::<f32>::with_pulse(threads, pulse).unwrap());
     drive("cpu-f32", Tolerance::F32, threads);
 }
 
 #[test]
 fn cpu_f16() {
-    let threads = [1, 2, 3].map(|threads| move || Cpu::<f16>::new(threads).unwrap());
+    let threads =
+        [1, 2, 3].map(|threads| move |pulse: &_| Cpu::<f16>::with_pulse(threads, pulse).unwrap());
     drive("cpu-f16", Tolerance::F16, threads);
 }
 
@@ -80,7 +83,7 @@ fn cuda_on_this_gpu() {
     drive(
         "cuda",
         Tolerance::CUDA,
-        [(); 2].map(|()| || Cuda::new(0).unwrap()),
+        [(); 2].map(|()| |pulse: &_| Cuda::with_pulse(0, pulse).unwrap()),
     );
 }
 
@@ -103,9 +106,9 @@ fn cuda_emulated() {
             orders = vec![Order::Forward];
         }
         let builds = orders.into_iter().map(|order| {
-            move || {
+            move |pulse: &_| {
                 loaded.set_order(order);
-                Cuda::new(0).unwrap()
+                Cuda::with_pulse(0, pulse).unwrap()
             }
         });
         return drive(&format!("cuda on sm_{arch}"), Tolerance::CUDA, builds);
@@ -132,7 +135,7 @@ const ARCH_OF_CHILD: &str = "OPS_EMULATED_ARCH";
 
 /// All cases on a backend. The first of `builds` is held against the exact results, the others
 /// (more threads, say) must repeat its results bit for bit.
-fn drive<B: Backend, F: Fn() -> B>(
+fn drive<B: Backend, F: Fn(&Arc<Pulse>) -> B>(
     name: &str,
     tolerance: Tolerance,
     builds: impl IntoIterator<Item = F>,
@@ -142,7 +145,11 @@ fn drive<B: Backend, F: Fn() -> B>(
     let only: Vec<&str> = chosen.split(',').filter(|name| !name.is_empty()).collect();
     let mut check = Check::new(name, tolerance);
     for build in builds {
-        let backend = build();
+        let pulse = Arc::new(Pulse::default());
+        let backend = build(&pulse);
+        if only.is_empty() {
+            reports(&backend, &pulse, &mut check);
+        }
         for (family, cases) in families::<B>() {
             if !only.is_empty() && !only.contains(&family) {
                 continue;
@@ -159,6 +166,27 @@ fn drive<B: Backend, F: Fn() -> B>(
         false => Vec::new(),
     };
     check.finish(&expected);
+}
+
+/// What a backend says of itself: a mark is reached when what was queued before it is done, which a read
+/// waits for; and no memory is in use where none was planned.
+fn reports<B: Backend>(b: &B, pulse: &Pulse, check: &mut Check) {
+    for place in [1_u32, 7, 1 << 30] {
+        check.run(b, "mark", format!("place {place}"), &[], || {
+            let buffer = b.upload(&[place; 40_001])?;
+            b.mark(place.into())?;
+            b.read(&buffer, 1).map(|_| ())
+        });
+        check.expect_bits(&[pulse.place() as u32], &[place]);
+    }
+    check.run(
+        b,
+        "memory_use",
+        "nothing planned".to_owned(),
+        &[],
+        || Ok(()),
+    );
+    check.expect_bits(&[u32::from(b.memory_use().is_some())], &[0]);
 }
 
 type Cases<B> = fn(&B, &mut Check);
