@@ -44,7 +44,7 @@ struct Ids {
 pub struct Nccl {
     rank: usize,
     stages: usize,
-    library: &'static NcclLibrary,
+    nccl: &'static NcclLibrary,
     ids: Ids,
     links: Option<[Link; 2]>,
 }
@@ -56,7 +56,7 @@ unsafe impl Send for Nccl {}
 /// A communicator with its stream.
 struct Link {
     rank: usize,
-    library: &'static NcclLibrary,
+    nccl: &'static NcclLibrary,
     communicator: sys::ncclComm_t,
     /// The same for who watches it, as long as it lives.
     watched: Rc<Cell<sys::ncclComm_t>>,
@@ -72,19 +72,19 @@ struct Link {
 ///
 /// # Errors
 /// NCCL cannot make a communicator's id.
-pub fn connect(library: &'static NcclLibrary, stages: usize) -> Result<Vec<Nccl>, CommError> {
+pub fn connect(nccl: &'static NcclLibrary, stages: usize) -> Result<Vec<Nccl>, CommError> {
     let id = || {
         let mut id = MaybeUninit::zeroed();
         // SAFETY: writes one id; of its bytes every pattern is valid.
         let (answer, id) = unsafe {
-            let answer = (library.get_unique_id)(id.as_mut_ptr());
+            let answer = (nccl.get_unique_id)(id.as_mut_ptr());
             (answer, id.assume_init())
         };
         match answer {
             ncclResult_t::ncclSuccess => Ok(id),
             code => {
                 let nobody = std::ptr::null_mut();
-                Err(failed(library, 0, "ncclGetUniqueId", code, nobody))
+                Err(failed(nccl, 0, "ncclGetUniqueId", code, nobody))
             }
         }
     };
@@ -95,7 +95,7 @@ pub fn connect(library: &'static NcclLibrary, stages: usize) -> Result<Vec<Nccl>
     let rank = |rank| Nccl {
         rank,
         stages,
-        library,
+        nccl,
         ids,
         links: None,
     };
@@ -103,7 +103,7 @@ pub fn connect(library: &'static NcclLibrary, stages: usize) -> Result<Vec<Nccl>
 }
 
 fn failed(
-    library: &NcclLibrary,
+    nccl: &NcclLibrary,
     rank: usize,
     call: &'static str,
     code: ncclResult_t,
@@ -113,8 +113,8 @@ fn failed(
     // communicator is null or alive.
     let (meaning, detail) = unsafe {
         (
-            text((library.get_error_string)(code)),
-            text((library.get_last_error)(communicator)),
+            text((nccl.get_error_string)(code)),
+            text((nccl.get_last_error)(communicator)),
         )
     };
     let reason = match detail.is_empty() {
@@ -133,10 +133,10 @@ fn failed(
 ///
 /// # Safety
 /// The communicator is alive.
-unsafe fn state(library: &NcclLibrary, communicator: sys::ncclComm_t) -> ncclResult_t {
+unsafe fn state(nccl: &NcclLibrary, communicator: sys::ncclComm_t) -> ncclResult_t {
     let mut state = ncclResult_t::ncclSuccess;
     // SAFETY: the caller's promise; writes one value.
-    match unsafe { (library.comm_get_async_error)(communicator, &mut state) } {
+    match unsafe { (nccl.comm_get_async_error)(communicator, &mut state) } {
         ncclResult_t::ncclSuccess => state,
         code => code,
     }
@@ -156,7 +156,7 @@ unsafe fn text(words: *const std::ffi::c_char) -> String {
 impl Link {
     fn open(
         cuda: &Cuda,
-        library: &'static NcclLibrary,
+        nccl: &'static NcclLibrary,
         (rank, stages): (usize, usize),
         id: sys::ncclUniqueId,
         pulse: &Arc<Pulse>,
@@ -174,7 +174,7 @@ impl Link {
         };
         let mut link = Link {
             rank,
-            library,
+            nccl,
             communicator: std::ptr::null_mut(),
             watched: Rc::new(Cell::new(std::ptr::null_mut())),
             stream: cuda.side_stream()?,
@@ -187,7 +187,7 @@ impl Link {
         let begun = unsafe {
             let (ranks, rank) = (stages as i32, rank as i32);
             let communicator = &raw mut link.communicator;
-            (library.comm_init_rank_config)(communicator, ranks, id, rank, &mut config)
+            (nccl.comm_init_rank_config)(communicator, ranks, id, rank, &mut config)
         };
         link.finish(cuda, "ncclCommInitRankConfig", begun)?;
         link.watch(cuda);
@@ -197,16 +197,16 @@ impl Link {
     /// Lets every wait for the GPU notice an error of a transfer, which no event tells of.
     fn watch(&self, cuda: &Cuda) {
         self.watched.set(self.communicator);
-        let (watched, library, rank) = (Rc::clone(&self.watched), self.library, self.rank);
+        let (watched, nccl, rank) = (Rc::clone(&self.watched), self.nccl, self.rank);
         cuda.watch(move || {
             let communicator = watched.get();
             if communicator.is_null() {
                 return Ok(());
             }
             // SAFETY: a communicator that has ended is watched no more.
-            match unsafe { state(library, communicator) } {
+            match unsafe { state(nccl, communicator) } {
                 ncclResult_t::ncclSuccess | ncclResult_t::ncclInProgress => Ok(()),
-                code => Err(failed(library, rank, "a transfer", code, communicator)),
+                code => Err(failed(nccl, rank, "a transfer", code, communicator)),
             }
         });
     }
@@ -225,7 +225,7 @@ impl Link {
                 ncclResult_t::ncclInProgress => {}
                 code => {
                     let (rank, communicator) = (self.rank, self.communicator);
-                    return Err(failed(self.library, rank, call, code, communicator).into());
+                    return Err(failed(self.nccl, rank, call, code, communicator).into());
                 }
             }
             cuda.glance()?;
@@ -237,7 +237,7 @@ impl Link {
     /// What the library says of the communicator now.
     fn state(&self) -> ncclResult_t {
         // SAFETY: the communicator lives as long as the link.
-        unsafe { state(self.library, self.communicator) }
+        unsafe { state(self.nccl, self.communicator) }
     }
 
     /// Posts one group behind everything computed so far.
@@ -253,9 +253,9 @@ impl Link {
         // SAFETY: start and end of a group on one thread. A group that was begun is ended whatever
         // happened inside.
         let (queued, ended) = unsafe {
-            (self.library.group_start)();
+            (self.nccl.group_start)();
             let queued = queue();
-            (queued, (self.library.group_end)())
+            (queued, (self.nccl.group_end)())
         };
         if let Err((call, code)) = queued {
             self.finish(cuda, call, code)?;
@@ -291,7 +291,7 @@ impl Link {
         // SAFETY: the place holds that many bytes until the group is done: the worker overwrites it
         // behind `await_group` only.
         let answer = unsafe {
-            (self.library.send)(
+            (self.nccl.send)(
                 at as *const _,
                 bytes,
                 sys::ncclDataType_t::ncclUint8,
@@ -306,7 +306,7 @@ impl Link {
     fn queue_recv(&self, peer: usize, at: u64, bytes: usize) -> Queued {
         // SAFETY: the place has room for that many bytes, which nobody uses until the group is done.
         let answer = unsafe {
-            (self.library.recv)(
+            (self.nccl.recv)(
                 at as *mut _,
                 bytes,
                 sys::ncclDataType_t::ncclUint8,
@@ -322,7 +322,7 @@ impl Link {
     fn queue_sum(&self, at: u64, len: usize) -> Queued {
         // SAFETY: the place holds `len` values, which nobody uses until the group is done.
         let answer = unsafe {
-            (self.library.all_reduce)(
+            (self.nccl.all_reduce)(
                 at as *const _,
                 at as *mut _,
                 len,
@@ -358,8 +358,8 @@ impl Drop for Link {
         // calls begin; an error has nobody left to hear it.
         unsafe {
             match broken {
-                true => (self.library.comm_abort)(self.communicator),
-                false => (self.library.comm_destroy)(self.communicator),
+                true => (self.nccl.comm_abort)(self.communicator),
+                false => (self.nccl.comm_destroy)(self.communicator),
             };
         }
     }
@@ -383,7 +383,7 @@ impl Transport<Cuda> for Nccl {
 
     fn start(&mut self, cuda: &Cuda, pulse: &Arc<Pulse>, _: Room) -> Result<(), CommError> {
         let place = (self.rank, self.stages);
-        let open = |id| Link::open(cuda, self.library, place, id, pulse);
+        let open = |id| Link::open(cuda, self.nccl, place, id, pulse);
         let links = [open(self.ids.forward)?, open(self.ids.backward)?];
         let words = cuda.zeros(WORDS)?;
         for link in &links {

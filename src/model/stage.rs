@@ -186,6 +186,11 @@ impl<B: Backend> Stage<B> {
         chunks.flat_map(|chunk| chunk.blocks.clone())
     }
 
+    /// Micro-batches that there is room for in a chunk, one at least.
+    pub fn slots(&self, chunk: usize) -> usize {
+        self.chunks[chunk].slots.len()
+    }
+
     /// The micro-batch in a slot of a chunk and what it left.
     pub fn slot(&self, chunk: usize, slot: usize) -> &Slot<B> {
         &self.chunks[chunk].slots[slot]

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use super::base::{Layout, StartError};
 use super::fit::{Demand, Shortage};
 use super::needs::DeviceMemory;
 use crate::config::byte_size::ByteSize;
@@ -109,7 +110,7 @@ impl RowLengths {
     }
 }
 
-/// A run that does not fit, with what its settings may become.
+/// What a run asks for and what there is, with what its settings may become where it does not fit.
 pub struct Wish<'a> {
     /// What it asks for.
     pub demand: &'a Demand,
@@ -136,6 +137,22 @@ struct Change {
 }
 
 impl Wish<'_> {
+    /// Who does what; and what is missing, with settings that would fit, where the devices have not the
+    /// memory for it.
+    ///
+    /// # Errors
+    /// As [`Demand::fit`].
+    pub fn settle(&self) -> Result<(Layout, Option<Box<NoRoom>>), StartError> {
+        let fitted = self
+            .demand
+            .fit_or_nearly(self.model, self.trainables, self.memory)?;
+        let shortage = fitted.shortage.filter(|shortage| shortage.firm);
+        Ok((
+            fitted.layout,
+            shortage.map(|shortage| self.refuse(shortage)),
+        ))
+    }
+
     /// What is missing, with settings that would fit.
     pub fn refuse(&self, shortage: Shortage) -> Box<NoRoom> {
         let mut advice: Vec<String> = self

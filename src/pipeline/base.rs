@@ -129,9 +129,13 @@ impl StartError {
 /// Refuses devices that cannot be used, before anything is read.
 ///
 /// # Errors
-/// GPUs beside the CPU, a precision that GPUs do not have, or a GPU that is not there or lacks driver
-/// or libraries.
-pub fn check_devices(devices: &[Device], precision: Precision) -> Result<(), StartError> {
+/// GPUs beside the CPU, a precision that GPUs do not have, a GPU that is not there or lacks driver or
+/// libraries, or a transport that cannot be had.
+pub fn check_devices(
+    devices: &[Device],
+    precision: Precision,
+    transport: TransportKind,
+) -> Result<(), StartError> {
     let gpus = || devices.iter().filter_map(|device| device.ordinal());
     if gpus().next().is_none() {
         return Ok(());
@@ -142,7 +146,8 @@ pub fn check_devices(devices: &[Device], precision: Precision) -> Result<(), Sta
     if precision != Precision::F16 {
         return Err(StartError::GpuPrecision);
     }
-    Ok(cuda::check(gpus())?)
+    cuda::check(gpus())?;
+    transport::check(transport, &gpus().collect::<Vec<u32>>())
 }
 
 /// How the stages of a run are laid out.
@@ -241,7 +246,7 @@ impl Base {
         trainables: Trainables,
         initial: InitialValues,
     ) -> Result<Engine, StartError> {
-        check_devices(&layout.devices, layout.precision)?;
+        check_devices(&layout.devices, layout.precision, layout.transport)?;
         let stages = layout.stages.len();
         if layout.is_reserved() {
             let choice = transport::choose(layout.transport, &layout.devices)?;

@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::advice::{NoRoom, RowLengths, Wish};
 use super::base::{Base, Layout, StartError};
 use super::cost::TypicalBatch;
-use super::fit::{Demand, Fitted};
+use super::fit::Demand;
 use super::needs::DeviceMemory;
 use super::template::template_settings;
 use crate::config::model::ModelConfig;
@@ -101,19 +101,15 @@ impl Prepared {
         let max_rows = sampler.max_tokens(&rows).max(longest.unwrap_or(0));
         let largest = (max_rows, sampler.max_sequences(&rows));
         let demand = demand(config, largest, typical(config, &rows));
-        let Fitted { layout, shortage } =
-            demand.fit_or_nearly(&base.config, &trainables, &memory)?;
-        let no_room = shortage.filter(|shortage| shortage.firm).map(|shortage| {
-            let wish = Wish {
-                demand: &demand,
-                model: &base.config,
-                trainables: &trainables,
-                memory: &memory,
-                size: batching(config).size,
-                lengths: &RowLengths::of(&rows, validation.as_ref()),
-            };
-            wish.refuse(shortage)
-        });
+        let wish = Wish {
+            demand: &demand,
+            model: &base.config,
+            trainables: &trainables,
+            memory: &memory,
+            size: batching(config).size,
+            lengths: &RowLengths::of(&rows, validation.as_ref()),
+        };
+        let (layout, no_room) = wish.settle()?;
         let epochs = config.run.epochs.unwrap_or(1);
         let max_steps = config.run.max_steps;
         Ok(Prepared {

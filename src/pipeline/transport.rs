@@ -40,6 +40,27 @@ pub(super) struct Choice {
     pub description: String,
 }
 
+/// Refuses a transport that cannot be had on these GPUs, before anything is read.
+///
+/// # Errors
+/// NCCL was asked for and is missing or too old, or several stages would share a GPU.
+pub(super) fn check(kind: TransportKind, ordinals: &[u32]) -> Result<(), StartError> {
+    if kind != TransportKind::Nccl || ordinals.len() < 2 {
+        return Ok(());
+    }
+    let nccl = cuda::nccl()?;
+    match shared(ordinals) {
+        Some(ordinal) if !shares_gpus(nccl) => Err(StartError::SharedGpu { ordinal }),
+        _ => Ok(()),
+    }
+}
+
+/// A GPU that is named more than once.
+fn shared(ordinals: &[u32]) -> Option<u32> {
+    let again = (1..ordinals.len()).find(|&rank| ordinals[..rank].contains(&ordinals[rank]));
+    again.map(|rank| ordinals[rank])
+}
+
 /// Chooses for stages on these GPUs.
 ///
 /// # Errors
@@ -55,8 +76,7 @@ pub(super) fn choose(kind: TransportKind, devices: &[Device]) -> Result<Choice, 
             description: String::new(),
         });
     }
-    let shared = (1..ordinals.len()).find(|&rank| ordinals[..rank].contains(&ordinals[rank]));
-    let shared = shared.map(|rank| ordinals[rank]);
+    check(kind, &ordinals)?;
     let neighbours = || ordinals.iter().zip(ordinals.iter().cycle().skip(1));
     let mut pairs: Vec<(u32, u32)> = neighbours()
         .flat_map(|(&a, &b)| [(a, b), (b, a)])
@@ -78,18 +98,16 @@ pub(super) fn choose(kind: TransportKind, devices: &[Device]) -> Result<Choice, 
         transport: GpuTransport::PeerCopy,
         description: format!("p2p{why}, {way}"),
     };
-    Ok(match (kind, cuda::nccl(), shared) {
-        (TransportKind::P2p, _, _) => peer_copy(""),
-        (TransportKind::Nccl, Ok(nccl), Some(ordinal)) if !shares_gpus(nccl) => {
-            return Err(StartError::SharedGpu { ordinal });
-        }
-        (TransportKind::Nccl, Err(error), _) => return Err(error.into()),
-        (TransportKind::Auto, _, Some(_)) => peer_copy(""),
-        (TransportKind::Auto, Err(CudaError::NoLibrary { .. }), _) => {
+    if kind == TransportKind::P2p || kind == TransportKind::Auto && shared(&ordinals).is_some() {
+        return Ok(peer_copy(""));
+    }
+    Ok(match (kind, cuda::nccl()) {
+        (TransportKind::Nccl, Err(error)) => return Err(error.into()),
+        (_, Err(CudaError::NoLibrary { .. })) => {
             peer_copy(", because NCCL was not found (pip install nvidia-nccl-cu12)")
         }
-        (TransportKind::Auto, Err(error), _) => peer_copy(&format!(", because {error}")),
-        (TransportKind::Auto | TransportKind::Nccl, Ok(nccl), _) => Choice {
+        (_, Err(error)) => peer_copy(&format!(", because {error}")),
+        (_, Ok(nccl)) => Choice {
             transport: GpuTransport::Nccl(nccl),
             description: format!("NCCL {}, {way}", nccl.version_in_words()),
         },

@@ -270,8 +270,7 @@ impl<B: Backend, T: Transport<B>> Worker<B, T> {
 
     /// Micro-batches of a chunk start and finish in ascending order, so their slots go round.
     fn slot_of(&self, action: Action) -> usize {
-        let slots = self.schedule.slots(self.transport.rank(), action.chunk);
-        action.micro_batch % slots.max(1)
+        action.micro_batch % self.stage.slots(action.chunk)
     }
 
     /// Puts what arrived into a slot of a chunk that does not start from ids.

@@ -9,7 +9,7 @@ use crate::model::weights;
 use crate::pipeline::advice::{NoRoom, RowLengths, Wish};
 use crate::pipeline::base::{Base, Layout, StartError};
 use crate::pipeline::cost::TypicalBatch;
-use crate::pipeline::fit::{Demand, Fitted};
+use crate::pipeline::fit::Demand;
 use crate::pipeline::needs::DeviceMemory;
 use crate::pipeline::prepare::{self, Prepared};
 
@@ -115,18 +115,15 @@ impl Subject {
             pipeline.memory_per_device,
             pipeline.transport,
         )?;
-        let Fitted { layout, shortage } = demand.fit_or_nearly(&model, &trainables, &memory)?;
-        let no_room = shortage.filter(|shortage| shortage.firm).map(|shortage| {
-            let wish = Wish {
-                demand: &demand,
-                model: &model,
-                trainables: &trainables,
-                memory: &memory,
-                size,
-                lengths: &RowLengths::uniform(length),
-            };
-            wish.refuse(shortage)
-        });
+        let wish = Wish {
+            demand: &demand,
+            model: &model,
+            trainables: &trainables,
+            memory: &memory,
+            size,
+            lengths: &RowLengths::uniform(length),
+        };
+        let (layout, no_room) = wish.settle()?;
         Ok(Subject {
             rows: format!(
                 "rows of {length} tokens, {:.0} % of them with a target",

@@ -57,7 +57,12 @@ pub fn run(
     stop: &AtomicBool,
 ) -> Result<Outcome, TrainError> {
     let started = Instant::now();
-    check_devices(&config.pipeline.devices, config.model.precision)?;
+    let pipeline = &config.pipeline;
+    check_devices(
+        &pipeline.devices,
+        config.model.precision,
+        pipeline.transport,
+    )?;
     let resumed = checkpoint::find(config, reporter)?;
     let position = resumed.as_ref().map(|state| state.trainer.data);
     let Some(prepared) = open(config, position.unwrap_or_default(), reporter, stop)? else {

@@ -296,7 +296,9 @@ API CUresult cuCtxEnablePeerAccess(Context* peer, unsigned flags) {
     std::lock_guard<std::mutex> lock(state);
     if (peer == current) return invalid_device;
     if (!settings().peers) return peer_access_unsupported;
-    return current->peers.insert(peer->device).second ? success : peer_access_already_enabled;
+    if (!current->peers.insert(peer->device).second) return peer_access_already_enabled;
+    count_on(current->device, "peer_accesses");
+    return success;
 }
 
 API CUresult cuCtxDisablePeerAccess(Context* peer) {

@@ -5,6 +5,8 @@ use std::os::unix::fs::symlink;
 use std::path::Path;
 use std::process::Command;
 
+use serde_json::Value;
+
 use super::cuda_emulator::Emulator;
 use super::gpu::{PLAIN, emulator, half, on_gpus, run_on_gpus};
 use super::outcome::Outcome;
@@ -55,7 +57,14 @@ fn peer_copies_where_nccl_is_not_found_or_a_gpu_has_two_stages() {
     let setup = short();
     let mut command = on_two(&emulator, &setup, &setup.output("without"));
     without_nccl(&mut command, &setup);
-    let ended = succeed(&mut command);
+    let report = setup.folder.path().join("report.json");
+    let ended = succeed(command.env("EMULATOR_REPORT", &report));
+    let counters: Value = serde_json::from_str(&fs::read_to_string(report).unwrap()).unwrap();
+    for device in ["0", "1"] {
+        // The direct way is taken where there is one, and only between GPUs.
+        assert_eq!(counters[format!("peer_accesses:{device}")], 1, "{counters}");
+        assert!(counters[format!("peer_copies:{device}")].as_u64() > Some(0));
+    }
     for said in ["travel by p2p", "pip install nvidia-nccl-cu12"] {
         assert!(ended.stderr.contains(said), "{}", ended.stderr);
     }

@@ -24,6 +24,8 @@ pub(super) struct Device {
     capability: u32,
     device: sys::CUdevice,
     context: sys::CUcontext,
+    /// Contexts of other GPUs to which the direct way was asked for.
+    reached: RefCell<Vec<sys::CUcontext>>,
     stream: sys::CUstream,
     /// Stopped when the worker is to give up.
     pulse: Arc<Pulse>,
@@ -179,6 +181,7 @@ impl Device {
             capability,
             device,
             context,
+            reached: RefCell::default(),
             stream,
             pulse: Arc::clone(pulse),
             marks: RefCell::default(),
@@ -359,27 +362,24 @@ impl Device {
         Ok(())
     }
 
-    /// Lets kernels and copies of this GPU reach the memory of another one, where the two can.
-    pub fn enable_peer(&self, context: sys::CUcontext, ordinal: u32) -> Result<bool> {
-        if context == self.context {
-            return Ok(true);
+    /// Lets copies of this GPU take the direct way to the memory of another one, where there is one.
+    pub fn reach(&self, context: sys::CUcontext) -> Result<()> {
+        use sys::CUresult as Answer;
+        if context == self.context || self.reached.borrow().contains(&context) {
+            return Ok(());
         }
-        let peer = self.check("cuDeviceGet", cu_device::get(ordinal as i32))?;
-        let mut can = 0;
-        // SAFETY: both devices were returned by the driver; writes one integer.
-        let asked = unsafe { sys::cuDeviceCanAccessPeer(&mut can, self.device, peer) };
-        self.check("cuDeviceCanAccessPeer", asked.result())?;
-        if can == 0 {
-            return Ok(false);
+        // SAFETY: the other context is alive as long as its worker, which outlives what is copied.
+        let answer = unsafe { sys::cuCtxEnablePeerAccess(context, 0) };
+        match answer {
+            Answer::CUDA_SUCCESS
+            | Answer::CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED
+            // Without a direct way the driver goes through host memory.
+            | Answer::CUDA_ERROR_PEER_ACCESS_UNSUPPORTED
+            | Answer::CUDA_ERROR_TOO_MANY_PEERS => {}
+            error => return self.check("cuCtxEnablePeerAccess", error.result()),
         }
-        // SAFETY: the other context is alive as long as its worker, which outlives what is done with it.
-        match unsafe { sys::cuCtxEnablePeerAccess(context, 0) }.result() {
-            Ok(()) => Ok(true),
-            Err(error) if error.0 == sys::CUresult::CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED => {
-                Ok(true)
-            }
-            Err(error) => self.check("cuCtxEnablePeerAccess", Err(error)),
-        }
+        self.reached.borrow_mut().push(context);
+        Ok(())
     }
 
     /// Queues setting `bytes` bytes to zero.

@@ -93,12 +93,13 @@ impl SideStream {
         event.delay(&self.device, self.raw)
     }
 
-    /// Queues a copy of `bytes` bytes between places in device memory, of one GPU or of two. CUDA goes
-    /// through host memory where two GPUs cannot reach each other.
+    /// Queues a copy of `bytes` bytes to this GPU, from its own memory or from another one's: directly where
+    /// the two reach each other, else CUDA goes through host memory.
     ///
     /// # Errors
     /// The device fails.
     pub fn copy(&self, to: DevicePlace, from: DevicePlace, bytes: usize) -> Result<()> {
+        self.device.reach(from.context)?;
         // SAFETY: callers give places inside buffers that live until the copy is done, in contexts
         // that are alive as long.
         let copied = unsafe {
@@ -142,11 +143,6 @@ impl DevicePlace {
 }
 
 impl Cuda {
-    /// CUDA's number of the GPU.
-    pub fn ordinal(&self) -> u32 {
-        self.device.ordinal()
-    }
-
     /// An event of this GPU.
     ///
     /// # Errors
@@ -183,14 +179,6 @@ impl Cuda {
         event.delay(&self.device, self.device.stream())
     }
 
-    /// Whether what an event recorded is done.
-    ///
-    /// # Errors
-    /// The device fails.
-    pub fn passed(&self, event: &Event) -> Result<bool> {
-        event.passed(&self.device)
-    }
-
     /// Tells the pulse how far the GPU is, and notices when the worker is to give up. To be called in
     /// every loop that waits on the host.
     ///
@@ -212,13 +200,5 @@ impl Cuda {
             context: self.device.context(),
             pointer,
         }
-    }
-
-    /// Lets this GPU read the memory of another one directly, where the two can. Whether they can.
-    ///
-    /// # Errors
-    /// The device fails.
-    pub fn enable_peer(&self, peer: DevicePlace, ordinal: u32) -> Result<bool> {
-        self.device.enable_peer(peer.context, ordinal)
     }
 }
