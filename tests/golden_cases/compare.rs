@@ -146,7 +146,11 @@ impl<'a> Report<'a> {
                 continue;
             }
             let kind = Kind::of(name).ok_or(format!("no limit is known for `{name}`"))?;
-            let limit = kind.limit(self.precision);
+            let limit = kind.limit(self.precision, case.form);
+            let limit = match self.precision {
+                Precision::F32 => limit.allowing(case.float64_gap(name)),
+                Precision::F16 => limit,
+            };
             let expected = case.expected(name)?;
             let error = largest_error(limit, &expected, found)
                 .map_err(|why| format!("{variant}: `{name}`: {why}"))?;
@@ -210,8 +214,13 @@ pub fn number(value: f64) -> String {
 
 /// The largest error over the values that both have; NaN where one of them is no number.
 fn largest_error(limit: Limit, expected: &Tensor, found: &Found) -> Result<f64, String> {
-    let (first, rest) = (expected.shape.first(), expected.shape.get(1..));
-    let fits = found.shape.get(1..) == rest && first <= found.shape.first();
+    // A scalar is stored without a dimension or with one.
+    let dimensions = |shape: &[usize]| match shape {
+        [] => (1, Vec::new()),
+        [first, rest @ ..] => (*first, rest.to_vec()),
+    };
+    let ((first, rest), (most, all)) = (dimensions(&expected.shape), dimensions(&found.shape));
+    let fits = rest == all && first <= most;
     if !fits || found.values.len() != found.shape.iter().product::<usize>() {
         return Err(format!(
             "stored is {:?}, the engine has {:?}",

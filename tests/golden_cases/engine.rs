@@ -76,7 +76,7 @@ pub fn start<B: Golden>(
     room: Room,
     values: Values,
 ) -> Outcome<Engine> {
-    let config = &parts.config();
+    let config = &parts.config;
     let Configuration {
         stages,
         schedule,
