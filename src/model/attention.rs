@@ -4,7 +4,7 @@ use super::activations::{AttentionActivations, Scratch};
 use super::batch::Batch;
 use super::rotary::Rotary;
 use crate::adapter::prefix::{PrefixBlock, PrefixShape};
-use crate::backend::{AttentionLayout, Backend, BackendError, Dropout, Prefix};
+use crate::backend::{AttentionLayout, Backend, BackendError, Dropout, Prefix, RotaryPositions};
 use crate::random::Domain;
 
 use super::linear::Linear;
@@ -172,8 +172,10 @@ impl<B: Backend> Attention<B> {
             qkv,
             &rotary.cos,
             &rotary.sin,
-            &batch.position,
-            &batch.block_position,
+            RotaryPositions::TwoDimensional {
+                position: &batch.position,
+                block_position: &batch.block_position,
+            },
             &self.layout,
             batch.rows,
             inverse,
