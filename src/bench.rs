@@ -323,12 +323,10 @@ fn micro_batch(options: &BenchOptions, config: &ModelConfig, step: u64, index: u
             len,
             context_length,
         });
-        batch
-            .targets
-            .extend((half..len - 1).map(|t| Target {
-                row: (start + t) as u32,
-                id: batch.input_ids[start + t + 1],
-            }));
+        batch.targets.extend((half..len - 1).map(|t| Target {
+            row: (start + t) as u32,
+            id: batch.input_ids[start + t + 1],
+        }));
     }
     batch
 }

@@ -200,7 +200,11 @@ impl<B: Backend> Workspace<B> {
         let queries = shape.query_width;
         let widest = hidden.max(inner).max(queries);
         let widest = shape.lora_dropout.then_some(widest);
-        let gated = if shape.mlp_width > inner { shape.mlp_width } else { 0 };
+        let gated = if shape.mlp_width > inner {
+            shape.mlp_width
+        } else {
+            0
+        };
         let part = if shape.splits_qkv { queries } else { 0 };
         Ok(Workspace {
             output: backend.zeros(rows * hidden)?,

@@ -187,13 +187,10 @@ impl<B: Backend> Head<B> {
                 backend.weight_gradient(gradient, logits, &room.norm, shape, 1.0)?;
             }
             backend.linear_backward(&mut room.dnorm, logits, matrix.values, shape, 1.0, false)?;
-            let dnorm = RowGradient {
-                dout: &room.dnorm,
-                residual: None,
-            };
+            let dnorm = &room.dnorm;
             let dx_rows = Some(&mut room.dx);
             self.norm
-                .backward(backend, dx_rows, dnorm, &room.x, &room.stats, rows)?;
+                .backward(backend, dx_rows, dnorm, None, &room.x, &room.stats, rows)?;
             backend.scatter_rows(dx, &room.dx, index, first, rows, hidden)?;
         }
         Ok(())

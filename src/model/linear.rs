@@ -1,8 +1,8 @@
 //! A linear layer: frozen or trained weight and bias, and a LoRA beside it where one is asked for.
 
 use super::batch::Batch;
-use super::quantised::Matrix;
 use super::names::LinearSite;
+use super::quantised::Matrix;
 use crate::adapter::Parameter;
 use crate::adapter::lora::{Lora, LoraNoise, LoraScratch};
 use crate::backend::{Backend, BackendError, Dropout, LinearShape};

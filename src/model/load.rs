@@ -284,7 +284,11 @@ impl<B: Backend> Loader<'_, B> {
         };
         let encoder = if prefix.prefix_projection {
             let whole = |tensor: &str| {
-                self.parameter(&trainables::prefix_name(names, tensor), None, self.first_stage)
+                self.parameter(
+                    &trainables::prefix_name(names, tensor),
+                    None,
+                    self.first_stage,
+                )
             };
             let shared = [
                 whole("embedding.weight")?,

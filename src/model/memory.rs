@@ -5,10 +5,10 @@
 //! buffer, because a device rounds each of them up; tests hold the two together to the byte.
 
 use super::head::chunk_rows;
+use super::names::Names;
 use super::quantised::{self, dequantised_len};
 use super::stage::ChunkShape;
 use super::trainables::Trainables;
-use super::names::Names;
 use super::weights::{self, NamedShape};
 use crate::config::model::ModelConfig;
 use crate::config::run::{AdapterSection, Recompute};
@@ -338,15 +338,35 @@ fn workspace(
     let queries = config.query_width() as u64;
     let key_value = config.key_value_width() as u64;
     all.add(Workspace, "branch and gradient of sums", t * h * e, 2);
-    all.add(Workspace, "gradient of attention's output", t * queries * e, 1);
-    all.add(Workspace, "gradient of qkv", t * (queries + key_value) * e, 1);
+    all.add(
+        Workspace,
+        "gradient of attention's output",
+        t * queries * e,
+        1,
+    );
+    all.add(
+        Workspace,
+        "gradient of qkv",
+        t * (queries + key_value) * e,
+        1,
+    );
     if Names::of(config).splits_qkv() {
-        all.add(Workspace, "queries, keys or values alone", t * queries * e, 1);
+        all.add(
+            Workspace,
+            "queries, keys or values alone",
+            t * queries * e,
+            1,
+        );
     }
     all.add(Workspace, "gradient of activation's output", t * f * e, 1);
     if config.architecture.gates() > 1 {
         let width = config.mlp_width() as u64;
-        all.add(Workspace, "gradient of activation's input", t * width * e, 1);
+        all.add(
+            Workspace,
+            "gradient of activation's input",
+            t * width * e,
+            1,
+        );
     }
     match &trainables.adapter {
         Some(AdapterSection::Lora(lora)) => {
@@ -358,7 +378,12 @@ fn workspace(
         }
         Some(AdapterSection::Prefix(prefix)) => {
             let prefixes = (sizes.max_sequences * prefix.pre_seq_len) as u64;
-            all.add(Workspace, "prefix per sequence", prefixes * key_value * e, 1);
+            all.add(
+                Workspace,
+                "prefix per sequence",
+                prefixes * key_value * e,
+                1,
+            );
             all.add(Workspace, "its gradient", prefixes * key_value * WORD, 1);
         }
         Some(AdapterSection::Full(_)) | None => {}

@@ -182,7 +182,9 @@ impl LinearSite {
     /// Weights of the linear layers of a block that `wanted` names: the operations of their products
     /// per token are twice as many.
     pub fn weights(config: &ModelConfig, wanted: impl Fn(LinearSite) -> bool) -> f64 {
-        let sites = Names::of(config).linear_sites().filter(|site| wanted(*site));
+        let sites = Names::of(config)
+            .linear_sites()
+            .filter(|site| wanted(*site));
         let weights = sites.map(|site| {
             let (in_features, out_features) = site.features(config);
             in_features as f64 * out_features as f64

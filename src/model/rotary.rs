@@ -23,9 +23,7 @@ pub fn inverse_frequencies(kind: RotaryKind, width: usize) -> Vec<f32> {
         .map(|k| {
             let exponent = (2 * k) as f32 / width as f32;
             match kind {
-                RotaryKind::TwoDimensional => {
-                    f16::from_f32(1.0 / 10000f32.powf(exponent)).to_f32()
-                }
+                RotaryKind::TwoDimensional => f16::from_f32(1.0 / 10000f32.powf(exponent)).to_f32(),
                 RotaryKind::Interleaved { base, .. } => 1.0 / (base as f32).powf(exponent),
             }
         })

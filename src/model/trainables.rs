@@ -117,14 +117,24 @@ impl Trainables {
 /// # Errors
 /// A name that is none of them.
 pub fn targets(names: &Names, target_modules: &[String]) -> Result<Vec<LinearSite>, ModelError> {
-    let known: Vec<&str> = names.linear_sites().map(|site| names.target(site)).collect();
-    if let Some(name) = target_modules.iter().find(|name| !known.contains(&name.as_str())) {
+    let known: Vec<&str> = names
+        .linear_sites()
+        .map(|site| names.target(site))
+        .collect();
+    if let Some(name) = target_modules
+        .iter()
+        .find(|name| !known.contains(&name.as_str()))
+    {
         return Err(ModelError::UnknownTarget {
             name: name.clone(),
             known: known.join(", "),
         });
     }
-    let wanted = |site: &LinearSite| target_modules.iter().any(|name| name == names.target(*site));
+    let wanted = |site: &LinearSite| {
+        target_modules
+            .iter()
+            .any(|name| name == names.target(*site))
+    };
     Ok(names.linear_sites().filter(wanted).collect())
 }
 

@@ -184,7 +184,9 @@ pub fn check(source: &dyn TensorSource, config: &ModelConfig) -> Result<HeadSour
     let found = source.names();
     let extra: Vec<&String> = found
         .iter()
-        .filter(|name| !names.is_ignored(name) && !expected.iter().any(|known| known.name == **name))
+        .filter(|name| {
+            !names.is_ignored(name) && !expected.iter().any(|known| known.name == **name)
+        })
         .collect();
     if let Some(name) = extra.first() {
         return Err(ModelError::ExtraTensor {

@@ -207,7 +207,12 @@ impl Layout {
         let sites = Names::of(config).linear_sites();
         let layer = |site: LinearSite| {
             let (in_features, out_features) = site.features(config);
-            work(in_features, out_features, site.has_bias(config), self.max_rows)
+            work(
+                in_features,
+                out_features,
+                site.has_bias(config),
+                self.max_rows,
+            )
         };
         let mut all: Vec<LinearWork> = sites.map(layer).collect();
         if spec.head {

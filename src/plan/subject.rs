@@ -142,7 +142,10 @@ impl Subject {
     pub fn title(&self) -> String {
         let model = &self.model;
         let tensors = weights::own_tensors(model, self.trainables.tied);
-        let parameters: usize = tensors.iter().map(|(_, shape)| shape.iter().product::<usize>()).sum();
+        let parameters: usize = tensors
+            .iter()
+            .map(|(_, shape)| shape.iter().product::<usize>())
+            .sum();
         let base = match model.quantization {
             Quantization::None => "",
             Quantization::Int8 => ", int8",
