@@ -175,7 +175,8 @@ impl Stored {
                 let stored = stored.map(|positions| positions[row * self.seq + column]);
                 let (ours, _) = positions.at(index);
                 if stored.is_some_and(|stored| stored != i64::from(ours)) {
-                    let why = format!("row {row}, column {column}: position {ours}, not {stored:?}");
+                    let why =
+                        format!("row {row}, column {column}: position {ours}, not {stored:?}");
                     return Err(why.into());
                 }
                 places.push((row, column));
@@ -267,11 +268,15 @@ impl Stored {
 
     /// The same for each row.
     pub fn until_last_labels(&self) -> Outcome<Vec<Range<usize>>> {
-        (0..self.rows).map(|row| self.until_last_label(row)).collect()
+        (0..self.rows)
+            .map(|row| self.until_last_label(row))
+            .collect()
     }
 
     fn batch(&self, rows: Vec<Row<'_>>, places: Vec<(usize, usize)>) -> Batch {
-        let real = places.iter().map(|&(row, column)| self.is_real(row, column));
+        let real = places
+            .iter()
+            .map(|&(row, column)| self.is_real(row, column));
         Batch {
             micro: MicroBatch::from_rows(rows),
             shape: [self.rows, self.seq],

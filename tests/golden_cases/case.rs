@@ -9,7 +9,8 @@ use std::sync::Arc;
 use mp_train::checkpoint::safetensors::SafetensorsFile;
 use mp_train::checkpoint::{HostTensor, ModelFolder, TensorSource};
 use mp_train::config::model::ModelConfig;
-use mp_train::model::weights::{self, HeadSource, WORD_EMBEDDINGS};
+use mp_train::model::names::Names;
+use mp_train::model::weights::{self, HeadSource};
 use serde_json::Value;
 
 use super::manifest::{Form, Manifest, Role};
@@ -19,9 +20,11 @@ use super::{Outcome, names};
 pub struct Family {
     folder: PathBuf,
     manifest: Manifest,
-    /// `model/config.json`.
+    /// `config.json` of the model.
     pub config: ModelConfig,
-    /// `model/`.
+    /// `model`, or another folder.
+    model_name: String,
+    /// Its tensors.
     pub model: Arc<dyn TensorSource>,
     /// Where embedding and head come from.
     pub head_source: HeadSource,
@@ -55,18 +58,32 @@ impl Variant {
 impl Family {
     pub fn open(folder: &Path) -> Outcome<Family> {
         let Variant {
+            name,
             config,
             source,
             head_source,
-            ..
         } = Variant::open(&folder.join("model"))?;
         Ok(Family {
             folder: folder.to_owned(),
             manifest: Manifest::read(folder)?,
             config,
+            model_name: name,
             model: source,
             head_source,
             opened: RefCell::new(BTreeSet::from([folder.join("model"), folder.join("cases")])),
+        })
+    }
+
+    /// The same cases with the model of another folder.
+    pub fn with_model(&self, variant: &Variant) -> Outcome<Family> {
+        Ok(Family {
+            folder: self.folder.clone(),
+            manifest: Manifest::read(&self.folder)?,
+            config: variant.config.clone(),
+            model_name: variant.name.clone(),
+            model: Arc::clone(&variant.source),
+            head_source: variant.head_source.clone(),
+            opened: self.opened.clone(),
         })
     }
 
@@ -79,9 +96,9 @@ impl Family {
         self.manifest.form
     }
 
-    /// `model/`.
+    /// The folder of the model.
     pub fn model_folder(&self) -> PathBuf {
-        self.folder.join("model")
+        self.folder.join(&self.model_name)
     }
 
     /// A folder of the family, which counts as opened from now on.
@@ -136,9 +153,10 @@ impl Family {
 
     /// One matrix for embedding and head: the embedding's values, lm_head's are ignored.
     pub fn tied_to_embedding(&self) -> HeadSource {
+        let embedding = Names::of(&self.config).word_embeddings;
         HeadSource {
-            embedding: WORD_EMBEDDINGS,
-            head: WORD_EMBEDDINGS,
+            embedding,
+            head: embedding,
             tied: true,
             warning: None,
         }
@@ -163,7 +181,7 @@ impl Family {
             }
             let known = names::known(self.form(), entry, &stored);
             let tensor = Listed {
-                role: line.role,
+                role: line.role.ok_or(format!("`{stored}` has an unknown role"))?,
                 float64_gap: line.float64_gap,
                 stored,
             };
@@ -337,8 +355,13 @@ impl Case {
     /// What no procedure has looked at.
     pub fn unread(&self) -> Vec<(String, Role)> {
         let read = self.read.borrow();
-        let unread = self.tensors.iter().filter(|(name, _)| !read.contains(*name));
-        unread.map(|(_, tensor)| (tensor.stored.clone(), tensor.role)).collect()
+        let unread = self
+            .tensors
+            .iter()
+            .filter(|(name, _)| !read.contains(*name));
+        unread
+            .map(|(_, tensor)| (tensor.stored.clone(), tensor.role))
+            .collect()
     }
 
     /// A setting of the run.

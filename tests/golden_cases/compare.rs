@@ -1,6 +1,6 @@
 //! Comparing, and the lines that say how it went.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use mp_train::config::run::Precision;
 
@@ -33,6 +33,22 @@ impl Found {
         Found::whole([], &[value])
     }
 
+    /// Forgets the entries that are not to be compared.
+    pub fn keep(&mut self, entries: &[bool]) -> Outcome<()> {
+        if entries.len() != self.values.len() {
+            return Err(format!("{} entries, not {}", self.values.len(), entries.len()).into());
+        }
+        for (value, _) in self
+            .values
+            .iter_mut()
+            .zip(entries)
+            .filter(|(_, kept)| !**kept)
+        {
+            *value = None;
+        }
+        Ok(())
+    }
+
     /// The same, worked out by the test.
     pub fn recomputed(self) -> Found {
         Found {
@@ -54,6 +70,19 @@ const OF_CPU: f64 = 4.0;
 pub struct Errors(BTreeMap<[String; 3], f64>);
 
 impl Errors {
+    /// These cases in their order, each with what it is called on other folders of the model.
+    pub fn cases<'a>(&self, names: impl Iterator<Item = &'a str>) -> Vec<String> {
+        let mut cases = Vec::new();
+        for name in names {
+            let titles: BTreeSet<&String> = self.0.keys().map(|[title, ..]| title).collect();
+            let lead = format!("{name}@");
+            let elsewhere = titles.into_iter().filter(|title| title.starts_with(&lead));
+            cases.push(name.to_owned());
+            cases.extend(elsewhere.cloned());
+        }
+        cases
+    }
+
     /// The largest error of a case among tensors of one kind.
     pub fn largest(&self, case: &str, kind: Kind) -> Option<f64> {
         let of_case = self.0.iter().filter(|([name, ..], _)| name == case);
@@ -121,6 +150,11 @@ impl<'a> Report<'a> {
     pub fn fail(&mut self, why: String) {
         self.failed = true;
         self.lines.push(format!("{} - - FAIL ({why})", self.case));
+    }
+
+    /// Something that is not compared, and is said so.
+    pub fn note(&mut self, what: &str) {
+        self.lines.push(format!("{} - - ({what})", self.case));
     }
 
     /// A comparison of numbers that must be the same bits: another way to the same result.

@@ -149,7 +149,7 @@ impl Kind {
     }
 
     /// The caps on half precision, against the reference in f32.
-    fn half(self) -> Limit {
+    pub fn half(self) -> Limit {
         match self {
             Kind::Logits => Limit::Absolute(0.05),
             Kind::Loss | Kind::TokenLoss => Limit::Absolute(0.005),

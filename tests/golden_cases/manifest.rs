@@ -38,7 +38,8 @@ impl std::fmt::Display for Role {
 pub struct Line {
     /// A name, or `lead.*`.
     pub name: String,
-    pub role: Role,
+    /// Nothing for a word that is not known.
+    pub role: Option<Role>,
     dtype: String,
     shapes: Vec<Vec<usize>>,
     /// How many tensors it stands for.
@@ -118,14 +119,14 @@ impl Manifest {
 fn read_entry(form: Form, folder: &Path, name: &str, entry: &Value) -> Outcome<Entry> {
     let text = |key: &str| entry[key].as_str().ok_or(format!("{name}: no `{key}`"));
     let role = |said: &Value| match said["role"].as_str() {
-        Some("input") => Ok(Role::Input),
-        Some("expected") => Ok(Role::Expected),
-        role => Err(format!("{name}: the role {role:?} is not known")),
+        Some("input") => Some(Role::Input),
+        Some("expected") => Some(Role::Expected),
+        _ => None,
     };
     let line = |tensor: &str, said: &Value, shapes| -> Outcome<Line> {
         Ok(Line {
             name: tensor.to_owned(),
-            role: role(said)?,
+            role: role(said),
             dtype: said["dtype"].as_str().unwrap_or_default().to_owned(),
             shapes,
             count: serde_json::from_value(said.get("count").unwrap_or(&1.into()).clone())?,

@@ -80,7 +80,10 @@ fn part_of(lead: &'static str, settings: &Value, accumulation: &str) -> Outcome<
     let steps: usize = setting(settings, "steps")?;
     let accumulation: usize = setting(settings, accumulation)?;
     let (schedule, warmup) = schedule(&setting::<String>(settings, "schedule")?)?;
-    if let Some(said) = settings["warmup_steps"].as_u64().filter(|&said| said != warmup) {
+    if let Some(said) = settings["warmup_steps"]
+        .as_u64()
+        .filter(|&said| said != warmup)
+    {
         return Err(format!("{said} steps of warm-up, or {warmup}").into());
     }
     let one_group = match (&settings["no_decay"], settings["optimizer"].as_str()) {

@@ -37,7 +37,7 @@ pub fn lora<B: Golden>(family: &Family, case: &Case, report: &mut Report<'_>) ->
         let name = format!("{}_bin", folder.file_name().unwrap().to_string_lossy());
         let beside = folder.with_file_name(&name);
         if let Some(beside) = family.folder_if_any(beside) {
-            let same = Adapter::lora(&beside)?.is(&adapter)?;
+            let same = Adapter::lora(&beside)?.is(&adapter);
             report.same(&name, (!same).then(|| "another adapter".to_owned()));
         }
     }
@@ -104,14 +104,14 @@ pub fn prefix<B: Golden>(family: &Family, case: &Case, report: &mut Report<'_>) 
 
 /// Every parameter, embedding and head apart.
 pub fn full<B: Golden>(family: &Family, case: &Case, report: &mut Report<'_>) -> Outcome<()> {
-    let adapter = Adapter::full(&family.model, &family.head_source);
+    let adapter = Adapter::full(&family.config, &family.model, &family.head_source);
     run::<B>(&Parts::new(family, &adapter), case, report)
 }
 
 /// Every parameter, embedding and head being one.
 pub fn tied<B: Golden>(family: &Family, case: &Case, report: &mut Report<'_>) -> Outcome<()> {
     let head_source = family.tied_to_embedding();
-    let adapter = Adapter::full(&family.model, &head_source);
+    let adapter = Adapter::full(&family.config, &family.model, &head_source);
     let parts = Parts {
         head_source,
         ..Parts::new(family, &adapter)
