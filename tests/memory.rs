@@ -104,6 +104,23 @@ impl TensorSource for Zeros {
     }
 }
 
+/// The models that are measured: layer norms and GELU; a gate, shared keys and values and heads wider than
+/// the stream, with queries, keys and values in one layer and in layers of their own.
+fn models() -> [ModelConfig; 3] {
+    let later = |naming| ModelConfig {
+        architecture: Architecture {
+            naming,
+            ..ModelSize::ChatGlm2_6b.config().architecture
+        },
+        num_attention_heads: 6,
+        num_key_value_heads: 2,
+        head_dim: 128,
+        context_ids: None,
+        ..model()
+    };
+    [model(), later(Naming::ChatGlm2), later(Naming::Glm)]
+}
+
 fn model() -> ModelConfig {
     ModelConfig {
         num_layers: 3,
