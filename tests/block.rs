@@ -17,6 +17,7 @@ use mp_train::config::run::{AdapterSection, FullSection, LoraSection, PrefixSect
 use mp_train::model::batch::BatchRows;
 use mp_train::model::linear::NoiseKey;
 use mp_train::model::load::Loader;
+use mp_train::model::names::Names;
 use mp_train::model::rotary::RotaryPrecision;
 use mp_train::model::stage::{ChunkShape, Stage, StageShape};
 use mp_train::model::trainables::Trainables;
@@ -93,6 +94,8 @@ fn model(tied: bool) -> ModelConfig {
         num_layers: 2,
         hidden_size: 48,
         num_attention_heads: 3,
+        num_key_value_heads: 3,
+        head_dim: 16,
         inner_hidden_size: 97,
         vocab_size: 65,
         max_sequence_length: 128,
@@ -149,11 +152,12 @@ impl Case<'_> {
             recompute: self.recompute,
             rotary: RotaryPrecision::F32,
         };
+        let names = Names::of(&model(self.tied));
         let head_source = HeadSource {
-            embedding: weights::WORD_EMBEDDINGS,
+            embedding: names.word_embeddings,
             head: match self.tied {
-                true => weights::WORD_EMBEDDINGS,
-                false => weights::LM_HEAD,
+                true => names.word_embeddings,
+                false => names.lm_head,
             },
             tied: self.tied,
             warning: None,
