@@ -17,7 +17,8 @@ const PEFT_LEAD: &str = "base_model.model";
 /// All trainable tensors of a run.
 #[derive(Clone, Debug)]
 pub struct Trainables {
-    /// What is trained; nothing in a model that only answers.
+    /// What is trained, `target_modules` by the names that this model has; nothing in a model that only
+    /// answers.
     pub adapter: Option<AdapterSection>,
     /// Whether embedding and lm_head are one matrix.
     pub tied: bool,
@@ -58,8 +59,14 @@ impl Trainables {
         adapter: &AdapterSection,
         tied: bool,
     ) -> Result<Self, ModelError> {
-        let specs = match adapter {
-            AdapterSection::Lora(lora) => lora_specs(config, lora.r, &lora.target_modules)?,
+        let mut adapter = adapter.clone();
+        let specs = match &mut adapter {
+            AdapterSection::Lora(lora) => {
+                let targets = targets(Names::of(config), &lora.target_modules)?;
+                let names = targets.iter().map(|&site| Names::of(config).target(site));
+                lora.target_modules = names.map(str::to_owned).collect();
+                lora_specs(config, lora.r, &targets)
+            }
             AdapterSection::Prefix(_) if Names::of(config).prefix_encoder.is_none() => {
                 return Err(ModelError::NoPrefixEncoder);
             }
@@ -72,7 +79,7 @@ impl Trainables {
             AdapterSection::Full(_) => base_specs(config, tied),
         };
         Ok(Trainables {
-            adapter: Some(adapter.clone()),
+            adapter: Some(adapter),
             tied,
             specs,
         })
@@ -120,42 +127,43 @@ impl Trainables {
     }
 }
 
-/// The sites that `target_modules` names.
+/// `target_modules` as PEFT reads it where it stands for all linear layers of the blocks.
+const ALL_LINEAR: &str = "all-linear";
+/// The layer that LoRA goes beside unless something else is asked for; queries, keys and values each where
+/// they have layers of their own.
+const FUSED_TARGET: &str = "query_key_value";
+
+/// The sites that `target_modules` names, in the order of the forward pass.
 ///
 /// # Errors
 /// A name that is none of them.
-pub fn targets(names: &Names, target_modules: &[String]) -> Result<Vec<LinearSite>, ModelError> {
-    let known: Vec<&str> = names
-        .linear_sites()
-        .map(|site| names.target(site))
-        .collect();
-    if let Some(name) = target_modules
-        .iter()
-        .find(|name| !known.contains(&name.as_str()))
-    {
+fn targets(names: &Names, target_modules: &[String]) -> Result<Vec<LinearSite>, ModelError> {
+    let split = [LinearSite::Query, LinearSite::Key, LinearSite::Value];
+    let stands_for = |name: &str, site: LinearSite| match name {
+        ALL_LINEAR => true,
+        FUSED_TARGET if names.splits_qkv() => split.contains(&site),
+        name => name == names.target(site),
+    };
+    let is_known = |name: &&String| names.linear_sites().any(|site| stands_for(name, site));
+    if let Some(name) = target_modules.iter().find(|name| !is_known(name)) {
+        let known: Vec<&str> = names
+            .linear_sites()
+            .map(|site| names.target(site))
+            .collect();
         return Err(ModelError::UnknownTarget {
             name: name.clone(),
             known: known.join(", "),
         });
     }
-    let wanted = |site: &LinearSite| {
-        target_modules
-            .iter()
-            .any(|name| name == names.target(*site))
-    };
+    let wanted = |site: &LinearSite| target_modules.iter().any(|name| stands_for(name, *site));
     Ok(names.linear_sites().filter(wanted).collect())
 }
 
-fn lora_specs(
-    config: &ModelConfig,
-    rank: usize,
-    target_modules: &[String],
-) -> Result<Vec<ParameterSpec>, ModelError> {
+fn lora_specs(config: &ModelConfig, rank: usize, targets: &[LinearSite]) -> Vec<ParameterSpec> {
     let names = Names::of(config);
-    let targets = targets(names, target_modules)?;
     let mut specs = Vec::new();
     for layer in 0..config.num_layers {
-        for &site in &targets {
+        for &site in targets {
             let (in_features, out_features) = site.features(config);
             for (matrix, role, shape) in [
                 ("lora_A", Role::LoraA, vec![rank, in_features]),
@@ -171,7 +179,7 @@ fn lora_specs(
             }
         }
     }
-    Ok(specs)
+    specs
 }
 
 /// The part of a prefix tensor that belongs to block `layer`.
