@@ -413,7 +413,8 @@ fn v3_chat() {
                 content: &message.content,
             })
             .collect();
-        report.same("ids", tokenizer.build_chat(&messages).unwrap(), line.ids);
+        let built = tokenizer.build_conversation(&messages, LiteralSpecials::AsText);
+        report.same("ids", built.unwrap().ids, line.ids);
     }
     report.finish();
 }

@@ -3,20 +3,25 @@
 //! ChatGLM-6B wraps text in whitespace pieces, shifts ids by the number of image tokens and has
 //! its special tokens in the vocabulary; ChatGLM2 and 3 number theirs behind it.
 
+use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::sentencepiece::{ModelProto, SentencePiece, SentencePieceError};
 
+mod conversation;
 mod era;
 mod files;
 mod inputs;
+mod rounds;
 mod special;
 mod text;
 
+pub use conversation::{ChatMessage, ChatRole, ConversationIds, ConversationProblem};
 pub use era::{ConfigIds, EraError, EraVerdict, EraWarning, TokenizerFacts};
 pub use files::TokenizerFiles;
-pub use inputs::{ChatMessage, ChatRole, InputRule};
+pub use inputs::InputRule;
+pub use rounds::RoundStyle;
 use special::SpecialText;
 pub use special::{SpecialIds, append_chatglm_pieces};
 
@@ -40,6 +45,19 @@ pub enum Generation {
     ChatGlm2,
     /// ChatGLM3-6B: ChatGLM2's with role tokens.
     ChatGlm3,
+    /// GLM-4-9B: byte-level tokens, role tokens.
+    Glm4,
+}
+
+impl fmt::Display for Generation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::ChatGlm(_) => "ChatGLM-6B",
+            Self::ChatGlm2 => "ChatGLM2",
+            Self::ChatGlm3 => "ChatGLM3",
+            Self::Glm4 => "GLM-4",
+        })
+    }
 }
 
 /// What happens to text that looks like a special token.
@@ -122,6 +140,9 @@ pub enum TokenizerError {
         /// First id that is not in use.
         size: u32,
     },
+    /// Messages that make no conversation.
+    #[error("the conversation cannot be put into the model's form: {0}")]
+    Conversation(#[from] ConversationProblem),
     /// Something that this generation does not define.
     #[error("{what} is defined for {defined_for} only")]
     NotInGeneration {
@@ -227,7 +248,9 @@ impl GlmTokenizer {
                 self.shift(&mut ids);
                 ids
             }
-            Generation::ChatGlm2 | Generation::ChatGlm3 => self.model.encode(text),
+            Generation::ChatGlm2 | Generation::ChatGlm3 | Generation::Glm4 => {
+                self.model.encode(text)
+            }
         }
     }
 
@@ -291,7 +314,7 @@ impl GlmTokenizer {
         let text = self.model.decode(&text_ids)?;
         Ok(match self.generation {
             Generation::ChatGlm(_) => text::from_pieces(&text),
-            Generation::ChatGlm2 | Generation::ChatGlm3 => text,
+            Generation::ChatGlm2 | Generation::ChatGlm3 | Generation::Glm4 => text,
         })
     }
 
@@ -309,7 +332,7 @@ impl GlmTokenizer {
                 self.decode(&kept)
             }
             Generation::ChatGlm(Era::C) => Ok(text::clean_up(&self.decode(ids)?)),
-            Generation::ChatGlm2 | Generation::ChatGlm3 => self.decode(ids),
+            Generation::ChatGlm2 | Generation::ChatGlm3 | Generation::Glm4 => self.decode(ids),
         }
     }
 

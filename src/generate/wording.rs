@@ -56,10 +56,12 @@ impl Wording {
     pub fn new(tokenizer: GlmTokenizer, asking: Asking) -> Result<Self, TokenizerError> {
         match tokenizer.generation() {
             Generation::ChatGlm(_) => Ok(Self { tokenizer, asking }),
-            Generation::ChatGlm2 | Generation::ChatGlm3 => Err(TokenizerError::NotInGeneration {
-                what: "wording questions",
-                defined_for: "ChatGLM-6B",
-            }),
+            Generation::ChatGlm2 | Generation::ChatGlm3 | Generation::Glm4 => {
+                Err(TokenizerError::NotInGeneration {
+                    what: "wording questions",
+                    defined_for: "ChatGLM-6B",
+                })
+            }
         }
     }
 
