@@ -93,7 +93,10 @@ impl Wording {
                 Template::PromptResponse(pair) => {
                     round_prompt(history, query, pair.round_for_empty_history)
                 }
-                Template::Alpaca(_) | Template::PlainText(_) => round_prompt(history, query, false),
+                Template::Alpaca(_)
+                | Template::PlainText(_)
+                | Template::Messages(_)
+                | Template::ShareGpt(_) => round_prompt(history, query, false),
             },
         };
         let text = format!("{}{text}", settings.source_prefix);
@@ -111,7 +114,7 @@ impl Wording {
         let misfit = match (question, &self.asking.settings.template) {
             (Question::Instruction { .. }, Template::Alpaca(_)) => None,
             (Question::Instruction { .. }, _) => Some(Misfit::Instruction),
-            (Question::Text { .. }, Template::PromptResponse(_)) => None,
+            (Question::Text { .. }, template) if holds_turns(template) => None,
             (Question::Text { history, .. }, _) if history.is_empty() => None,
             (Question::Text { .. }, _) => Some(Misfit::History),
         };
@@ -120,12 +123,20 @@ impl Wording {
 
     /// Whether the template has a place for earlier turns.
     pub fn has_history(&self) -> bool {
-        matches!(self.asking.settings.template, Template::PromptResponse(_))
+        holds_turns(&self.asking.settings.template)
     }
 
     /// The template's name.
     pub fn template(&self) -> &'static str {
         template_file::name(template_file::kind(&self.asking.settings.template))
+    }
+}
+
+/// Whether rows of a template hold earlier turns.
+fn holds_turns(template: &Template) -> bool {
+    match template {
+        Template::PromptResponse(_) | Template::Messages(_) | Template::ShareGpt(_) => true,
+        Template::Alpaca(_) | Template::PlainText(_) => false,
     }
 }
 
