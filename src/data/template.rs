@@ -212,6 +212,9 @@ impl Default for ShareGpt {
     }
 }
 
+/// Column of the tools that a conversation defines.
+const TOOLS: &str = "tools";
+
 /// Most tokens of a conversation unless told otherwise: what a pair may have.
 const MAX_LENGTH: usize = 1024;
 
@@ -298,6 +301,17 @@ impl Template {
             Self::PlainText(text) => text.columns.iter().map(String::as_str).collect(),
             Self::Messages(keys) => vec![&keys.messages],
             Self::ShareGpt(keys) => vec![&keys.conversations],
+        }
+    }
+
+    /// The columns that a row may have beside those that it must.
+    pub fn optional_columns(&self) -> Vec<&str> {
+        match self {
+            Self::Alpaca(columns) => vec![&columns.input],
+            Self::PromptResponse(columns) => vec![&columns.history],
+            Self::PlainText(_) => Vec::new(),
+            Self::Messages(_) => vec![TOOLS],
+            Self::ShareGpt(keys) => vec![&keys.system, TOOLS],
         }
     }
 

@@ -37,6 +37,21 @@ pub enum FileProblem {
     /// Named `.gz`, but it is something else.
     #[error("named .gz, but not gzip data; rename the file or fetch it again")]
     NotGzip,
+    /// Named `.parquet`, but it is something else.
+    #[error(
+        "named .parquet, but not Parquet as it is written (which is not compressed as a whole); \
+         rename the file or fetch it again"
+    )]
+    NotParquet,
+    /// Parquet under another name.
+    #[error("a Parquet file by its contents; name it .parquet")]
+    NamedOtherwise,
+    /// Parquet that cannot be read, or not any further.
+    #[error("Parquet: {message}")]
+    Parquet {
+        /// What is wrong with it.
+        message: String,
+    },
     /// Compressed data that is damaged or cut off.
     #[error("damaged or incomplete gzip data ({message}); fetch the file again")]
     Gzip {
@@ -45,8 +60,8 @@ pub enum FileProblem {
     },
     /// Neither name nor contents tell what it is.
     #[error(
-        "neither JSON nor CSV with a column named {columns}; name the file .json, .jsonl, .csv or \
-         .tsv, or use the plain text template for text"
+        "neither JSON nor CSV with a column named {columns}; name the file .json, .jsonl, .csv, \
+         .tsv or .parquet, or use the plain text template for text"
     )]
     UnknownFormat {
         /// The columns that the template needs.

@@ -213,6 +213,7 @@ impl TextRows {
         let template = &self.settings.template.template;
         let wanted = Wanted {
             columns: &template.columns(),
+            optional: &template.optional_columns(),
             plain_text: template.plain_text(),
             max_row_bytes: self.settings.max_row_bytes,
         };
@@ -244,7 +245,7 @@ impl TextRows {
             self.report.repeated_columns += 1;
             let place = || {
                 let names: super::text_error::Names = [name].iter().collect();
-                format!("{}:{line}: column {names}", file.display())
+                format!("{}: column {names}", super::error::place(&file, line))
             };
             self.report.first_repeated.get_or_insert_with(place);
         }

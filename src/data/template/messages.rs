@@ -3,7 +3,7 @@
 use serde_json::{Map, Value};
 
 use super::conversation::{Conversation, Message};
-use super::{Messages, ShareGpt, text};
+use super::{Messages, ShareGpt, TOOLS, text};
 use crate::data::TextProblem;
 use crate::data::records::{Columns, Field};
 use crate::data::text_error::{MessageProblem, shortened};
@@ -83,7 +83,7 @@ impl Keys<'_> {
             // One message may call several tools, and one may stand in a column of its own.
             self.of_message(numbers.get(index - 1).copied().unwrap_or(index), problem)
         })?;
-        conversation.defines_tools = match columns.get("tools") {
+        conversation.defines_tools = match columns.get(TOOLS) {
             Some(Field::Text(tools) | Field::Nested(tools)) => {
                 !matches!(tools.trim(), "" | "[]" | "{}")
             }
