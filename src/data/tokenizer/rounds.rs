@@ -24,7 +24,7 @@ impl RoundStyle {
     };
 
     /// The first question behind a system message, for which there is no other place.
-    pub(super) fn after_system(self, system: &str, query: &str) -> String {
+    pub fn after_system(self, system: &str, query: &str) -> String {
         format!("{system}{}{query}", self.gap)
     }
 
