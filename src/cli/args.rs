@@ -16,8 +16,8 @@ use crate::config::model_size::ModelSize;
 use crate::config::paths::Paths;
 use crate::config::raw::{AdapterKind, RawConfig};
 use crate::config::run::{
-    BadRowPolicy, Device, Precision, Quantization, Recompute, RotaryPrecision, RunConfig, ScheduleKind,
-    TemplateKind, TransportKind,
+    BadRowPolicy, Device, Precision, Quantization, Recompute, RotaryPrecision, RunConfig,
+    ScheduleKind, TemplateKind, TransportKind,
 };
 use crate::plan::PlanOptions;
 

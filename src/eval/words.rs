@@ -2,7 +2,9 @@
 //!
 //! Dictionary and model are those of jieba-rs, which are jieba's. Around them the two differ in what
 //! belongs to a Chinese block, and in how they cut letters and digits that are no dictionary words
-//! (`2-3`, `v1.2.3`): both are done here, as jieba does them.
+//! (`2-3`, `v1.2.3`): both are done here, as jieba does them. One difference is left: jieba-rs rounds the
+//! model, so that a character five times or more in a row, which can be cut in several equally likely
+//! ways, may be cut in another of them.
 
 use std::sync::LazyLock;
 
