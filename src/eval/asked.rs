@@ -89,7 +89,7 @@ mod tests {
         assert_eq!(two.label, [9]);
         // An answer that is cut, and one of which nothing is left.
         assert_eq!(asked(&row, &[4, 5]).label, [7, 8]);
-        assert_eq!(asked(&[5, 191, 194, 195], &[2, 3]).label, []);
+        assert!(asked(&[5, 191, 194, 195], &[2, 3]).label.is_empty());
         assert_eq!(
             asked(&[191, 194, 7], &[0, 1, 2]).prompt.input_ids,
             [191, 194]

@@ -5,8 +5,7 @@ use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
 use std::process::Stdio;
 
-use mp_train::checkpoint::safetensors::write_safetensors;
-use mp_train::checkpoint::{HostTensor, open_tensor_file, read_all};
+use mp_train::checkpoint::HostTensor;
 use mp_train::eval::scores::Scores;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
@@ -152,22 +151,21 @@ fn columns_and_lengths_can_be_named() {
 fn an_empty_answer_is_worth_nothing_and_counted() {
     let setup = Setup::new();
     // The last norm makes every state the same, and of that eop is the likeliest.
-    let path = setup.model.join("model.safetensors");
-    let mut tensors = read_all(open_tensor_file(&path).unwrap().as_ref()).unwrap();
-    let mut set = |name: &str, change: &dyn Fn(usize, f32) -> f32| {
-        let tensor = tensors.get_mut(name).unwrap();
-        let values = tensor.to_f32().unwrap().into_iter().enumerate();
-        let values: Vec<f32> = values.map(|(i, value)| change(i, value)).collect();
-        *tensor = HostTensor::from_f32(tensor.shape.clone(), &values).unwrap();
-    };
-    set("transformer.final_layernorm.weight", &|_, _| 0.0);
-    set("transformer.final_layernorm.bias", &|_, _| 1.0);
-    let eop = 195;
-    set("lm_head.weight", &|i, value| match i / 64 == eop {
-        true => 1.0,
-        false => value,
+    setup.change_tensors(|tensors| {
+        let mut set = |name: &str, change: &dyn Fn(usize, f32) -> f32| {
+            let tensor = tensors.get_mut(name).unwrap();
+            let values = tensor.to_f32().unwrap().into_iter().enumerate();
+            let values: Vec<f32> = values.map(|(i, value)| change(i, value)).collect();
+            *tensor = HostTensor::from_f32(tensor.shape.clone(), &values).unwrap();
+        };
+        set("transformer.final_layernorm.weight", &|_, _| 0.0);
+        set("transformer.final_layernorm.bias", &|_, _| 1.0);
+        let eop = 195;
+        set("lm_head.weight", &|i, value| match i / 64 == eop {
+            true => 1.0,
+            false => value,
+        });
     });
-    write_safetensors(&path, &tensors).unwrap();
     let rows = [
         json!({ "prompt": "a", "response": "b c" }),
         json!({ "prompt": "b", "response": " " }),

@@ -82,13 +82,7 @@ fn files_that_cannot_be_written_are_told_before_anything_is_read() {
 #[test]
 fn weights_that_are_no_numbers_are_told_with_their_rows() {
     let setup = Setup::new();
-    let path = setup.model.join("model.safetensors");
-    let source = mp_train::checkpoint::open_tensor_file(&path).unwrap();
-    let mut tensors = mp_train::checkpoint::read_all(source.as_ref()).unwrap();
-    drop(source);
-    let head = tensors.get_mut("lm_head.weight").unwrap();
-    head.bytes[..4].copy_from_slice(&f32::NAN.to_le_bytes());
-    mp_train::checkpoint::safetensors::write_safetensors(&path, &tensors).unwrap();
+    setup.spoil_the_head();
     let rows: Vec<Value> = vec![json!({ "prompt": "a", "response": "b" }); 3];
     let data = setup.rows("rows.jsonl", &rows);
     let told = ["the loss of rows 1 to 3 is NaN"];
