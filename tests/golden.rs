@@ -1,9 +1,9 @@
 //! Every reference case of every family, by the engine, on every backend.
 //!
-//! `GOLDEN_DIR=<folder> cargo test --release --test golden` runs the family of that folder; without it, the
-//! families of tests/golden. A folder's README says what each case is; sizes, ids, ranks, lengths and steps are read from its
-//! files. One line per case and variant: `case max_error limit ok|FAIL`, with the tensor that comes
-//! closest to its limit.
+//! `GOLDEN_DIR=<folder> cargo test --release --test golden` runs the family of that folder, or of each of
+//! several, listed as in `PATH`; without it, the families of tests/golden. A folder's README says what each
+//! case is; sizes, ids, ranks, lengths and steps are read from its files. One line per case and variant:
+//! `case max_error limit ok|FAIL`, with the tensor that comes closest to its limit.
 //!
 //! `GOLDEN_BACKEND=cpu-f32 | cpu-f16 | cuda` runs one backend alone. `cuda` is an emulated GPU, and skipped
 //! on a machine without g++; with `MP_TRAIN_TEST_GPU=1` it is the first GPU of the machine.
@@ -39,7 +39,7 @@ fn own_family(name: &str) -> PathBuf {
 
 fn families() -> Vec<PathBuf> {
     match std::env::var_os("GOLDEN_DIR") {
-        Some(folder) => vec![PathBuf::from(folder)],
+        Some(folders) => std::env::split_paths(&folders).collect(),
         None => OWN.map(own_family).to_vec(),
     }
 }
