@@ -69,6 +69,29 @@ impl Bits {
     }
 }
 
+impl Bits {
+    /// The weights that a row of codes stands for, `f16(code * scale)`; `out` has as many values as
+    /// the row has columns.
+    pub fn dequantise_row(self, out: &mut [f32], codes: &[i8], scale: f16) {
+        let scale = scale.to_f32();
+        let value = |code: i8| f16::from_f32(f32::from(code) * scale).to_f32();
+        match self {
+            Bits::Eight => {
+                let codes = out.iter_mut().zip(codes);
+                codes.for_each(|(out, &code)| *out = value(code));
+            }
+            // As in `QuantisedMatrix::unpacked`.
+            Bits::Four => {
+                for (out, &byte) in out.chunks_mut(2).zip(codes) {
+                    let pair = [byte >> 4, (byte << 4) >> 4];
+                    let codes = out.iter_mut().zip(pair);
+                    codes.for_each(|(out, code)| *out = value(code));
+                }
+            }
+        }
+    }
+}
+
 /// A quantised matrix.
 #[derive(Clone, Debug, PartialEq)]
 pub struct QuantisedMatrix {

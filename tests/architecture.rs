@@ -23,7 +23,10 @@ const ROOMS: &[(&[&str], May)] = &[
     (&["demo"], Below),
     // A chat generates, turn after turn.
     (&["chat"], Below),
-    (&["train", "generate", "eval", "plan", "bench"], Below),
+    (
+        &["train", "generate", "eval", "plan", "bench", "export"],
+        Below,
+    ),
     (&["report"], Only(&[])),
     (
         &["pipeline"],

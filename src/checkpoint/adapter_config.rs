@@ -10,7 +10,7 @@ use std::path::Path;
 use regex::Regex;
 use serde_json::{Map, Value, json};
 
-use super::adapter_files::LoraFileConfig;
+use super::adapter_files::{LoraFileConfig, is_target};
 use super::input_file::read_json;
 use super::{CheckpointError, durable};
 
@@ -137,7 +137,7 @@ impl AdapterConfig {
     /// Whether PEFT would put an adapter on this module.
     pub fn wants(&self, module: &str) -> bool {
         let targeted = match &self.targets {
-            Targets::Names(names) => is_named(names, module),
+            Targets::Names(names) => is_target(names, module),
             Targets::Pattern(Some(pattern)) => pattern.is_match(module),
             Targets::Pattern(None) => true,
         };
@@ -169,7 +169,8 @@ impl AdapterConfig {
         let newer = (self.ranks.newer(module), self.alphas.newer(module));
         // Older versions take the first key of both that matches, and look it up in both.
         let keys = self.ranks.keys().chain(self.alphas.keys());
-        let first = keys.filter(|key| key.older.is_match(module)).next();
+        let mut keys = keys.filter(|key| key.older.is_match(module));
+        let first = keys.next();
         let older = first.map_or((None, None), |key| {
             (self.ranks.get(&key.text), self.alphas.get(&key.text))
         });
@@ -213,14 +214,6 @@ impl<T: Copy> Overrides<T> {
         let found = self.0.iter().find(|(key, _)| key.text == text);
         found.map(|(_, value)| *value)
     }
-}
-
-/// Whether the last parts of a module's name are one of `names`.
-pub(super) fn is_named(names: &[String], module: &str) -> bool {
-    names.iter().any(|name| {
-        let lead = module.strip_suffix(name.as_str());
-        lead.is_some_and(|lead| lead.is_empty() || lead.ends_with('.'))
-    })
 }
 
 /// Writes the configuration as PEFT 0.11.1 does, keys and target modules sorted.

@@ -114,7 +114,7 @@ impl LoraFiles {
         check_pairs(folder, &self.tensors)?;
         check_ranks(folder, &self.tensors, |_| self.config.r)?;
         for module in modules(&self.tensors) {
-            if !adapter_config::is_named(&self.config.target_modules, &module) {
+            if !is_target(&self.config.target_modules, &module) {
                 let targets = &self.config.target_modules;
                 let reason =
                     format!("'{module}' is a module that target_modules {targets:?} leaves out");
@@ -134,6 +134,14 @@ impl LoraFiles {
             (half == 'A').then_some((module, a, b))
         })
     }
+}
+
+/// Whether `target_modules` names a module: by its whole name or by the last parts of it, as in PEFT.
+pub fn is_target(target_modules: &[String], module: &str) -> bool {
+    target_modules.iter().any(|target| {
+        let lead = module.strip_suffix(target.as_str());
+        lead.is_some_and(|lead| lead.is_empty() || lead.ends_with('.'))
+    })
 }
 
 /// Each tensor must be half of an A and B pair: PEFT would leave out what does not fit without a word.

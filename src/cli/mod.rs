@@ -16,6 +16,7 @@ mod bench;
 mod chat;
 mod demo;
 mod devices;
+mod export;
 pub mod failure;
 mod generate;
 mod plan;
@@ -51,6 +52,7 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Some(Command::Chat(args)) => chat::run(&args),
         Some(Command::Demo(args)) => demo::run(&args),
         Some(Command::Bench(args)) => bench::run(&args),
+        Some(Command::Export(args)) => export::run(&args),
         Some(Command::Devices) => devices::run(),
         Some(Command::Probe { pairs }) => devices::probe(&pairs),
     };

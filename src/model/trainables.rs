@@ -7,6 +7,7 @@ use super::weights;
 use super::{ModelError, quantised};
 use crate::adapter::prefix::PrefixShape;
 use crate::adapter::{ParameterSpec, Role, Slice};
+use crate::checkpoint::adapter_files::is_target;
 use crate::config::architecture::{Naming, NormKind};
 use crate::config::model::ModelConfig;
 use crate::config::run::{AdapterSection, PrefixSection, Quantization};
@@ -112,30 +113,28 @@ impl Trainables {
     }
 }
 
-/// The sites that `target_modules` names.
-///
-/// # Errors
-/// A name that is none of them.
-pub fn targets(names: &Names, target_modules: &[String]) -> Result<Vec<LinearSite>, ModelError> {
-    let known: Vec<&str> = names
-        .linear_sites()
-        .map(|site| names.target(site))
-        .collect();
-    if let Some(name) = target_modules
-        .iter()
-        .find(|name| !known.contains(&name.as_str()))
-    {
-        return Err(ModelError::UnknownTarget {
-            name: name.clone(),
-            known: known.join(", "),
+/// Refuses a name that no linear layer of the model has.
+fn check_targets(config: &ModelConfig, target_modules: &[String]) -> Result<(), ModelError> {
+    let names = Names::of(config);
+    for target in target_modules {
+        let target = std::slice::from_ref(target);
+        let mut modules = (0..config.num_layers).flat_map(|layer| {
+            names
+                .linear_sites()
+                .map(move |site| names.linear(site, layer))
         });
+        if !modules.any(|module| is_target(target, &module)) {
+            let known: Vec<&str> = names
+                .linear_sites()
+                .map(|site| names.target(site))
+                .collect();
+            return Err(ModelError::UnknownTarget {
+                name: target.concat(),
+                known: known.join(", "),
+            });
+        }
     }
-    let wanted = |site: &LinearSite| {
-        target_modules
-            .iter()
-            .any(|name| name == names.target(*site))
-    };
-    Ok(names.linear_sites().filter(wanted).collect())
+    Ok(())
 }
 
 fn lora_specs(
@@ -144,10 +143,11 @@ fn lora_specs(
     target_modules: &[String],
 ) -> Result<Vec<ParameterSpec>, ModelError> {
     let names = Names::of(config);
-    let targets = targets(names, target_modules)?;
+    check_targets(config, target_modules)?;
+    let wanted = |site: &LinearSite, layer| is_target(target_modules, &names.linear(*site, layer));
     let mut specs = Vec::new();
     for layer in 0..config.num_layers {
-        for &site in &targets {
+        for site in names.linear_sites().filter(|site| wanted(site, layer)) {
             let (in_features, out_features) = site.features(config);
             for (matrix, role, shape) in [
                 ("lora_A", Role::LoraA, vec![rank, in_features]),
