@@ -17,6 +17,7 @@ use mp_train::config::run::{AdapterSection, FullSection, LoraSection, PrefixSect
 use mp_train::model::batch::BatchRows;
 use mp_train::model::linear::NoiseKey;
 use mp_train::model::load::Loader;
+use mp_train::model::names::Names;
 use mp_train::model::rotary::RotaryPrecision;
 use mp_train::model::stage::{ChunkShape, Stage, StageShape};
 use mp_train::model::trainables::Trainables;
@@ -151,11 +152,12 @@ impl Case<'_> {
             recompute: self.recompute,
             rotary: RotaryPrecision::F32,
         };
+        let names = Names::of(&model(self.tied));
         let head_source = HeadSource {
-            embedding: weights::WORD_EMBEDDINGS,
+            embedding: names.word_embeddings,
             head: match self.tied {
-                true => weights::WORD_EMBEDDINGS,
-                false => weights::LM_HEAD,
+                true => names.word_embeddings,
+                false => names.lm_head,
             },
             tied: self.tied,
             warning: None,
