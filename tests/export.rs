@@ -14,3 +14,5 @@ mod quantised;
 mod refusals;
 #[path = "export/tiny.rs"]
 mod tiny;
+#[path = "export/torch.rs"]
+mod torch;

@@ -71,12 +71,16 @@ impl NewFolder {
     /// Copies what belongs to the model in `from`, weights and `config.json` aside. What is a link
     /// there, as in Hugging Face's cache, is a file here.
     pub fn copy_beside(&self, from: &Path) -> Result<(), ExportError> {
+        let as_shells_do = glob::MatchOptions {
+            require_literal_leading_dot: true,
+            ..glob::MatchOptions::new()
+        };
         let patterns = BESIDE.map(|pattern| glob::Pattern::new(pattern).ok());
         let entries = fs::read_dir(from).map_err(unread(from))?;
         for entry in entries {
             let name = entry.map_err(unread(from))?.file_name();
             let Some(name) = name.to_str() else { continue };
-            let wanted = |pattern: &glob::Pattern| pattern.matches(name);
+            let wanted = |pattern: &glob::Pattern| pattern.matches_with(name, as_shells_do);
             if patterns.iter().flatten().any(wanted) {
                 self.copy_if_there(from, name)?;
             }

@@ -177,9 +177,9 @@ fn names_with_the_adapters_own_and_torch_files() {
         .collect();
     let bin = path.join("adapter_model.bin");
     write_torch(&bin, &renamed).unwrap();
-    assert_eq!(LoraFiles::read(&path).unwrap(), files);
+    assert!(LoraFiles::read(&path).unwrap().tensors == files.tensors);
     write_torch(&bin, &files.tensors).unwrap();
-    assert_eq!(LoraFiles::read(&path).unwrap(), files);
+    assert!(LoraFiles::read(&path).unwrap().tensors == files.tensors);
     let mut both = renamed.clone();
     both.extend(files.tensors.clone());
     write_torch(&bin, &both).unwrap();

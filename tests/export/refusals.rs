@@ -65,7 +65,7 @@ fn forms_that_do_not_suit_what_is_there() {
     codes.quantization = Quantization::Int4;
     refused(&codes, "Leave --quantization out");
     // An adapter of another model.
-    refused(&glm.options(Some(&lora), "out"), "query_key_value");
+    refused(&glm.options(Some(&lora), "out"), "has no linear layer");
     refused(&glm.options(Some(&prefix), "out"), "prefix");
     refused(&tiny.options(Some(&tiny.path("nowhere")), "out"), "nowhere");
 }
