@@ -120,8 +120,8 @@ impl ConfigArgs {
         self.resolve_with(|_, _| {})
     }
 
-    /// As [`ConfigArgs::resolve`], after `fill` has put into the flags (the first) what neither they nor
-    /// the file (the second) say.
+    /// As [`ConfigArgs::resolve`], after `fill`, and then the adapter to start from, have put into the
+    /// flags (the first) what neither they nor the file (the second) say.
     fn resolve_with(
         &self,
         fill: impl FnOnce(&mut RawConfig, Option<&RawConfig>),
@@ -130,6 +130,7 @@ impl ConfigArgs {
         let mut flags = self.flags.clone();
         let in_file = file.as_ref().map(|file| &file.raw);
         fill(&mut flags, in_file);
+        super::adapter_settings::fill(&mut flags, in_file);
         if flags.pipeline.devices.is_none()
             && in_file.is_none_or(|raw| raw.pipeline.devices.is_none())
         {

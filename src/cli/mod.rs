@@ -11,6 +11,7 @@ use failure::{Failure, FailureClass};
 
 use crate::backend::{any_left_behind, cuda};
 
+mod adapter_settings;
 mod args;
 mod bench;
 mod chat;

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
 
 use mp_train::checkpoint::run_state::write_tensors;
 use mp_train::checkpoint::torch_zip::write_torch;
@@ -257,4 +258,113 @@ fn modules_by_pattern_by_layer_and_all_but_some() {
             "leaves out",
         );
     }
+}
+
+/// Rows of ids and a training run over them that starts from an adapter; returns the new adapter.
+fn train_on(tiny: &Tiny, adapter: &Path, output: &str, more: &[&str]) -> (PathBuf, Output) {
+    let rows = tiny.path("rows.jsonl");
+    let row = |i: u32| {
+        let prompt = (0..5).map(|j| 10 + (i * 7 + j * 3) % 60).chain([81, 84]);
+        let answer: Vec<u32> = (0..6).map(|j| 10 + (i * 5 + j) % 60).collect();
+        let ids: Vec<u32> = prompt.chain(answer.clone()).collect();
+        let labels: Vec<i64> = (0..7)
+            .map(|_| -100)
+            .chain(answer.into_iter().map(i64::from))
+            .collect();
+        json!({ "input_ids": ids, "labels": labels }).to_string()
+    };
+    fs::write(&rows, (0..6).map(row).collect::<Vec<_>>().join("\n")).unwrap();
+    let output = tiny.path(output);
+    let mut command = Command::new(env!("CARGO_BIN_EXE_mp-train"));
+    command.args([
+        "train",
+        "--devices",
+        "cpu,cpu",
+        "--max-steps",
+        "3",
+        "--quiet",
+    ]);
+    command.args([
+        "--learning-rate",
+        "0.01",
+        "--gradient-accumulation",
+        "2",
+        "--threads",
+        "1",
+    ]);
+    command
+        .arg("--model")
+        .arg(&tiny.model)
+        .arg("--train")
+        .arg(&rows);
+    command
+        .arg("--init-adapter")
+        .arg(adapter)
+        .arg("--output")
+        .arg(&output)
+        .args(more);
+    let ended = command.output().unwrap();
+    (output.join("adapter"), ended)
+}
+
+#[test]
+fn training_goes_on_from_an_adapter_with_ranks_of_its_own_and_keeps_them() {
+    let tiny = Tiny::new(Generation::ChatGlm, Dtype::F32);
+    let mut tensors = tiny.lora(4, 8.0).tensors;
+    let special = "transformer.layers.1.mlp.dense_4h_to_h";
+    let of_special = |half: char| format!("base_model.model.{special}.lora_{half}.weight");
+    for half in ['A', 'B'] {
+        let short = cut(&tensors[&of_special(half)], half, 3);
+        tensors.insert(of_special(half), short);
+    }
+    let changes = [
+        ("rank_pattern", json!({ "layers.1.mlp.dense_4h_to_h": 3 })),
+        ("use_rslora", json!(true)),
+    ];
+    let path = folder(&tiny, "mixed", &tensors, &changes);
+    // Rank, alpha and layers are those of the adapter.
+    let (adapter, ended) = train_on(&tiny, &path, "out", &[]);
+    assert!(
+        ended.status.success(),
+        "{}",
+        String::from_utf8_lossy(&ended.stderr)
+    );
+    let (before, after) = (
+        LoraFiles::read(&path).unwrap(),
+        LoraFiles::read(&adapter).unwrap(),
+    );
+    assert_eq!(before.config.lora_alpha, after.config.lora_alpha);
+    assert!(before.tensors.keys().eq(after.tensors.keys()));
+    for (name, tensor) in &after.tensors {
+        assert!(*tensor != before.tensors[name], "{name} was not trained");
+    }
+    // What was filled up with zeros stayed zero.
+    let a = after.tensors[&of_special('A')].to_f32().unwrap();
+    let b = after.tensors[&of_special('B')].to_f32().unwrap();
+    assert!(a[3 * 72..].iter().all(|x| *x == 0.0));
+    assert!(b.iter().skip(3).step_by(4).all(|x| *x == 0.0));
+    assert!(a[..3 * 72].iter().all(|x| *x != 0.0));
+    // What is typed must still agree.
+    let (_, ended) = train_on(&tiny, &path, "other", &["--r", "8"]);
+    assert_eq!(ended.status.code(), Some(2));
+    let told = String::from_utf8(ended.stderr).unwrap();
+    assert!(told.contains("r is 4 there and 8"), "{told}");
+}
+
+#[test]
+fn training_goes_on_on_some_blocks_only() {
+    let tiny = Tiny::new(Generation::ChatGlm, Dtype::F32);
+    let mut files = tiny.lora(4, 8.0);
+    files.tensors.retain(|name, _| name.contains("layers.1."));
+    let changes = [("layers_to_transform", json!([1]))];
+    let path = folder(&tiny, "one_block", &files.tensors, &changes);
+    let (adapter, ended) = train_on(&tiny, &path, "out", &[]);
+    assert!(
+        ended.status.success(),
+        "{}",
+        String::from_utf8_lossy(&ended.stderr)
+    );
+    let after = LoraFiles::read(&adapter).unwrap();
+    assert!(after.tensors.keys().eq(files.tensors.keys()));
+    assert!(after.tensors != files.tensors);
 }
