@@ -117,7 +117,9 @@ pub enum ModelError {
     )]
     NoPrefixEncoder,
     /// A LoRA target that the model does not have.
-    #[error("target_modules: this model has no linear layer `{name}`; it has {known}")]
+    #[error(
+        "target_modules: this model has no linear layer `{name}`; it has {known} (all of them: all-linear)"
+    )]
     UnknownTarget {
         /// As configured.
         name: String,

@@ -21,8 +21,6 @@ pub struct Names {
     ignored: &'static str,
     /// What the names of the prefix encoder begin with, where the original has one.
     pub prefix_encoder: Option<&'static str>,
-    /// Layers that LoRA goes beside where nothing else is asked for.
-    pub default_targets: &'static [&'static str],
 }
 
 const CHATGLM: Names = Names {
@@ -38,7 +36,6 @@ const CHATGLM: Names = Names {
     ],
     ignored: ".rotary_emb.inv_freq",
     prefix_encoder: Some("transformer.prefix_encoder"),
-    default_targets: &["query_key_value"],
 };
 
 const CHATGLM2: Names = Names {
@@ -58,7 +55,6 @@ const CHATGLM2: Names = Names {
     ],
     ignored: ".rotary_pos_emb.inv_freq",
     prefix_encoder: Some("transformer.prefix_encoder"),
-    default_targets: &["query_key_value"],
 };
 
 const GLM: Names = Names {
@@ -76,7 +72,6 @@ const GLM: Names = Names {
     ],
     ignored: ".rotary_emb.inv_freq",
     prefix_encoder: None,
-    default_targets: &["q_proj", "k_proj", "v_proj"],
 };
 
 impl Names {

@@ -18,7 +18,8 @@ const PEFT_LEAD: &str = "base_model.model";
 /// All trainable tensors of a run.
 #[derive(Clone, Debug)]
 pub struct Trainables {
-    /// What is trained; nothing in a model that only answers.
+    /// What is trained, `target_modules` by the names that this model has; nothing in a model that only
+    /// answers.
     pub adapter: Option<AdapterSection>,
     /// Whether embedding and lm_head are one matrix.
     pub tied: bool,
@@ -59,8 +60,12 @@ impl Trainables {
         adapter: &AdapterSection,
         tied: bool,
     ) -> Result<Self, ModelError> {
-        let specs = match adapter {
-            AdapterSection::Lora(lora) => lora_specs(config, lora.r, &lora.target_modules)?,
+        let mut adapter = adapter.clone();
+        let specs = match &mut adapter {
+            AdapterSection::Lora(lora) => {
+                lora.target_modules = targets(config, &lora.target_modules)?;
+                lora_specs(config, lora.r, &lora.target_modules)
+            }
             AdapterSection::Prefix(_) if Names::of(config).prefix_encoder.is_none() => {
                 return Err(ModelError::NoPrefixEncoder);
             }
@@ -73,7 +78,7 @@ impl Trainables {
             AdapterSection::Full(_) => base_specs(config, tied),
         };
         Ok(Trainables {
-            adapter: Some(adapter.clone()),
+            adapter: Some(adapter),
             tied,
             specs,
         })
@@ -113,38 +118,52 @@ impl Trainables {
     }
 }
 
-/// Refuses a name that no linear layer of the model has.
-fn check_targets(config: &ModelConfig, target_modules: &[String]) -> Result<(), ModelError> {
+/// `target_modules` as PEFT reads it where it stands for all linear layers of the blocks.
+const ALL_LINEAR: &str = "all-linear";
+/// The layer that LoRA goes beside unless something else is asked for; queries, keys and values each where
+/// they have layers of their own.
+const FUSED_TARGET: &str = "query_key_value";
+
+/// `target_modules` in the model's own names: those of layers in the order of the forward pass, then those
+/// of single modules.
+///
+/// # Errors
+/// A name that no linear layer of the model has.
+fn targets(config: &ModelConfig, target_modules: &[String]) -> Result<Vec<String>, ModelError> {
     let names = Names::of(config);
-    for target in target_modules {
-        let target = std::slice::from_ref(target);
-        let mut modules = (0..config.num_layers).flat_map(|layer| {
-            names
-                .linear_sites()
-                .map(move |site| names.linear(site, layer))
-        });
-        if !modules.any(|module| is_target(target, &module)) {
+    let split = [LinearSite::Query, LinearSite::Key, LinearSite::Value];
+    let stands_for = |name: &str, site: LinearSite| match name {
+        ALL_LINEAR => true,
+        FUSED_TARGET if names.splits_qkv() => split.contains(&site),
+        name => name == names.target(site),
+    };
+    let wanted = |site: &LinearSite| target_modules.iter().any(|name| stands_for(name, *site));
+    let sites = names.linear_sites().filter(wanted);
+    let mut own: Vec<String> = sites.map(|site| names.target(site).to_owned()).collect();
+    for name in target_modules {
+        if names.linear_sites().any(|site| stands_for(name, site)) {
+            continue;
+        }
+        let one = std::slice::from_ref(name);
+        let named = |layer| move |site| is_target(one, &names.linear(site, layer));
+        if !(0..config.num_layers).any(|layer| names.linear_sites().any(named(layer))) {
             let known: Vec<&str> = names
                 .linear_sites()
                 .map(|site| names.target(site))
                 .collect();
             return Err(ModelError::UnknownTarget {
-                name: target.concat(),
+                name: name.clone(),
                 known: known.join(", "),
             });
         }
+        own.push(name.clone());
     }
-    Ok(())
+    Ok(own)
 }
 
-fn lora_specs(
-    config: &ModelConfig,
-    rank: usize,
-    target_modules: &[String],
-) -> Result<Vec<ParameterSpec>, ModelError> {
+fn lora_specs(config: &ModelConfig, rank: usize, targets: &[String]) -> Vec<ParameterSpec> {
     let names = Names::of(config);
-    check_targets(config, target_modules)?;
-    let wanted = |site: &LinearSite, layer| is_target(target_modules, &names.linear(*site, layer));
+    let wanted = |site: &LinearSite, layer| is_target(targets, &names.linear(*site, layer));
     let mut specs = Vec::new();
     for layer in 0..config.num_layers {
         for site in names.linear_sites().filter(|site| wanted(site, layer)) {
@@ -163,7 +182,7 @@ fn lora_specs(
             }
         }
     }
-    Ok(specs)
+    specs
 }
 
 /// The part of a prefix tensor that belongs to block `layer`.
