@@ -19,20 +19,6 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 NEWER_PEFT = "0.17.1"
 
-LEAD = """# Interoperability
-
-Written by `python3 tests/interop/run.py`, which makes a Python environment of its own, lets PyTorch, PEFT
-and transformers load what mp-train wrote and mp-train load what they wrote, and compares numbers. All
-models are tiny, with random weights. "Largest difference" is absolute, over everything compared; what
-must be equal to the bit says so.
-
-GLM-4 is compared as a whole with transformers' own `GlmForCausalLM`. The modelling code of ChatGLM-6B and
-ChatGLM2-6B belongs to their repositories and is not at hand here; for them, PEFT loads the adapters into a
-tree of linear layers with the names and weights of the model, which shows names, shapes, scales and
-deltas. Their forward pass is held to reference numbers in tests/golden.
-"""
-
-
 def prepare(work: Path) -> tuple[Path, Path]:
     """The environment's Python, and the folder with the newer PEFT."""
     home = work / "venv"
@@ -68,7 +54,7 @@ def main() -> int:
     args.work.mkdir(parents=True, exist_ok=True)
     python, newer = prepare(args.work)
     program, example = (args.mp_train, args.example) if args.mp_train else build()
-    page = LEAD
+    page = (HERE / "lead.md").read_text()
     good = True
     for lead in [None, newer]:
         environment = dict(os.environ, MP_TRAIN=str(program), INTEROP_EXAMPLE=str(example))
@@ -80,7 +66,7 @@ def main() -> int:
         results = [json.loads(line) for line in ran.stdout.decode().splitlines()]
         good &= ran.returncode == 0 and bool(results) and all(row["good"] for row in results)
         versions = next((row["versions"] for row in results if "versions" in row), "nothing")
-        page += f"\n## With {versions}\n\n| check | found | limit | |\n| --- | --- | --- | --- |\n"
+        page += f"\n### With {versions}\n\n| check | found | limit | |\n| --- | --- | --- | --- |\n"
         for row in results:
             verdict = "pass" if row["good"] else "FAIL"
             page += f"| {row['what']} | {row['found']} | {row['limit']} | {verdict} |\n"
