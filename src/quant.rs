@@ -80,16 +80,19 @@ impl Bits {
                 let codes = out.iter_mut().zip(codes);
                 codes.for_each(|(out, &code)| *out = value(code));
             }
-            // As in `QuantisedMatrix::unpacked`.
             Bits::Four => {
-                for (out, &byte) in out.chunks_mut(2).zip(codes) {
-                    let pair = [byte >> 4, (byte << 4) >> 4];
-                    let codes = out.iter_mut().zip(pair);
-                    codes.for_each(|(out, code)| *out = value(code));
-                }
+                let codes = codes.iter().copied().flat_map(pair);
+                let codes = out.iter_mut().zip(codes);
+                codes.for_each(|(out, code)| *out = value(code));
             }
         }
     }
+}
+
+/// The even and the odd column's code in a byte of int4. An arithmetic shift brings the sign of the high
+/// half down; the low half takes its own sign by being shifted up first.
+fn pair(byte: i8) -> [i8; 2] {
+    [byte >> 4, (byte << 4) >> 4]
 }
 
 /// A quantised matrix.
@@ -181,14 +184,7 @@ impl QuantisedMatrix {
     pub fn unpacked(&self) -> Vec<i8> {
         match self.bits {
             Bits::Eight => self.codes.clone(),
-            // An arithmetic shift brings the sign of the high half down; the low half takes its own
-            // sign by being shifted up first.
-            Bits::Four => {
-                let pairs = self.codes.iter();
-                pairs
-                    .flat_map(|&byte| [byte >> 4, (byte << 4) >> 4])
-                    .collect()
-            }
+            Bits::Four => self.codes.iter().copied().flat_map(pair).collect(),
         }
     }
 

@@ -73,6 +73,11 @@ const INITIALS: [&str; 3] = ["gaussian", "eva", "orthogonal"];
 const MAX_PATTERN: usize = 10_000;
 const MAX_PATTERN_SIZE: usize = 1 << 20;
 
+/// Most names in a list, and most patterns with a rank or an alpha of their own: many times what the
+/// largest model has modules.
+const MAX_NAMES: usize = 16_384;
+const MAX_OVERRIDES: usize = 1_024;
+
 /// Largest rank.
 const MAX_RANK: u64 = 65_536;
 
@@ -114,7 +119,7 @@ pub(super) struct AdapterConfig {
     use_rslora: bool,
     ranks: Overrides<usize>,
     alphas: Overrides<f32>,
-    layers: Option<Vec<u64>>,
+    layers: Option<BTreeSet<u64>>,
     layer_lists: Vec<String>,
 }
 
@@ -418,10 +423,15 @@ impl Fields<'_> {
             Value::Null => Some(Vec::new()),
             Value::String(text) if text.is_empty() => Some(Vec::new()),
             Value::String(text) => Some(vec![text.clone()]),
-            Value::Array(names) => names.iter().map(name).collect(),
+            Value::Array(names) if names.len() <= MAX_NAMES => names.iter().map(name).collect(),
             _ => None,
         };
-        names.ok_or_else(|| self.refuse(field, "It must be a list of names, or a text"))
+        names.ok_or_else(|| {
+            self.refuse(
+                field,
+                "It must be a list of names, at most 16384, or a text",
+            )
+        })
     }
 
     fn target_modules(&self) -> Result<Targets, CheckpointError> {
@@ -437,13 +447,13 @@ impl Fields<'_> {
     }
 
     /// The blocks that carry an adapter; `None` for all.
-    fn layers(&self) -> Result<Option<Vec<u64>>, CheckpointError> {
+    fn layers(&self) -> Result<Option<BTreeSet<u64>>, CheckpointError> {
         let field = "layers_to_transform";
         let layers = match self.get(field) {
             Value::Null => return Ok(None),
             Value::Array(layers) if layers.is_empty() => return Ok(None),
             Value::Array(layers) => layers.iter().map(Value::as_u64).collect(),
-            layer => layer.as_u64().map(|layer| vec![layer]),
+            layer => layer.as_u64().map(|layer| BTreeSet::from([layer])),
         };
         let remedy = "It must be the number of a block, or a list of them";
         match layers {
@@ -459,8 +469,12 @@ impl Fields<'_> {
     ) -> Result<Overrides<T>, CheckpointError> {
         let entries = match self.get(field) {
             Value::Null => return Ok(Overrides(Vec::new())),
-            Value::Object(entries) => entries,
-            _ => return Err(self.refuse(field, "It must map module names to numbers")),
+            Value::Object(entries) if entries.len() <= MAX_OVERRIDES => entries,
+            _ => {
+                return Err(
+                    self.refuse(field, "It must map module names, at most 1024, to numbers")
+                );
+            }
         };
         let entry = |(text, number): (&String, &Value)| {
             let older = pattern(&format!("^(?:.*\\.{text}$)"));

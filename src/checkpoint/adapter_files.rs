@@ -15,6 +15,9 @@ use super::{CheckpointError, HostTensor, durable, open_tensor_file, read_all};
 pub const CONFIG_FILE: &str = "adapter_config.json";
 const TENSOR_FILES: [&str; 2] = ["adapter_model.safetensors", "adapter_model.bin"];
 
+/// Most modules of an adapter: many times what the largest model has.
+const MAX_MODULES: usize = 16_384;
+
 /// What a LoRA adapter is, the same for all its modules.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LoraFileConfig {
@@ -73,8 +76,13 @@ impl LoraFiles {
             }
         }
         check_pairs(&tensor_path, &tensors)?;
+        let modules = modules(&tensors);
+        if modules.len() > MAX_MODULES {
+            let reason = format!("it has adapters for {} modules", modules.len());
+            return Err(CheckpointError::mismatch(&tensor_path, reason));
+        }
         let mut scales = BTreeMap::new();
-        for module in modules(&tensors) {
+        for module in modules {
             if !said.wants(&module) {
                 let reason = format!(
                     "it has tensors for '{module}', which the configuration (target_modules, \
