@@ -41,6 +41,17 @@ pub enum CheckpointError {
         /// The path.
         path: PathBuf,
     },
+    /// A link that leads out of the folder it stands in.
+    #[error(
+        "{path} is a link to {target}, outside of its folder. Put the file itself there, or give the \
+         folder that it lies in"
+    )]
+    Outside {
+        /// The link.
+        path: PathBuf,
+        /// Where it leads.
+        target: PathBuf,
+    },
     /// No weights under any of the known names.
     #[error(
         "{path} holds no weights: looked for {looked_for}. Download the weight files into this folder, \
