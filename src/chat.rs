@@ -108,10 +108,7 @@ impl Chat {
         let request = Request {
             prompt: &prompt,
             max_new_tokens: self.options.max_new_tokens,
-            stop_at: self
-                .options
-                .stop_at_eop
-                .then_some(self.base.config.eos_token_id),
+            stop_at: self.options.stops(&self.base.config),
             sampling: &self.options.sampling,
             number: self.asked,
             usable_ids: tokenizer.size() as usize,

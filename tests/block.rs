@@ -93,6 +93,8 @@ fn model(tied: bool) -> ModelConfig {
         num_layers: 2,
         hidden_size: 48,
         num_attention_heads: 3,
+        num_key_value_heads: 3,
+        head_dim: 16,
         inner_hidden_size: 97,
         vocab_size: 65,
         max_sequence_length: 128,

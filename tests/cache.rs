@@ -31,14 +31,19 @@ fn model() -> ModelConfig {
         vocab_size: 2000,
         hidden_size: 64,
         inner_hidden_size: 256,
+        architecture: mp_train::config::architecture::Architecture::CHATGLM,
         num_attention_heads: 4,
+        num_key_value_heads: 4,
+        head_dim: 16,
         num_layers: 4,
-        layernorm_epsilon: 1e-5,
+        norm_epsilon: 1e-5,
         max_sequence_length: 256,
-        bos_token_id: 1660,
-        eos_token_id: 1661,
-        mask_token_id: 1656,
-        gmask_token_id: 1657,
+        context_ids: Some(mp_train::config::model::ContextIds {
+            bos_token_id: 1660,
+            mask_token_id: 1656,
+            gmask_token_id: 1657,
+        }),
+        eos_token_ids: vec![1661],
         pad_token_id: Some(3),
         tie_word_embeddings: false,
         pre_seq_len: None,
@@ -272,8 +277,13 @@ fn another_setting_or_content_is_another_cache_and_another_place_is_not() {
         ..model()
     };
     let image_model = ModelConfig {
-        bos_token_id: 1680,
-        gmask_token_id: 1677,
+        context_ids: larger
+            .context_ids
+            .map(|ids| mp_train::config::model::ContextIds {
+                bos_token_id: 1680,
+                gmask_token_id: 1677,
+                ..ids
+            }),
         ..larger.clone()
     };
     let variants = [

@@ -109,6 +109,8 @@ fn model() -> ModelConfig {
         num_layers: 3,
         hidden_size: 160,
         num_attention_heads: 5,
+        num_key_value_heads: 5,
+        head_dim: 32,
         inner_hidden_size: 480,
         vocab_size: 1_009,
         max_sequence_length: 257,

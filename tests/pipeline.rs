@@ -132,10 +132,11 @@ fn blueprint(adapter: &AdapterSection, kind: ScheduleKind) -> Blueprint {
 /// A step of four micro-batches of two rows each.
 fn step_plan(step: u64) -> StepPlan {
     let config = base().config;
+    let context = config.context_ids.unwrap();
     let (mask, sop, eop) = (
-        i64::from(config.gmask_token_id),
-        i64::from(config.bos_token_id),
-        i64::from(config.eos_token_id),
+        i64::from(context.gmask_token_id),
+        i64::from(context.bos_token_id),
+        i64::from(config.eos_token_ids[0]),
     );
     let micro_batches = (0..MICRO_BATCHES as i64).map(|index| {
         let mut rows = Rows::default();

@@ -136,7 +136,7 @@ impl ConfigArgs {
 pub(super) struct PlanArgs {
     #[command(flatten)]
     pub config: ConfigArgs,
-    /// A model of this size in place of a folder: chatglm-6b, small or tiny
+    /// A model of this size in place of a folder: chatglm-6b, chatglm2-6b, glm-4-9b, small or tiny
     #[arg(
         long,
         value_name = "SIZE",
@@ -287,7 +287,7 @@ pub(super) struct ChatArgs {
 
 #[derive(Debug, Args)]
 pub(super) struct BenchArgs {
-    /// chatglm-6b, small or tiny
+    /// chatglm-6b, chatglm2-6b, glm-4-9b, small or tiny
     #[arg(
         long,
         value_name = "SIZE",

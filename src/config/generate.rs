@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use super::model::ModelConfig;
 use super::resolve;
 use super::run::{Device, Precision, Quantization, RotaryPrecision, TemplateKind};
 
@@ -51,6 +52,14 @@ impl GenerateOptions {
             stop_at_eop: true,
             sampling: Sampling::greedy(),
             template: None,
+        }
+    }
+
+    /// The ids that end an answer of `model` under these options.
+    pub fn stops<'a>(&self, model: &'a ModelConfig) -> &'a [u32] {
+        match self.stop_at_eop {
+            true => &model.eos_token_ids,
+            false => &[],
         }
     }
 }

@@ -7,6 +7,7 @@
 //! Relative paths are relative to the current directory, inside a TOML file too: the same text means
 //! the same place whether it stands in the file or behind a flag.
 
+pub mod architecture;
 pub mod byte_size;
 pub mod device;
 pub mod error;

@@ -6,7 +6,7 @@ use crate::config::model::ModelConfig;
 /// The two positions of every token of a row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Positions<'a> {
-    /// ChatGLM-6B's rule. In the context: the index of the token, and from sop on the index of the
+    /// ChatGLM-6B's rule, or with sop at [`NEVER`] that of later generations. In the context: the index of the token, and from sop on the index of the
     /// mask token. In the block: 0, and from sop on 1, 2, 3, ..
     Rule {
         /// Index of the first `[gMASK]`, or of the first `[MASK]` where there is none.
@@ -40,13 +40,19 @@ impl Positions<'_> {
     }
 }
 
-/// Positions of the token that follows one with these positions, while an answer is written: the
-/// place in the context stays, the place inside the block moves on.
+/// Stands in place of the index of sop where positions do not change there: they count on.
+pub const NEVER: u32 = u32::MAX - 1;
+
+/// Positions of the token that follows one with these positions, while an answer is written: inside
+/// a block the place in the context stays and the place inside the block moves on; else the former does.
 pub fn next_positions((context, block): (u32, u32)) -> (u32, u32) {
-    (context, block.saturating_add(1))
+    match block {
+        0 => (context.saturating_add(1), 0),
+        _ => (context, block.saturating_add(1)),
+    }
 }
 
-/// Settles context length and positions of a row: as given where given, else by ChatGLM-6B's rule.
+/// Settles context length and positions of a row: as given where given, else by the model's rule.
 ///
 /// # Errors
 /// When a given length does not fit the row, or the rule finds no sop or no mask token.
@@ -60,21 +66,32 @@ pub fn settle<'a>(
     if let Some(found) = context_length.filter(|&length| length > tokens) {
         return Err(RowProblem::Context { found, tokens });
     }
-    let find = |id: u32| input_ids.iter().position(|&other| other == id);
-    let sop = find(model.bos_token_id).ok_or(RowProblem::NoSop {
-        bos_token_id: model.bos_token_id,
-    });
-    let positions = match position_ids {
+    let given = match position_ids {
         Some([context, block]) => {
             check_length("position_ids[0]", context.len(), tokens)?;
             check_length("position_ids[1]", block.len(), tokens)?;
-            Positions::Given { context, block }
+            Some(Positions::Given { context, block })
         }
+        None => None,
+    };
+    let Some(ids) = model.context_ids else {
+        let counted = Positions::Rule {
+            mask: 0,
+            sop: NEVER,
+        };
+        return Ok((context_length.unwrap_or(0), given.unwrap_or(counted)));
+    };
+    let find = |id: u32| input_ids.iter().position(|&other| other == id);
+    let sop = find(ids.bos_token_id).ok_or(RowProblem::NoSop {
+        bos_token_id: ids.bos_token_id,
+    });
+    let positions = match given {
+        Some(given) => given,
         None => {
-            let mask = find(model.gmask_token_id).or_else(|| find(model.mask_token_id));
+            let mask = find(ids.gmask_token_id).or_else(|| find(ids.mask_token_id));
             let mask = mask.ok_or(RowProblem::NoMask {
-                gmask_token_id: model.gmask_token_id,
-                mask_token_id: model.mask_token_id,
+                gmask_token_id: ids.gmask_token_id,
+                mask_token_id: ids.mask_token_id,
             });
             Positions::Rule {
                 sop: sop.clone()? as u32,

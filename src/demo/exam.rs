@@ -150,7 +150,7 @@ pub fn ask(
     let mut generator = Generator::start(&base, &settings, longest.max().unwrap_or(1))?;
     let mut answer = |row: &PromptRow| -> Result<String, DemoError> {
         let mut ids = Vec::new();
-        let stop_at = Some(config.eos_token_id);
+        let stop_at = &config.eos_token_ids;
         generator.greedy(row, MAX_NEW_TOKENS, stop_at, &mut |id, _| ids.push(id))?;
         Ok(tokenizer.decode(&ids)?)
     };

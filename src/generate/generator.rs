@@ -37,8 +37,8 @@ pub struct Request<'a> {
     pub prompt: &'a PromptRow,
     /// Most ids to generate.
     pub max_new_tokens: usize,
-    /// The id that ends the answer; it is not handed on.
-    pub stop_at: Option<u32>,
+    /// The ids that end the answer; they are not handed on.
+    pub stop_at: &'a [u32],
     /// How each token is chosen.
     pub sampling: &'a Sampling,
     /// Number of the prompt, which its random numbers belong to.
@@ -152,7 +152,7 @@ impl Generator {
                 token: token + 1,
                 problem,
             })?;
-            if Some(id) == request.stop_at {
+            if request.stop_at.contains(&id) {
                 return Ok(End::Complete);
             }
             if emit(id, &logits).is_break() {
@@ -178,7 +178,7 @@ impl Generator {
         &mut self,
         prompt: &PromptRow,
         max_new_tokens: usize,
-        stop_at: Option<u32>,
+        stop_at: &[u32],
         emit: &mut dyn FnMut(u32, &[f32]),
     ) -> Result<(), GenerateError> {
         let request = Request {

@@ -129,7 +129,7 @@ pub fn run(
         let request = Request {
             prompt: &row.prompt,
             max_new_tokens: options.max_new_tokens,
-            stop_at: options.stop_at_eop.then_some(base.config.eos_token_id),
+            stop_at: options.stops(&base.config),
             sampling: &options.sampling,
             number: index as u64,
             usable_ids: of_text.map_or(usize::MAX, |words| words.tokenizer().size() as usize),

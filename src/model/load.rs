@@ -184,7 +184,7 @@ impl<B: Backend> Loader<'_, B> {
             weight: tensor("weight")?,
             bias: tensor("bias")?,
             hidden_size: self.config.hidden_size,
-            eps: self.config.layernorm_epsilon,
+            eps: self.config.norm_epsilon,
         })
     }
 
@@ -236,7 +236,7 @@ impl<B: Backend> Loader<'_, B> {
                 dense: self.linear(LinearSite::Dense, layer)?,
                 layout: AttentionLayout::grouped_per_head(
                     config.num_attention_heads,
-                    config.head_dim(),
+                    config.head_dim,
                 ),
             },
             norm2: self.norm(&NormSite::PostAttention.module(layer))?,

@@ -350,7 +350,7 @@ fn workspace(
     }
     let dequantised = dequantised_len(config) as u64;
     all.add(Workspace, "weights out of their codes", dequantised * e, 1);
-    let table = (config.max_sequence_length * (config.head_dim() / 4)) as u64;
+    let table = (config.max_sequence_length * (config.head_dim / 4)) as u64;
     all.add(Workspace, "rotary tables", table * WORD, 2);
     if sizes.exchanges {
         all.add(Workspace, "activations sent and received", t * h * WORD, 2);

@@ -162,7 +162,7 @@ impl<B: Backend> Stage<B> {
             prefix: loader.prefix(layers)?,
             rotary: Rotary::new(
                 backend,
-                config.head_dim(),
+                config.head_dim,
                 config.max_sequence_length,
                 shape.rotary,
             )?,

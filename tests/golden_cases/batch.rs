@@ -91,7 +91,9 @@ impl Stored {
         let mut places = Vec::new();
         for row in 0..self.rows {
             let (ids, _) = self.row(row, 0..self.seq);
-            let eop = ids.iter().rposition(|&id| id == family.config.eos_token_id);
+            let eop = ids
+                .iter()
+                .rposition(|&id| id == family.config.eos_token_ids[0]);
             let kept = match (padding, eop) {
                 (Padding::Fed, _) => self.seq,
                 (Padding::Removed, Some(eop)) => eop + 1,

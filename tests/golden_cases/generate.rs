@@ -218,7 +218,7 @@ fn alone<B: Golden>(
                 .collect(),
         };
         let mut step = 0;
-        generator.greedy(&prompt, steps, None, &mut |id, logits| {
+        generator.greedy(&prompt, steps, &[], &mut |id, logits| {
             answers.ids[step].push(id);
             answers.logits[step].extend(logits);
             step += 1;

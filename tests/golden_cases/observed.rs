@@ -79,7 +79,7 @@ fn block<B: Backend>(
 ) -> Outcome<Vec<(&'static str, Found)>> {
     let (attention, dense) = (&slot.attention[layer], &slot.dense[layer]);
     let (rows, hidden) = (batch.micro.tokens(), family.config.hidden_size);
-    let (heads, dim) = (family.config.num_attention_heads, family.config.head_dim());
+    let (heads, dim) = (family.config.num_attention_heads, family.config.head_dim);
     let alpha = family.residual_alpha()?;
     let norm1 = read!(backend, &dense.norm1, rows * hidden);
     let norm2 = read!(backend, &dense.norm2, rows * hidden);
@@ -193,7 +193,7 @@ pub fn prefix_key_value<B: Backend>(
     family: &Family,
     len: usize,
 ) -> Outcome<Found> {
-    let (heads, dim) = (family.config.num_attention_heads, family.config.head_dim());
+    let (heads, dim) = (family.config.num_attention_heads, family.config.head_dim);
     let prefix = single.stage.prefix_mut().ok_or("the stage has no prefix")?;
     let mut values: Vec<f64> = Vec::new();
     for layer in 0..family.config.num_layers {

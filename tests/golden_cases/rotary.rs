@@ -59,7 +59,7 @@ pub fn run(family: &Family, case: &Case, report: &mut Report<'_>) -> Outcome<()>
 
 /// The head_dim of a table, which is the model's own except in `real.*`.
 fn head_dim(family: &Family, sizes: &str, head_dim: usize) -> Outcome<usize> {
-    let own = family.config.head_dim();
+    let own = family.config.head_dim;
     if sizes != "real" && head_dim != own {
         return Err(format!("`{sizes}` is for head_dim {head_dim}, the model has {own}").into());
     }

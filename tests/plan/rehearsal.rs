@@ -144,10 +144,11 @@ impl Run {
 
     fn step_plan(&self, base: &Base, step: u64) -> StepPlan {
         let config = &base.config;
+        let context = config.context_ids.unwrap();
         let [mask, sop, eop] = [
-            config.gmask_token_id,
-            config.bos_token_id,
-            config.eos_token_id,
+            context.gmask_token_id,
+            context.bos_token_id,
+            config.eos_token_ids[0],
         ]
         .map(i64::from);
         let micro_batches = (0..MICRO_BATCHES as i64).map(|index| {

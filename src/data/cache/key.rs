@@ -50,9 +50,7 @@ struct TokenizerFacts {
 struct ModelFacts {
     vocab_size: usize,
     max_sequence_length: usize,
-    bos_token_id: u32,
-    mask_token_id: u32,
-    gmask_token_id: u32,
+    context_ids: Option<[u32; 3]>,
 }
 
 /// The name counts too: its ending says how the file is read.
@@ -120,9 +118,9 @@ impl CacheKey {
             model: ModelFacts {
                 vocab_size: model.vocab_size,
                 max_sequence_length: model.max_sequence_length,
-                bos_token_id: model.bos_token_id,
-                mask_token_id: model.mask_token_id,
-                gmask_token_id: model.gmask_token_id,
+                context_ids: model
+                    .context_ids
+                    .map(|ids| [ids.bos_token_id, ids.mask_token_id, ids.gmask_token_id]),
             },
             files: facts,
         };

@@ -37,10 +37,10 @@ impl From<&ModelConfig> for ConfigIds {
     fn from(config: &ModelConfig) -> Self {
         Self {
             vocab_size: config.vocab_size,
-            bos_token_id: Some(config.bos_token_id),
-            eos_token_id: Some(config.eos_token_id),
-            mask_token_id: Some(config.mask_token_id),
-            gmask_token_id: Some(config.gmask_token_id),
+            bos_token_id: config.context_ids.map(|ids| ids.bos_token_id),
+            eos_token_id: config.eos_token_ids.first().copied(),
+            mask_token_id: config.context_ids.map(|ids| ids.mask_token_id),
+            gmask_token_id: config.context_ids.map(|ids| ids.gmask_token_id),
             pad_token_id: config.pad_token_id,
         }
     }
