@@ -263,10 +263,10 @@ impl CheckpointError {
         move |cause| Self::Write { path, cause }
     }
 
-    pub(super) fn damaged(path: &Path, reason: impl Into<String>) -> Self {
+    pub(super) fn damaged(path: &Path, reason: impl AsRef<str>) -> Self {
         Self::Damaged {
             path: path.to_owned(),
-            reason: reason.into().trim_end_matches('.').to_owned(),
+            reason: printable(reason.as_ref().trim_end_matches('.')),
         }
     }
 
@@ -276,6 +276,18 @@ impl CheckpointError {
             reason: reason.into(),
         }
     }
+}
+
+/// A reason that may hold names out of the file: not longer than a person reads, and without the
+/// characters that a terminal would obey.
+fn printable(reason: &str) -> String {
+    const LONGEST: usize = 400;
+    let plain = |c: char| if c.is_control() { '\u{fffd}' } else { c };
+    let mut text: String = reason.chars().map(plain).take(LONGEST).collect();
+    if reason.chars().nth(LONGEST).is_some() {
+        text.push('…');
+    }
+    text
 }
 
 /// What to do about an error of the system.
