@@ -17,6 +17,8 @@ mod hostile_bounded;
 mod hostile_corpus;
 #[path = "checkpoint/killed.rs"]
 mod killed;
+#[path = "checkpoint/mutations.rs"]
+mod mutations;
 #[path = "checkpoint/run_state.rs"]
 mod run_state;
 #[path = "checkpoint/torch_bytes.rs"]
