@@ -63,6 +63,26 @@ KERNEL __launch_bounds__(256) residual(
     in_pieces<4>(len, Residual{out, x, alpha, branch});
 }
 
+// out = x + branch: the residual sum of un-normed rows, in float.
+struct ResidualSum {
+    float* out;
+    const float* x;
+    const half* branch;
+    template <u32 W> METHOD void on(u64 at) const {
+        float sum[W], v[W];
+        load(sum, x + at);
+        load(v, branch + at);
+#pragma unroll
+        for (u32 i = 0; i < W; i++) sum[i] += v[i];
+        store(out + at, sum);
+    }
+};
+
+KERNEL __launch_bounds__(256) residual_sum(
+    float* out, const float* x, const half* branch, u64 len) {
+    in_pieces<4>(len, ResidualSum{out, x, branch});
+}
+
 // ---- GELU in its tanh form
 //
 // 0.5 x (1 + tanh u) = x / (1 + e^-2u) with u = c x (1 + 0.044715 x²), c = sqrt(2 / pi): the quotient

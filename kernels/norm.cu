@@ -93,7 +93,8 @@ KERNEL __launch_bounds__(NORM_THREADS) rms_norm(
     }
 }
 
-// ---- gradient of the norm's output: dout + alpha * residual, where there is a residual
+// ---- gradient of the norm's output: dout + alpha * residual, where there is a residual. RMS norm has
+// its residual in front of the norm, so there is none here.
 
 struct RowGradient {
     const half* dout;
@@ -114,9 +115,9 @@ template <u32 W> DEVICE void load(float (&g)[W], const RowGradient& gradient, u6
 // ---- backward
 //
 // dx = rstd * (g - mean(g) - xhat * mean(g xhat)) per row, g = (dout + alpha * residual) * weight,
-// xhat = (x - mean) * rstd; RMS norm: mean and mean(g) are 0, and dx is added to what it holds when
-// `accumulate`. dx, dout, residual, x [T, H]. Grid T, a block per row, H / (4 W) threads or more.
-// Bound by memory: reads 8 bytes (10 accumulating) and writes 2 per value.
+// xhat = (x - mean) * rstd; RMS norm: mean and mean(g) are 0, and `along` is added, the gradient of x
+// where it is used beside the norm. dx, dout, residual, along, x [T, H]. Grid T, a block per row,
+// H / (4 W) threads or more. Bound by memory: reads 8 bytes and writes 2 per value.
 template <u32 W>
 DEVICE void load_terms(
     float (&g)[PIECES][W], float (&xhat)[PIECES][W], const RowGradient& gradient,
@@ -143,8 +144,8 @@ DEVICE void load_terms(
 
 template <bool CENTRED, u32 W>
 DEVICE void backward_row(
-    half* dx, const RowGradient& gradient, const float* x, const float* stats, const half* weight,
-    u32 rows, u32 cols, bool accumulate) {
+    half* dx, const RowGradient& gradient, const half* along, const float* x, const float* stats,
+    const half* weight, u32 rows, u32 cols) {
     __shared__ float room[32];
     const u64 row = blockIdx.x;
     dx += row * cols;
@@ -174,8 +175,8 @@ DEVICE void backward_row(
             const u32 col = piece_column<W>(start, p);
             if (col >= cols) continue;
             float y[W];
-            if (!CENTRED && accumulate) {
-                load(y, dx + col);
+            if (!CENTRED && along != nullptr) {
+                load(y, along + row * cols + col);
             } else {
 #pragma unroll
                 for (u32 i = 0; i < W; i++) y[i] = 0.0f;
@@ -192,20 +193,20 @@ KERNEL __launch_bounds__(NORM_THREADS) layer_norm_backward(
     const float* stats, const half* weight, u32 rows, u32 cols) {
     const RowGradient gradient = {dout, residual, alpha};
     if (cols % 4 == 0) {
-        backward_row<true, 4>(dx, gradient, x, stats, weight, rows, cols, false);
+        backward_row<true, 4>(dx, gradient, nullptr, x, stats, weight, rows, cols);
     } else {
-        backward_row<true, 1>(dx, gradient, x, stats, weight, rows, cols, false);
+        backward_row<true, 1>(dx, gradient, nullptr, x, stats, weight, rows, cols);
     }
 }
 
 KERNEL __launch_bounds__(NORM_THREADS) rms_norm_backward(
-    half* dx, const half* dout, const half* residual, float alpha, const float* x,
-    const float* stats, const half* weight, u32 rows, u32 cols, u32 accumulate) {
-    const RowGradient gradient = {dout, residual, alpha};
+    half* dx, const half* dout, const half* residual, const float* x, const float* stats,
+    const half* weight, u32 rows, u32 cols) {
+    const RowGradient gradient = {dout, nullptr, 0.0f};
     if (cols % 4 == 0) {
-        backward_row<false, 4>(dx, gradient, x, stats, weight, rows, cols, accumulate != 0);
+        backward_row<false, 4>(dx, gradient, residual, x, stats, weight, rows, cols);
     } else {
-        backward_row<false, 1>(dx, gradient, x, stats, weight, rows, cols, accumulate != 0);
+        backward_row<false, 1>(dx, gradient, residual, x, stats, weight, rows, cols);
     }
 }
 
@@ -256,9 +257,9 @@ KERNEL __launch_bounds__(64) layer_norm_chunk_sums(
 }
 
 KERNEL __launch_bounds__(64) rms_norm_chunk_sums(
-    float* partial, const half* dout, const half* residual, float alpha, const float* x,
-    const float* stats, u32 rows, u32 cols, u32 rows_per_chunk) {
-    const RowGradient gradient = {dout, residual, alpha};
+    float* partial, const half* dout, const float* x, const float* stats, u32 rows, u32 cols,
+    u32 rows_per_chunk) {
+    const RowGradient gradient = {dout, nullptr, 0.0f};
     if (cols % 4 == 0) {
         sum_chunk<false, 4>(partial, gradient, x, stats, rows, cols, rows_per_chunk);
     } else {

@@ -1,4 +1,4 @@
-// Rows moved by index: embedding and its gradient, gather, scatter.
+// Rows moved by index: embedding and its gradient, gather, scatter; columns of rows.
 //
 // Grid: a block per row of the list, its threads stride over the columns, 16 bytes of the wider
 // buffer each where rows are whole pieces. All are bound by memory.
@@ -40,6 +40,20 @@ KERNEL __launch_bounds__(256) scatter_rows(half* out, const half* x, const u32* 
         copy_row<8>(out + target * cols, x + row * cols, cols);
     } else {
         copy_row<1>(out + target * cols, x + row * cols, cols);
+    }
+}
+
+// out[t, out_first + c] = x[t, x_first + c] for c < cols. out [T, out_cols], x [T, x_cols], half. Grid T.
+KERNEL __launch_bounds__(256) copy_columns(
+    half* out, const half* x, u32 out_cols, u32 out_first, u32 x_cols, u32 x_first, u32 cols) {
+    const u64 row = blockIdx.x;
+    out += row * out_cols + out_first;
+    x += row * x_cols + x_first;
+    // Whether all of them are multiples of 8.
+    if ((out_cols | out_first | x_cols | x_first | cols) % 8 == 0) {
+        copy_row<8>(out, x, cols);
+    } else {
+        copy_row<1>(out, x, cols);
     }
 }
 

@@ -17,6 +17,7 @@ use crate::config::run::{
 };
 use crate::data::batch::{MicroBatch, Sequence, Target};
 use crate::data::sampler::MicroBatchSize;
+use crate::model::names::LinearSite;
 use crate::model::trainables::Trainables;
 use crate::model::weights;
 use crate::pipeline::advice::{RowLengths, Wish};
@@ -211,9 +212,8 @@ pub fn run(options: &BenchOptions) -> Result<BenchResult, BenchError> {
 
 /// A model without files.
 fn synthetic_base(mut config: ModelConfig, quantization: Quantization) -> Result<Base, StartError> {
-    let all = weights::model_tensors(&config).into_iter();
-    let own = all.filter(|(name, _)| name != weights::LM_HEAD);
-    let source = SyntheticTensors::new(own, SEED);
+    let tensors = weights::own_tensors(&config, config.tie_word_embeddings);
+    let source = SyntheticTensors::new(tensors, SEED);
     let head_source = weights::check(&source, &config)?;
     config.quantization = quantization;
     Ok(Base {
@@ -303,15 +303,19 @@ fn micro_batch(options: &BenchOptions, config: &ModelConfig, step: u64, index: u
     let key = Key::new(SEED, Domain::Sampling).fold(step).fold(index);
     let mut random = key.stream();
     let len = options.sequence_length;
-    let context_length = len / 2;
+    let half = len / 2;
+    let context_length = context_length(config, len);
     let mut batch = MicroBatch::default();
     for _ in 0..options.micro_batch_size {
         let start = batch.tokens();
         for t in 0..len {
             let id = random.below(config.vocab_size as u64 - 8) as u32;
             batch.input_ids.push(id);
-            batch.position.push(t.min(context_length) as u32);
-            let inside = (t + 1).saturating_sub(context_length);
+            let (position, inside) = match context_length {
+                0 => (t, 0),
+                context => (t.min(context), (t + 1).saturating_sub(context)),
+            };
+            batch.position.push(position as u32);
             batch.block_position.push(inside as u32);
         }
         batch.sequences.push(Sequence {
@@ -319,14 +323,17 @@ fn micro_batch(options: &BenchOptions, config: &ModelConfig, step: u64, index: u
             len,
             context_length,
         });
-        batch
-            .targets
-            .extend((context_length..len - 1).map(|t| Target {
-                row: (start + t) as u32,
-                id: batch.input_ids[start + t + 1],
-            }));
+        batch.targets.extend((half..len - 1).map(|t| Target {
+            row: (start + t) as u32,
+            id: batch.input_ids[start + t + 1],
+        }));
     }
     batch
+}
+
+/// Tokens that are visible both ways: the first half in ChatGLM-6B, none in later generations.
+fn context_length(config: &ModelConfig, len: usize) -> usize {
+    config.context_ids.map_or(0, |_| len / 2)
 }
 
 fn tokens(options: &BenchOptions) -> usize {
@@ -337,17 +344,18 @@ fn tokens(options: &BenchOptions) -> usize {
 /// more where weights are trained; lm_head on the rows with a target; attention's two products over
 /// the visible pairs, forward once and backward twice.
 fn flops(options: &BenchOptions, config: &ModelConfig) -> f64 {
-    let (h, f) = (config.hidden_size as f64, config.inner_hidden_size as f64);
+    let h = config.hidden_size as f64;
     let layers = config.num_layers as f64;
     let t = options.sequence_length as f64;
     let passes = match options.adapter {
         AdapterSection::Full(_) => 3.0,
         AdapterSection::Lora(_) | AdapterSection::Prefix(_) => 2.0,
     };
-    let linear = 2.0 * layers * (4.0 * h * h + 2.0 * h * f) * t * passes;
+    let linear = 2.0 * layers * LinearSite::weights(config, |_| true) * t * passes;
     let head = 2.0 * config.vocab_size as f64 * h * (t / 2.0) * passes;
-    let pairs = t * t / 2.0 + t * t / 8.0;
-    let attention = 3.0 * layers * 4.0 * h * pairs;
+    let context = context_length(config, options.sequence_length) as f64;
+    let pairs = t * t / 2.0 + context * context / 2.0;
+    let attention = 3.0 * layers * 4.0 * config.query_width() as f64 * pairs;
     let rows = (options.gradient_accumulation * options.micro_batch_size) as f64;
     rows * (linear + head + attention)
 }

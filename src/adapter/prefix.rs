@@ -13,6 +13,8 @@ use crate::backend::{Backend, BackendError, LinearShape};
 pub struct PrefixShape {
     /// P, number of positions (`pre_seq_len`).
     pub len: usize,
+    /// Width of the embedding in front of a projection: H in ChatGLM-6B, `L 2 G D` in ChatGLM2.
+    pub embedding_width: usize,
     /// H, width of the projection.
     pub hidden_size: usize,
     /// 2 G D, keys and values of one block and position.
@@ -23,7 +25,7 @@ impl PrefixShape {
     fn hidden(&self) -> LinearShape {
         LinearShape {
             rows: self.len,
-            in_features: self.hidden_size,
+            in_features: self.embedding_width,
             out_features: self.hidden_size,
         }
     }
@@ -39,9 +41,9 @@ impl PrefixShape {
 
 /// The part of the projection that all blocks share, held by every stage.
 pub struct SharedProjection<B: Backend> {
-    /// `embedding.weight [P, H]`.
+    /// `embedding.weight [P, E]`, E the embedding's width.
     pub embedding: Parameter<B>,
-    /// `trans.0.weight [H, H]`.
+    /// `trans.0.weight [H, E]`.
     pub weight: Parameter<B>,
     /// `trans.0.bias [H]`.
     pub bias: Parameter<B>,

@@ -26,7 +26,7 @@ pub use left_behind::{any_left_behind, leave_behind};
 pub use pulse::Pulse;
 pub use shapes::{
     AdamwStep, AdamwTensor, AttentionLayout, Dropout, HeadLayout, LinearShape, NormShape, Prefix,
-    RowGradient, Span, SumOf,
+    RotaryPositions, RowGradient, Span, SumOf,
 };
 
 /// Why a backend could not do what it was asked.
@@ -195,6 +195,30 @@ pub trait Backend: Sized + 'static {
         cols: usize,
     ) -> Result<()>;
 
+    /// Columns put into wider rows: `out[t, first + c] = x[t, c]` for `c < cols`; other columns stay as
+    /// they are. `out [T, out_cols]`, `x [T, cols]`.
+    fn put_columns(
+        &self,
+        out: &mut Self::Buffer<Self::Element>,
+        x: &Self::Buffer<Self::Element>,
+        rows: usize,
+        out_cols: usize,
+        first: usize,
+        cols: usize,
+    ) -> Result<()>;
+
+    /// Columns taken from wider rows, which is also the gradient of [`Backend::put_columns`]:
+    /// `out[t, c] = x[t, first + c]` for `c < cols`. `out [T, cols]`, `x [T, x_cols]`.
+    fn take_columns(
+        &self,
+        out: &mut Self::Buffer<Self::Element>,
+        x: &Self::Buffer<Self::Element>,
+        rows: usize,
+        x_cols: usize,
+        first: usize,
+        cols: usize,
+    ) -> Result<()>;
+
     /// Layer norm (Ba et al. 2016): `out = (x - mean) * rstd * weight + bias` per row, with
     /// `rstd = 1 / sqrt(var + eps)`. `stats [2, T]`: all means, then all rstds.
     fn layer_norm(
@@ -240,25 +264,26 @@ pub trait Backend: Sized + 'static {
         shape: NormShape,
     ) -> Result<()>;
 
-    /// Gradient of [`Backend::rms_norm`] with respect to x, added to what `dx` holds when
-    /// `accumulate`: to the gradient that came along a residual taken in front of the norm.
+    /// Gradient of [`Backend::rms_norm`] with respect to x, plus `residual`: the gradient of x where it
+    /// is used beside the norm, as in a [`Backend::residual_sum`]. Rounded once.
+    /// `dx`, `dout`, `residual`: `[T, H]`.
     #[allow(clippy::too_many_arguments)]
     fn rms_norm_backward(
         &self,
         dx: &mut Self::Buffer<Self::Element>,
-        dout: RowGradient<'_, Self>,
+        dout: &Self::Buffer<Self::Element>,
+        residual: Option<&Self::Buffer<Self::Element>>,
         x: &Self::Buffer<f32>,
         stats: &Self::Buffer<f32>,
         weight: &Self::Buffer<Self::Element>,
         shape: NormShape,
-        accumulate: bool,
     ) -> Result<()>;
 
     /// Adds the gradient of [`Backend::rms_norm`] with respect to weight, rows ascending.
     fn rms_norm_weight_gradient(
         &self,
         dweight: &mut Self::Buffer<f32>,
-        dout: RowGradient<'_, Self>,
+        dout: &Self::Buffer<Self::Element>,
         x: &Self::Buffer<f32>,
         stats: &Self::Buffer<f32>,
         shape: NormShape,
@@ -308,9 +333,8 @@ pub trait Backend: Sized + 'static {
         shape: LinearShape,
     ) -> Result<()>;
 
-    /// Two-dimensional rotary embedding on the query and key heads of x, in place. Each head is cut
-    /// in halves; the first is rotated by `position`, the second by `block_position`; inside a half
-    /// of width D/2 element j is paired with j + D/4. `cos`, `sin`: `[positions, D / 4]`.
+    /// Rotary embedding (Su et al. 2021) on the query and key heads of x, in place: each pair of
+    /// elements `(a, b)` that [`RotaryPositions`] names becomes `(a cos - b sin, b cos + a sin)`.
     /// With `inverse` the rotation is undone, which is also its gradient.
     #[allow(clippy::too_many_arguments)]
     fn rotary(
@@ -318,8 +342,7 @@ pub trait Backend: Sized + 'static {
         x: &mut Self::Buffer<Self::Element>,
         cos: &Self::Buffer<f32>,
         sin: &Self::Buffer<f32>,
-        position: &Self::Buffer<u32>,
-        block_position: &Self::Buffer<u32>,
+        positions: RotaryPositions<'_, Self>,
         layout: &AttentionLayout,
         rows: usize,
         inverse: bool,
@@ -471,6 +494,16 @@ pub trait Backend: Sized + 'static {
         out: &mut Self::Buffer<f32>,
         x: &Self::Buffer<Self::Element>,
         alpha: f32,
+        branch: &Self::Buffer<Self::Element>,
+        len: usize,
+    ) -> Result<()>;
+
+    /// The residual sum of un-normed rows, in f32: `out = x + branch`. The gradient of both terms is
+    /// that of `out`.
+    fn residual_sum(
+        &self,
+        out: &mut Self::Buffer<f32>,
+        x: &Self::Buffer<f32>,
         branch: &Self::Buffer<Self::Element>,
         len: usize,
     ) -> Result<()>;

@@ -41,6 +41,37 @@ impl<B: Backend> Clone for RowGradient<'_, B> {
 
 impl<B: Backend> Copy for RowGradient<'_, B> {}
 
+/// Which elements of a head a rotary embedding turns together, and by which angle.
+///
+/// A row of the tables holds the cosines (sines) of all angles of one position.
+pub enum RotaryPositions<'a, B: Backend> {
+    /// ChatGLM-6B: each head is cut in halves, the first turned by `position`, the second by
+    /// `block_position`; inside a half of width D/2 element j is paired with j + D/4. Tables
+    /// `[positions, D / 4]`.
+    TwoDimensional {
+        /// Row of the tables for the first half, `[T]`.
+        position: &'a B::Buffer<u32>,
+        /// Row of the tables for the second half, `[T]`.
+        block_position: &'a B::Buffer<u32>,
+    },
+    /// ChatGLM2 and later: element 2j is paired with its neighbour 2j + 1 in the first `width` elements
+    /// of a head; the others stay as they are. Tables `[positions, width / 2]`.
+    Interleaved {
+        /// Row of the tables, `[T]`.
+        position: &'a B::Buffer<u32>,
+        /// Elements that are turned: even, D at most.
+        width: usize,
+    },
+}
+
+impl<B: Backend> Clone for RotaryPositions<'_, B> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<B: Backend> Copy for RotaryPositions<'_, B> {}
+
 /// Where one kind of head (query, key or value) lies inside a row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HeadLayout {
@@ -84,6 +115,24 @@ impl AttentionLayout {
             query: part(0),
             key: part(1),
             value: part(2),
+        }
+    }
+
+    /// ChatGLM2's `query_key_value` and those of later generations: all query heads, then all key
+    /// heads, then all value heads, `[T, (N + 2 G) D]`.
+    pub fn concatenated(heads: usize, kv_heads: usize, head_dim: usize) -> Self {
+        let part = |heads_before: usize| HeadLayout {
+            row: (heads + 2 * kv_heads) * head_dim,
+            offset: heads_before * head_dim,
+            stride: head_dim,
+        };
+        AttentionLayout {
+            heads,
+            kv_heads,
+            head_dim,
+            query: part(0),
+            key: part(heads),
+            value: part(heads + kv_heads),
         }
     }
 

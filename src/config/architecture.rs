@@ -13,22 +13,14 @@ pub enum Naming {
     Glm,
 }
 
-/// The norm in front of attention and MLP, and behind the last block.
+/// The norm in front of attention and MLP, and behind the last block; and with it what attention and MLP
+/// are added to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NormKind {
-    /// Layer norm with weight and bias.
+    /// Layer norm with weight and bias, whose output, times sqrt(56), is also the residual.
     Layer,
-    /// RMS norm with a weight.
+    /// RMS norm with a weight; the residual is its input.
     Rms,
-}
-
-/// What attention and MLP are added to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Residual {
-    /// The output of the norm in front of them, times sqrt(56).
-    ScaledNorm,
-    /// The input of the norm in front of them.
-    Sum,
 }
 
 /// Between the two layers of the MLP.
@@ -71,10 +63,8 @@ pub enum RotaryKind {
 pub struct Architecture {
     /// Names of tensors.
     pub naming: Naming,
-    /// Norms.
+    /// Norms and residuals.
     pub norm: NormKind,
-    /// Residuals.
-    pub residual: Residual,
     /// Inside the MLP.
     pub activation: Activation,
     /// Query, key and value in a row.
@@ -92,7 +82,6 @@ impl Architecture {
     pub const CHATGLM: Self = Self {
         naming: Naming::ChatGlm,
         norm: NormKind::Layer,
-        residual: Residual::ScaledNorm,
         activation: Activation::Gelu,
         qkv: QkvLayout::PerHead,
         qkv_bias: true,
@@ -105,7 +94,6 @@ impl Architecture {
         Self {
             naming: Naming::ChatGlm2,
             norm: NormKind::Rms,
-            residual: Residual::Sum,
             activation: Activation::SwiGlu,
             qkv: QkvLayout::Concatenated,
             qkv_bias: true,

@@ -90,7 +90,7 @@ pub struct RawAdapter {
     /// LoRA: dropout on its input [0]
     #[arg(long, value_name = "P", value_parser = number::<f32>)]
     pub lora_dropout: Option<f32>,
-    /// LoRA: linear layers [query_key_value]
+    /// LoRA: linear layers, or all-linear [query_key_value]
     #[arg(long, value_name = "NAME,..", value_delimiter = ',')]
     pub target_modules: Option<Vec<String>>,
     /// Prefix: positions [128]

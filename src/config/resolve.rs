@@ -137,7 +137,7 @@ fn are_module_names(names: &[String]) -> bool {
         !name.is_empty()
             && name
                 .bytes()
-                .all(|byte| byte.is_ascii_alphanumeric() || b"_.".contains(&byte))
+                .all(|byte| byte.is_ascii_alphanumeric() || b"_.-".contains(&byte))
     };
     let is_first = |i: usize| !names[..i].contains(&names[i]);
     !names.is_empty() && names.iter().all(is_name) && (0..names.len()).all(is_first)

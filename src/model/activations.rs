@@ -15,8 +15,14 @@ pub struct ActivationShape {
     pub hidden_size: usize,
     /// F.
     pub inner_hidden_size: usize,
+    /// Outputs of the MLP's first layer: F, or 2 F with a gate.
+    pub mlp_width: usize,
     /// N.
     pub heads: usize,
+    /// N D.
+    pub query_width: usize,
+    /// Whether queries, keys and values come out of layers of their own.
+    pub splits_qkv: bool,
     /// P; 0 without a prefix.
     pub prefix_len: usize,
     /// 2 G D.
@@ -31,13 +37,13 @@ pub struct ActivationShape {
 
 /// What attention leaves: the dear part, kept by `none` and `attention_free`.
 pub struct AttentionActivations<B: Backend> {
-    /// Queries, keys (both rotated) and values, `[T, N, 3, D]`.
+    /// Queries, keys (both rotated) and values, `[T, (N + 2 G) D]`.
     pub qkv: B::Buffer<B::Element>,
-    /// Attention's output before the dense layer, `[T, H]`.
+    /// Attention's output before the dense layer, `[T, N D]`.
     pub context: B::Buffer<B::Element>,
     /// Log of the sum of exponentials, `[T, N]`.
     pub lse: B::Buffer<f32>,
-    /// `alpha * norm1 + dense`, the input of the second norm, `[T, H]`.
+    /// Residual and attention's branch, the input of the second norm, `[T, H]`.
     pub sum: B::Buffer<f32>,
 }
 
@@ -45,8 +51,8 @@ impl<B: Backend> AttentionActivations<B> {
     fn new(backend: &B, shape: ActivationShape) -> Result<Self, BackendError> {
         let (rows, hidden) = (shape.limits.rows, shape.hidden_size);
         Ok(AttentionActivations {
-            qkv: backend.zeros(rows * (hidden + shape.key_value_width))?,
-            context: backend.zeros(rows * hidden)?,
+            qkv: backend.zeros(rows * (shape.query_width + shape.key_value_width))?,
+            context: backend.zeros(rows * shape.query_width)?,
             lse: backend.zeros(rows * shape.heads)?,
             sum: backend.zeros(rows * hidden)?,
         })
@@ -63,23 +69,22 @@ pub struct DenseActivations<B: Backend> {
     pub norm2: B::Buffer<B::Element>,
     /// `[2, T]`.
     pub norm2_stats: B::Buffer<f32>,
-    /// Input of GELU, `[T, F]`.
+    /// Input of the activation, `[T, F]`, or `[T, 2 F]` with a gate.
     pub inner: B::Buffer<B::Element>,
-    /// Output of GELU, `[T, F]`.
-    pub gelu: B::Buffer<B::Element>,
+    /// Its output, `[T, F]`.
+    pub activated: B::Buffer<B::Element>,
 }
 
 impl<B: Backend> DenseActivations<B> {
     fn new(backend: &B, shape: ActivationShape) -> Result<Self, BackendError> {
         let (rows, hidden) = (shape.limits.rows, shape.hidden_size);
-        let inner = shape.inner_hidden_size;
         Ok(DenseActivations {
             norm1: backend.zeros(rows * hidden)?,
             norm1_stats: backend.zeros(2 * rows)?,
             norm2: backend.zeros(rows * hidden)?,
             norm2_stats: backend.zeros(2 * rows)?,
-            inner: backend.zeros(rows * inner)?,
-            gelu: backend.zeros(rows * inner)?,
+            inner: backend.zeros(rows * shape.mlp_width)?,
+            activated: backend.zeros(rows * shape.inner_hidden_size)?,
         })
     }
 }
@@ -147,13 +152,17 @@ fn many<T>(
 pub struct Scratch<B: Backend> {
     /// Output of a branch before the residual sum, or gradient of a norm's output, `[T, H]`.
     pub branch: B::Buffer<B::Element>,
-    /// Gradient of `context`, `[T, H]`.
+    /// Gradient of `context`, `[T, N D]`.
     pub dcontext: B::Buffer<B::Element>,
     /// Gradient of `sum`, `[T, H]`.
     pub dsum: B::Buffer<B::Element>,
-    /// Gradient of `qkv`, `[T, N, 3, D]`.
+    /// Gradient of `qkv`, `[T, (N + 2 G) D]`.
     pub dqkv: B::Buffer<B::Element>,
-    /// Gradient of `inner`, `[T, F]`.
+    /// Queries, keys or values alone, or their gradient, `[T, N D]`; nothing where one layer makes all.
+    pub part: B::Buffer<B::Element>,
+    /// Gradient of `activated`, `[T, F]`; GELU's turns into that of `inner` in place.
+    pub dactivated: B::Buffer<B::Element>,
+    /// Gradient of `inner` with a gate, `[T, 2 F]`; else nothing.
     pub dinner: B::Buffer<B::Element>,
     /// Prefix with dropout, one per sequence, `[S, P, 2, G, D]`.
     pub prefix: B::Buffer<B::Element>,
@@ -188,7 +197,15 @@ impl<B: Backend> Workspace<B> {
         let (rows, hidden) = (shape.limits.rows, shape.hidden_size);
         let inner = shape.inner_hidden_size;
         let prefix = shape.limits.sequences * shape.prefix_len * shape.key_value_width;
-        let widest = shape.lora_dropout.then_some(hidden.max(inner));
+        let queries = shape.query_width;
+        let widest = hidden.max(inner).max(queries);
+        let widest = shape.lora_dropout.then_some(widest);
+        let gated = if shape.mlp_width > inner {
+            shape.mlp_width
+        } else {
+            0
+        };
+        let part = if shape.splits_qkv { queries } else { 0 };
         Ok(Workspace {
             output: backend.zeros(rows * hidden)?,
             dout: backend.zeros(rows * hidden)?,
@@ -197,10 +214,12 @@ impl<B: Backend> Workspace<B> {
             dense: DenseActivations::new(backend, shape)?,
             scratch: Scratch {
                 branch: backend.zeros(rows * hidden)?,
-                dcontext: backend.zeros(rows * hidden)?,
+                dcontext: backend.zeros(rows * queries)?,
                 dsum: backend.zeros(rows * hidden)?,
-                dqkv: backend.zeros(rows * (hidden + shape.key_value_width))?,
-                dinner: backend.zeros(rows * inner)?,
+                dqkv: backend.zeros(rows * (queries + shape.key_value_width))?,
+                part: backend.zeros(rows * part)?,
+                dactivated: backend.zeros(rows * inner)?,
+                dinner: backend.zeros(rows * gated)?,
                 prefix: backend.zeros(prefix)?,
                 dprefix: backend.zeros(prefix)?,
                 linear: LinearScratch {

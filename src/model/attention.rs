@@ -2,19 +2,21 @@
 
 use super::activations::{AttentionActivations, Scratch};
 use super::batch::Batch;
+use super::linear::Linear;
+use super::qkv::{QkvScratch, QueryKeyValue};
 use super::rotary::Rotary;
 use crate::adapter::prefix::{PrefixBlock, PrefixShape};
 use crate::backend::{AttentionLayout, Backend, BackendError, Dropout, Prefix};
 use crate::random::Domain;
 
-use super::linear::Linear;
-
-/// Query, key and value layer, attention, and the dense layer after it.
+/// Query, key and value layers, attention, and the dense layer after it.
 pub struct Attention<B: Backend> {
-    /// `[3 H, H]`.
-    pub query_key_value: Linear<B>,
-    /// `[H, H]`.
+    /// Into one row per token.
+    pub query_key_value: QueryKeyValue<B>,
+    /// `[H, N D]`.
     pub dense: Linear<B>,
+    /// Index of the block in the model.
+    pub layer: usize,
     /// How heads lie in a row.
     pub layout: AttentionLayout,
 }
@@ -66,7 +68,7 @@ impl<B: Backend> BlockPrefix<'_, B> {
 }
 
 impl<B: Backend> Attention<B> {
-    /// 1 / sqrt(D). The original divides queries by sqrt(D) * (layer + 1) and multiplies the scores
+    /// 1 / sqrt(D). ChatGLM's code divides queries by sqrt(D) * (layer + 1) and multiplies the scores
     /// back in f32, which keeps half-precision scores in range; scores here are never rounded.
     fn scale(&self) -> f32 {
         1.0 / (self.layout.head_dim as f32).sqrt()
@@ -91,14 +93,16 @@ impl<B: Backend> Attention<B> {
     ) -> Result<(), BackendError> {
         let Scratch {
             prefix: room,
+            part,
             linear,
             ..
         } = scratch;
         let qkv = &mut acts.qkv;
+        let layers = QkvScratch { part, linear };
         self.query_key_value
-            .forward(backend, qkv, x, batch, linear)?;
+            .forward(backend, qkv, x, batch, layers)?;
         self.rotate(backend, qkv, batch, rotary, false)?;
-        let layer = self.query_key_value.layer;
+        let layer = self.layer;
         let prefix = match prefix {
             Some(prefix) => Some(prefix.rows(backend, room, batch, layer)?),
             None => None,
@@ -135,7 +139,7 @@ impl<B: Backend> Attention<B> {
             dprefix,
             ..
         } = scratch;
-        let layer = self.query_key_value.layer;
+        let layer = self.layer;
         let prefix_rows = match &prefix {
             Some(prefix) => Some(prefix.rows(backend, room, batch, layer)?),
             None => None,
@@ -172,8 +176,7 @@ impl<B: Backend> Attention<B> {
             qkv,
             &rotary.cos,
             &rotary.sin,
-            &batch.position,
-            &batch.block_position,
+            rotary.positions(batch),
             &self.layout,
             batch.rows,
             inverse,

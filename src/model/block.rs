@@ -5,14 +5,11 @@ use super::activations::{AttentionActivations, DenseActivations, Scratch};
 use super::attention::{Attention, BlockPrefix};
 use super::batch::Batch;
 use super::mlp::Mlp;
-use super::norm::LayerNorm;
+use super::norm::Norm;
+use super::qkv::QkvScratch;
 use super::rotary::Rotary;
 use crate::adapter::Parameter;
-use crate::backend::{Backend, BackendError, RowGradient};
-
-/// Factor on the residual, sqrt(2 * 28). In the original the block has a layer count of its own that
-/// defaults to 28 and is never set from the configuration, so it does not follow the model's depth.
-pub const RESIDUAL_ALPHA: f32 = 7.483_315;
+use crate::backend::{Backend, BackendError};
 
 /// A place in the block, in the order of the forward pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -29,11 +26,11 @@ enum Depth {
 /// One GLM block.
 pub struct Block<B: Backend> {
     /// `input_layernorm`.
-    pub norm1: LayerNorm<B>,
+    pub norm1: Norm<B>,
     /// `attention`.
     pub attention: Attention<B>,
     /// `post_attention_layernorm`.
-    pub norm2: LayerNorm<B>,
+    pub norm2: Norm<B>,
     /// `mlp`.
     pub mlp: Mlp<B>,
 }
@@ -66,14 +63,15 @@ impl<B: Backend> Block<B> {
         scratch: &mut Scratch<B>,
     ) -> Result<(), BackendError> {
         self.norm1(shared, dense, x)?;
-        self.attend(shared, attention, dense, prefix, cache, scratch)?;
+        self.attend(shared, x, attention, dense, prefix, cache, scratch)?;
         self.norm2_and_widen(shared, attention, dense, scratch)?;
         let Shared { backend, batch, .. } = *shared;
         let Scratch { branch, linear, .. } = scratch;
         let narrow = &self.mlp.dense_4h_to_h;
-        narrow.forward(backend, branch, &dense.gelu, batch, linear)?;
-        let len = batch.rows * narrow.out_features;
-        backend.residual(out, &dense.norm2, RESIDUAL_ALPHA, branch, len)
+        narrow.forward(backend, branch, &dense.activated, batch, linear)?;
+        let (sum, normed) = (&attention.sum, &dense.norm2);
+        self.norm2
+            .residual(backend, out, sum, normed, branch, batch.rows)
     }
 
     /// Fills `dense` again from the block's input and what attention left (`attention_free`).
@@ -106,7 +104,7 @@ impl<B: Backend> Block<B> {
         scratch: &mut Scratch<B>,
     ) -> Result<(), BackendError> {
         self.norm1(shared, dense, x)?;
-        self.attend(shared, attention, dense, prefix, None, scratch)?;
+        self.attend(shared, x, attention, dense, prefix, None, scratch)?;
         self.norm2_and_widen(shared, attention, dense, scratch)
     }
 
@@ -123,9 +121,11 @@ impl<B: Backend> Block<B> {
             .forward(shared.backend, norm1, norm1_stats, x, shared.batch.rows)
     }
 
+    #[allow(clippy::too_many_arguments)]
     fn attend(
         &self,
         shared: &Shared<'_, B>,
+        x: &B::Buffer<f32>,
         attention: &mut AttentionActivations<B>,
         dense: &DenseActivations<B>,
         prefix: Option<&BlockPrefix<'_, B>>,
@@ -137,14 +137,15 @@ impl<B: Backend> Block<B> {
             rotary,
             batch,
         } = *shared;
-        let x = &dense.norm1;
-        self.attention
-            .forward(backend, attention, x, batch, rotary, prefix, cache, scratch)?;
+        let normed = &dense.norm1;
+        self.attention.forward(
+            backend, attention, normed, batch, rotary, prefix, cache, scratch,
+        )?;
         let Scratch { branch, linear, .. } = scratch;
         let layer = &self.attention.dense;
         layer.forward(backend, branch, &attention.context, batch, linear)?;
-        let len = batch.rows * layer.out_features;
-        backend.residual(&mut attention.sum, x, RESIDUAL_ALPHA, branch, len)
+        self.norm1
+            .residual(backend, &mut attention.sum, x, normed, branch, batch.rows)
     }
 
     fn norm2_and_widen(
@@ -207,43 +208,39 @@ impl<B: Backend> Block<B> {
         let lowest = self.lowest_trained(prefix.is_some());
         // Whether anything lies below a place that needs its input gradient.
         let wanted = |depth: Depth| dx.is_some() || lowest.is_some_and(|lowest| lowest < depth);
-        let alpha = RESIDUAL_ALPHA;
-        let inner_len = batch.rows * self.mlp.dense_h_to_4h.out_features;
 
         let below = wanted(Depth::FourHToH);
-        let dinner = below.then_some(&mut scratch.dinner);
-        let narrow = &mut self.mlp.dense_4h_to_h;
-        narrow.backward(
-            backend,
+        let Scratch {
+            dactivated,
             dinner,
-            dout,
-            &dense.gelu,
-            batch,
-            &mut scratch.linear,
-        )?;
+            branch,
+            linear,
+            ..
+        } = &mut *scratch;
+        let narrow = &mut self.mlp.dense_4h_to_h;
+        let wanted_here = below.then_some(&mut *dactivated);
+        let activated = &dense.activated;
+        narrow.backward(backend, wanted_here, dout, activated, batch, linear, false)?;
         if !below {
             return Ok(());
         }
-        backend.gelu_backward(&mut scratch.dinner, &dense.inner, inner_len)?;
+        let (mlp, inner) = (&self.mlp, &dense.inner);
+        let dinner = mlp.activation_backward(backend, dinner, dactivated, inner, batch.rows)?;
 
         let below = wanted(Depth::HTo4h);
-        let dnorm2 = below.then_some(&mut scratch.branch);
-        let (dinner, linear) = (&scratch.dinner, &mut scratch.linear);
+        let dnorm2 = below.then_some(branch);
         let widen = &mut self.mlp.dense_h_to_4h;
-        widen.backward(backend, dnorm2, dinner, &dense.norm2, batch, linear)?;
+        widen.backward(backend, dnorm2, dinner, &dense.norm2, batch, linear, false)?;
         if !below {
             return Ok(());
         }
 
         let below = wanted(Depth::Norm2);
-        let dnorm2 = RowGradient {
-            dout: &scratch.branch,
-            residual: Some((dout, alpha)),
-        };
+        let dnorm2 = &scratch.branch;
         let dsum = below.then_some(&mut scratch.dsum);
         let (sum, stats) = (&attention.sum, &dense.norm2_stats);
         self.norm2
-            .backward(backend, dsum, dnorm2, sum, stats, batch.rows)?;
+            .backward(backend, dsum, dnorm2, Some(dout), sum, stats, batch.rows)?;
         if !below {
             return Ok(());
         }
@@ -252,7 +249,8 @@ impl<B: Backend> Block<B> {
         let dcontext = below.then_some(&mut scratch.dcontext);
         let (dsum, linear) = (&scratch.dsum, &mut scratch.linear);
         let layer = &mut self.attention.dense;
-        layer.backward(backend, dcontext, dsum, &attention.context, batch, linear)?;
+        let context = &attention.context;
+        layer.backward(backend, dcontext, dsum, context, batch, linear, false)?;
         if !below {
             return Ok(());
         }
@@ -265,21 +263,25 @@ impl<B: Backend> Block<B> {
         }
 
         let below = wanted(Depth::QueryKeyValue);
-        let dnorm1 = below.then_some(&mut scratch.branch);
-        let (dqkv, linear) = (&scratch.dqkv, &mut scratch.linear);
-        let layer = &mut self.attention.query_key_value;
-        layer.backward(backend, dnorm1, dqkv, &dense.norm1, batch, linear)?;
+        let Scratch {
+            branch,
+            dqkv,
+            part,
+            linear,
+            ..
+        } = &mut *scratch;
+        let dnorm1 = below.then_some(branch);
+        let layers = &mut self.attention.query_key_value;
+        let room = QkvScratch { part, linear };
+        layers.backward(backend, dnorm1, dqkv, &dense.norm1, batch, room)?;
         if !below {
             return Ok(());
         }
 
-        let dnorm1 = RowGradient {
-            dout: &scratch.branch,
-            residual: Some((&scratch.dsum, alpha)),
-        };
+        let (dnorm1, dsum) = (&scratch.branch, &scratch.dsum);
         let stats = &dense.norm1_stats;
         self.norm1
-            .backward(backend, dx, dnorm1, x, stats, batch.rows)
+            .backward(backend, dx, dnorm1, Some(dsum), x, stats, batch.rows)
     }
 
     /// What is trained in this block, prefix apart.

@@ -1,8 +1,8 @@
 //! The last norm, lm_head and the loss, on the rows that need them, a chunk of rows at a time.
 
 use super::batch::Batch;
-use super::norm::LayerNorm;
-use crate::backend::{Backend, BackendError, LinearShape, RowGradient};
+use super::norm::Norm;
+use crate::backend::{Backend, BackendError, LinearShape};
 
 /// Logits held at once: 16 Mi of them (128 rows of ChatGLM-6B's vocabulary), but at least 16 rows.
 const CHUNK_LOGITS: usize = 1 << 24;
@@ -22,7 +22,7 @@ pub enum LogitsRows {
 /// Final norm and loss around lm_head, whose matrix the stage holds; on the last stage.
 pub struct Head<B: Backend> {
     /// `final_layernorm`.
-    pub norm: LayerNorm<B>,
+    pub norm: Norm<B>,
     /// V.
     pub vocab_size: usize,
     room: Room<B>,
@@ -69,7 +69,7 @@ impl<B: Backend> Head<B> {
     /// When the device has no memory for it.
     pub fn new(
         backend: &B,
-        norm: LayerNorm<B>,
+        norm: Norm<B>,
         vocab_size: usize,
         rows: usize,
     ) -> Result<Self, BackendError> {
@@ -187,13 +187,10 @@ impl<B: Backend> Head<B> {
                 backend.weight_gradient(gradient, logits, &room.norm, shape, 1.0)?;
             }
             backend.linear_backward(&mut room.dnorm, logits, matrix.values, shape, 1.0, false)?;
-            let dnorm = RowGradient {
-                dout: &room.dnorm,
-                residual: None,
-            };
+            let dnorm = &room.dnorm;
             let dx_rows = Some(&mut room.dx);
             self.norm
-                .backward(backend, dx_rows, dnorm, &room.x, &room.stats, rows)?;
+                .backward(backend, dx_rows, dnorm, None, &room.x, &room.stats, rows)?;
             backend.scatter_rows(dx, &room.dx, index, first, rows, hidden)?;
         }
         Ok(())

@@ -1,8 +1,8 @@
 //! A linear layer: frozen or trained weight and bias, and a LoRA beside it where one is asked for.
 
 use super::batch::Batch;
+use super::names::LinearSite;
 use super::quantised::Matrix;
-use super::weights::LinearSite;
 use crate::adapter::Parameter;
 use crate::adapter::lora::{Lora, LoraNoise, LoraScratch};
 use crate::backend::{Backend, BackendError, Dropout, LinearShape};
@@ -59,8 +59,8 @@ pub struct Linear<B: Backend> {
     pub out_features: usize,
     /// `[O, I]`.
     pub weight: Matrix<B>,
-    /// `[O]`.
-    pub bias: Weight<B>,
+    /// `[O]`, where there is one.
+    pub bias: Option<Weight<B>>,
     /// Beside the weight.
     pub lora: Option<Lora<B>>,
     /// Dropout probability of the LoRA's input; 0 for none.
@@ -110,7 +110,7 @@ impl<B: Backend> Linear<B> {
     ) -> Result<(), BackendError> {
         let shape = self.shape(batch.rows);
         let weight = self.weight.values(backend, &mut scratch.weight)?;
-        let bias = Some(self.bias.values());
+        let bias = self.bias.as_ref().map(Weight::values);
         backend.linear(out, x, weight, bias, shape, 1.0, false)?;
         if let Some(lora) = &self.lora {
             let noise = self.noise(batch);
@@ -119,10 +119,12 @@ impl<B: Backend> Linear<B> {
         Ok(())
     }
 
-    /// The mirror of [`Linear::forward`]: gradients of what is trained, and `dx` where wanted.
+    /// The mirror of [`Linear::forward`]: gradients of what is trained, and `dx` where wanted, added to
+    /// what it holds when `accumulate`.
     ///
     /// # Errors
     /// When the device fails.
+    #[allow(clippy::too_many_arguments)]
     pub fn backward(
         &mut self,
         backend: &B,
@@ -131,17 +133,18 @@ impl<B: Backend> Linear<B> {
         x: &B::Buffer<B::Element>,
         batch: &Batch<B>,
         scratch: &mut LinearScratch<B>,
+        accumulate: bool,
     ) -> Result<(), BackendError> {
         let shape = self.shape(batch.rows);
         if let Some(dweight) = self.weight.accumulate() {
             backend.weight_gradient(dweight, dout, x, shape, 1.0)?;
         }
-        if let Some(dbias) = self.bias.accumulate() {
+        if let Some(dbias) = self.bias.as_mut().and_then(Weight::accumulate) {
             backend.bias_gradient(dbias, dout, shape)?;
         }
         if let Some(dx) = dx.as_deref_mut() {
             let weight = self.weight.values(backend, &mut scratch.weight)?;
-            backend.linear_backward(dx, dout, weight, shape, 1.0, false)?;
+            backend.linear_backward(dx, dout, weight, shape, 1.0, accumulate)?;
         }
         let noise = self.noise(batch);
         if let Some(lora) = &mut self.lora {
@@ -156,7 +159,8 @@ impl<B: Backend> Linear<B> {
             .lora
             .iter_mut()
             .flat_map(|lora| [&mut lora.a, &mut lora.b]);
-        let base = [self.weight.parameter(), self.bias.parameter()];
+        let bias = self.bias.as_mut().and_then(Weight::parameter);
+        let base = [self.weight.parameter(), bias];
         base.into_iter().flatten().chain(lora)
     }
 }

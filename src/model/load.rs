@@ -10,15 +10,18 @@ use super::attention::Attention;
 use super::block::Block;
 use super::linear::{Linear, Weight};
 use super::mlp::Mlp;
-use super::norm::LayerNorm;
+use super::names::{LinearSite, Names, NormSite};
+use super::norm::Norm;
+use super::qkv::QueryKeyValue;
 use super::quantised::{self, Matrix, QuantisedWeight};
 use super::trainables::{self, Trainables};
-use super::weights::{self, LinearSite, NormSite};
+use super::weights;
 use crate::adapter::lora::Lora;
 use crate::adapter::prefix::PrefixEncoder;
 use crate::adapter::{AdapterError, Parameter, ParameterSpec, ParameterState};
 use crate::backend::{AttentionLayout, Backend, Element, ElementsMut, Pulse};
 use crate::checkpoint::{CheckpointError, Dtype, TensorSource};
+use crate::config::architecture::{NormKind, QkvLayout};
 use crate::config::model::ModelConfig;
 use crate::config::run::AdapterSection;
 use crate::quant::{Bits, QuantError, check_cols, quantise_row};
@@ -175,14 +178,17 @@ impl<B: Backend> Loader<'_, B> {
     }
 
     /// A norm, by its module name.
-    pub fn norm(&self, module: &str) -> Result<LayerNorm<B>, ModelError> {
+    pub fn norm(&self, module: &str) -> Result<Norm<B>, ModelError> {
         let tensor = |kind: &str| {
             let name = format!("{module}.{kind}");
             self.weight(&name, &name, true)
         };
-        Ok(LayerNorm {
+        Ok(Norm {
             weight: tensor("weight")?,
-            bias: tensor("bias")?,
+            bias: match self.config.architecture.norm {
+                NormKind::Layer => Some(tensor("bias")?),
+                NormKind::Rms => None,
+            },
             hidden_size: self.config.hidden_size,
             eps: self.config.norm_epsilon,
         })
@@ -190,7 +196,8 @@ impl<B: Backend> Loader<'_, B> {
 
     fn linear(&self, site: LinearSite, layer: usize) -> Result<Linear<B>, ModelError> {
         let (in_features, out_features) = site.features(self.config);
-        let module = site.module(layer);
+        let names = Names::of(self.config);
+        let module = names.linear(site, layer);
         let tensor = |kind: &str| {
             let name = format!("{module}.{kind}");
             self.weight(&name, &name, true)
@@ -206,15 +213,18 @@ impl<B: Backend> Loader<'_, B> {
                 }
                 None => Matrix::Plain(tensor("weight")?),
             },
-            bias: tensor("bias")?,
+            bias: match site.has_bias(self.config) {
+                true => Some(tensor("bias")?),
+                false => None,
+            },
             lora: None,
             lora_dropout: 0.0,
         };
         if let Some(AdapterSection::Lora(lora)) = &self.trainables.adapter {
-            let a = trainables::lora_name(site, layer, "lora_A");
+            let a = trainables::lora_name(names, site, layer, "lora_A");
             if self.trainables.find(&a, None).is_some() {
                 let a = self.parameter(&a, None, true)?;
-                let b = trainables::lora_name(site, layer, "lora_B");
+                let b = trainables::lora_name(names, site, layer, "lora_B");
                 let b = self.parameter(&b, None, true)?;
                 linear.lora = Some(Lora::new(a, b, lora.r, lora.lora_alpha));
                 linear.lora_dropout = lora.lora_dropout;
@@ -229,20 +239,28 @@ impl<B: Backend> Loader<'_, B> {
     /// A tensor cannot be read, or the device has no memory for it.
     pub fn block(&self, layer: usize) -> Result<Block<B>, ModelError> {
         let config = self.config;
+        let names = Names::of(config);
+        let linear = |site| self.linear(site, layer);
         Ok(Block {
-            norm1: self.norm(&NormSite::Input.module(layer))?,
+            norm1: self.norm(&names.norm(NormSite::Input, layer))?,
             attention: Attention {
-                query_key_value: self.linear(LinearSite::QueryKeyValue, layer)?,
-                dense: self.linear(LinearSite::Dense, layer)?,
-                layout: AttentionLayout::grouped_per_head(
-                    config.num_attention_heads,
-                    config.head_dim,
-                ),
+                query_key_value: match names.splits_qkv() {
+                    true => QueryKeyValue::Split(Box::new([
+                        linear(LinearSite::Query)?,
+                        linear(LinearSite::Key)?,
+                        linear(LinearSite::Value)?,
+                    ])),
+                    false => QueryKeyValue::Fused(Box::new(linear(LinearSite::QueryKeyValue)?)),
+                },
+                dense: linear(LinearSite::Dense)?,
+                layer,
+                layout: attention_layout(config),
             },
-            norm2: self.norm(&NormSite::PostAttention.module(layer))?,
+            norm2: self.norm(&names.norm(NormSite::PostAttention, layer))?,
             mlp: Mlp {
-                dense_h_to_4h: self.linear(LinearSite::HTo4h, layer)?,
-                dense_4h_to_h: self.linear(LinearSite::FourHToH, layer)?,
+                dense_h_to_4h: linear(LinearSite::HTo4h)?,
+                dense_4h_to_h: linear(LinearSite::FourHToH)?,
+                activation: config.architecture.activation,
             },
         })
     }
@@ -259,13 +277,18 @@ impl<B: Backend> Loader<'_, B> {
             return Ok(None);
         };
         let shape = trainables::prefix_shape(self.config, prefix.pre_seq_len);
+        let names = Names::of(self.config);
         let part = |tensor: &str, layer: usize| {
             let start = trainables::prefix_part(shape, layer).start;
-            self.parameter(&trainables::prefix_name(tensor), Some(start), true)
+            self.parameter(&trainables::prefix_name(names, tensor), Some(start), true)
         };
         let encoder = if prefix.prefix_projection {
             let whole = |tensor: &str| {
-                self.parameter(&trainables::prefix_name(tensor), None, self.first_stage)
+                self.parameter(
+                    &trainables::prefix_name(names, tensor),
+                    None,
+                    self.first_stage,
+                )
             };
             let shared = [
                 whole("embedding.weight")?,
@@ -283,5 +306,16 @@ impl<B: Backend> Loader<'_, B> {
             PrefixEncoder::plain(self.backend, shape, embeddings)?
         };
         Ok(Some(encoder))
+    }
+}
+
+/// How the heads of a model lie in a row of queries, keys and values.
+fn attention_layout(config: &ModelConfig) -> AttentionLayout {
+    let (heads, head_dim) = (config.num_attention_heads, config.head_dim);
+    match config.architecture.qkv {
+        QkvLayout::PerHead => AttentionLayout::grouped_per_head(heads, head_dim),
+        QkvLayout::Concatenated => {
+            AttentionLayout::concatenated(heads, config.num_key_value_heads, head_dim)
+        }
     }
 }

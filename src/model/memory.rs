@@ -5,10 +5,11 @@
 //! buffer, because a device rounds each of them up; tests hold the two together to the byte.
 
 use super::head::chunk_rows;
+use super::names::Names;
 use super::quantised::{self, dequantised_len};
 use super::stage::ChunkShape;
 use super::trainables::Trainables;
-use super::weights::{self, FINAL_NORM, LM_HEAD, NamedShape, WORD_EMBEDDINGS};
+use super::weights::{self, NamedShape};
 use crate::config::model::ModelConfig;
 use crate::config::run::{AdapterSection, Recompute};
 
@@ -59,20 +60,21 @@ impl StageSizes {
     /// The base model's tensors that it holds, and whether it counts them.
     fn base_tensors(&self, config: &ModelConfig, tied: bool) -> Vec<(NamedShape, bool)> {
         let (v, h) = (config.vocab_size, config.hidden_size);
+        let names = Names::of(config);
         let mut tensors = Vec::new();
         if self.embedding {
-            tensors.push(((WORD_EMBEDDINGS.to_owned(), vec![v, h]), true));
+            tensors.push(((names.word_embeddings.to_owned(), vec![v, h]), true));
         }
         let in_blocks = self.layers();
         let in_blocks = in_blocks.flat_map(|layer| weights::block_tensors(config, layer));
         tensors.extend(in_blocks.map(|tensor| (tensor, true)));
         if self.head {
-            let norm = ["weight", "bias"].map(|kind| format!("{FINAL_NORM}.{kind}"));
-            tensors.extend(norm.map(|name| ((name, vec![h]), true)));
+            let norm = weights::norm_tensors(config, names.final_norm);
+            tensors.extend(norm.into_iter().map(|tensor| (tensor, true)));
             // An untied lm_head that happens to hold the embedding's very values is found out while it
             // is loaded, and takes nothing then; the plan leaves room for it.
             if !(self.embedding && tied) {
-                tensors.push(((LM_HEAD.to_owned(), vec![v, h]), !tied));
+                tensors.push(((names.lm_head.to_owned(), vec![v, h]), !tied));
             }
         }
         tensors
@@ -213,7 +215,7 @@ pub fn stage_buffers(
 fn weights(all: &mut Inventory, config: &ModelConfig, trainables: &Trainables, sizes: &StageSizes) {
     let e = sizes.element_size as u64;
     for ((name, shape), _) in sizes.base_tensors(config, trainables.tied) {
-        let is_matrix_of_block = shape.len() == 2 && name != WORD_EMBEDDINGS && name != LM_HEAD;
+        let is_matrix_of_block = weights::is_block_matrix(config, &name, &shape);
         match (quantised::bits(config.quantization), &shape[..]) {
             (Some(bits), &[rows, cols]) if is_matrix_of_block => {
                 let codes = rows * bits.row_bytes(cols);
@@ -251,7 +253,7 @@ fn trained(all: &mut Inventory, config: &ModelConfig, trainables: &Trainables, s
         && prefix.prefix_projection
     {
         let (p, h) = (prefix.pre_seq_len as u64, config.hidden_size as u64);
-        let (hidden, key_value) = (p * h, p * 2 * h);
+        let (hidden, key_value) = (p * h, p * config.key_value_width() as u64);
         all.add(Trained, "projection's hidden layer", WORD * hidden, 3);
         all.add(Trained, "keys and values in f32", WORD * key_value, 1);
         let blocks = sizes.blocks();
@@ -267,9 +269,11 @@ fn trained(all: &mut Inventory, config: &ModelConfig, trainables: &Trainables, s
 fn attention(config: &ModelConfig, sizes: &StageSizes) -> [(&'static str, u64); 4] {
     let (t, e) = (sizes.max_rows as u64, sizes.element_size as u64);
     let (h, n) = (config.hidden_size as u64, config.num_attention_heads as u64);
+    let queries = config.query_width() as u64;
+    let row = queries + config.key_value_width() as u64;
     [
-        ("queries, keys and values", t * 3 * h * e),
-        ("attention's output", t * h * e),
+        ("queries, keys and values", t * row * e),
+        ("attention's output", t * queries * e),
         ("attention's sums", t * n * WORD),
         ("second norm's input", t * h * WORD),
     ]
@@ -284,8 +288,8 @@ fn dense(config: &ModelConfig, sizes: &StageSizes) -> [(&'static str, u64); 6] {
         ("first norm's statistics", 2 * t * WORD),
         ("second norm's output", t * h * e),
         ("second norm's statistics", 2 * t * WORD),
-        ("GELU's input", t * f * e),
-        ("GELU's output", t * f * e),
+        ("activation's input", t * config.mlp_width() as u64 * e),
+        ("activation's output", t * f * e),
     ]
 }
 
@@ -331,26 +335,63 @@ fn workspace(
     for (name, bytes) in both.chain(dense(config, sizes)) {
         all.add(Workspace, name, bytes, 1);
     }
-    all.add(Workspace, "branch and gradients of sums", t * h * e, 3);
-    all.add(Workspace, "gradient of qkv", t * 3 * h * e, 1);
-    all.add(Workspace, "gradient of GELU's input", t * f * e, 1);
+    let queries = config.query_width() as u64;
+    let key_value = config.key_value_width() as u64;
+    all.add(Workspace, "branch and gradient of sums", t * h * e, 2);
+    all.add(
+        Workspace,
+        "gradient of attention's output",
+        t * queries * e,
+        1,
+    );
+    all.add(
+        Workspace,
+        "gradient of qkv",
+        t * (queries + key_value) * e,
+        1,
+    );
+    if Names::of(config).splits_qkv() {
+        all.add(
+            Workspace,
+            "queries, keys or values alone",
+            t * queries * e,
+            1,
+        );
+    }
+    all.add(Workspace, "gradient of activation's output", t * f * e, 1);
+    if config.architecture.gates() > 1 {
+        let width = config.mlp_width() as u64;
+        all.add(
+            Workspace,
+            "gradient of activation's input",
+            t * width * e,
+            1,
+        );
+    }
     match &trainables.adapter {
         Some(AdapterSection::Lora(lora)) => {
             all.add(Workspace, "low rank", t * lora.r as u64 * e, 2);
             if lora.lora_dropout > 0.0 {
-                all.add(Workspace, "LoRA's dropped input", t * h.max(f) * e, 2);
+                let widest = h.max(f).max(queries);
+                all.add(Workspace, "LoRA's dropped input", t * widest * e, 2);
             }
         }
         Some(AdapterSection::Prefix(prefix)) => {
             let prefixes = (sizes.max_sequences * prefix.pre_seq_len) as u64;
-            all.add(Workspace, "prefix per sequence", prefixes * 2 * h * e, 1);
-            all.add(Workspace, "its gradient", prefixes * 2 * h * WORD, 1);
+            all.add(
+                Workspace,
+                "prefix per sequence",
+                prefixes * key_value * e,
+                1,
+            );
+            all.add(Workspace, "its gradient", prefixes * key_value * WORD, 1);
         }
         Some(AdapterSection::Full(_)) | None => {}
     }
     let dequantised = dequantised_len(config) as u64;
     all.add(Workspace, "weights out of their codes", dequantised * e, 1);
-    let table = (config.max_sequence_length * (config.head_dim / 4)) as u64;
+    let width = config.architecture.rotary_width(config.head_dim);
+    let table = (config.max_sequence_length * (width / 2)) as u64;
     all.add(Workspace, "rotary tables", table * WORD, 2);
     if sizes.exchanges {
         all.add(Workspace, "activations sent and received", t * h * WORD, 2);

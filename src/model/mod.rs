@@ -1,4 +1,4 @@
-//! The model of one pipeline stage: ChatGLM-6B's blocks, forward and backward by hand.
+//! The model of one pipeline stage: GLM's blocks, forward and backward by hand.
 
 pub mod activations;
 pub mod attention;
@@ -10,7 +10,9 @@ pub mod linear;
 pub mod load;
 pub mod memory;
 pub mod mlp;
+pub mod names;
 pub mod norm;
+pub mod qkv;
 pub mod quantised;
 pub mod rotary;
 pub mod stage;
@@ -37,7 +39,7 @@ pub enum ModelError {
         /// How many.
         count: usize,
     },
-    /// Tensors that belong to no ChatGLM-6B model.
+    /// Tensors that do not belong to the model.
     #[error("{file}: holds {count} tensors that this model does not have, the first is `{name}`")]
     ExtraTensor {
         /// File of the first of them.
@@ -108,8 +110,16 @@ pub enum ModelError {
         /// What is wrong with it.
         reason: QuantError,
     },
+    /// P-Tuning on a model whose original has no prefix encoder.
+    #[error(
+        "adapter.kind = \"prefix\": GLM-4-9B in transformers' own form has no prefix encoder, so that \
+         nothing could load the result: use adapter.kind = \"lora\""
+    )]
+    NoPrefixEncoder,
     /// A LoRA target that the model does not have.
-    #[error("target_modules: this model has no linear layer `{name}`; it has {known}")]
+    #[error(
+        "target_modules: this model has no linear layer `{name}`; it has {known} (all of them: all-linear)"
+    )]
     UnknownTarget {
         /// As configured.
         name: String,

@@ -1,22 +1,27 @@
-//! A layer norm with weight and bias.
+//! The norms of a model: layer norm with weight and bias, or RMS norm with a weight.
 
 use super::linear::Weight;
 use crate::adapter::Parameter;
 use crate::backend::{Backend, BackendError, NormShape, RowGradient};
 
-/// `(x - mean) * rstd * weight + bias`.
-pub struct LayerNorm<B: Backend> {
+/// Factor on the residual of ChatGLM-6B, sqrt(2 * 28). In the original the block has a layer count of its
+/// own that defaults to 28 and is never set from the configuration, so it does not follow the model's depth.
+pub const RESIDUAL_ALPHA: f32 = 7.483_315;
+
+/// A norm, and the residual that goes around what stands behind it.
+pub struct Norm<B: Backend> {
     /// `[H]`.
     pub weight: Weight<B>,
-    /// `[H]`.
-    pub bias: Weight<B>,
+    /// `[H]` of a layer norm, `(x - mean) * rstd * weight + bias`; an RMS norm, `x * rstd * weight`, has
+    /// none.
+    pub bias: Option<Weight<B>>,
     /// H.
     pub hidden_size: usize,
-    /// Added to the variance.
+    /// Added to the variance, or to the mean square.
     pub eps: f32,
 }
 
-impl<B: Backend> LayerNorm<B> {
+impl<B: Backend> Norm<B> {
     fn shape(&self, rows: usize) -> NormShape {
         NormShape {
             rows,
@@ -30,7 +35,7 @@ impl<B: Backend> LayerNorm<B> {
         matches!(self.weight, Weight::Trained(_))
     }
 
-    /// `out [T, H]` and `stats [2, T]` from the f32 sum `x [T, H]`.
+    /// `out [T, H]` and `stats [2, T]` (of an RMS norm the first half) from the f32 sum `x [T, H]`.
     ///
     /// # Errors
     /// When the device fails.
@@ -42,26 +47,66 @@ impl<B: Backend> LayerNorm<B> {
         x: &B::Buffer<f32>,
         rows: usize,
     ) -> Result<(), BackendError> {
-        let (weight, bias) = (self.weight.values(), self.bias.values());
-        backend.layer_norm(out, stats, x, weight, bias, self.shape(rows))
+        let (weight, shape) = (self.weight.values(), self.shape(rows));
+        match &self.bias {
+            Some(bias) => backend.layer_norm(out, stats, x, weight, bias.values(), shape),
+            None => backend.rms_norm(out, stats, x, weight, shape),
+        }
     }
 
-    /// The mirror of [`LayerNorm::forward`]: gradients of weight and bias where trained, and `dx`
-    /// where wanted.
+    /// What the branch behind the norm is added to, and the sum, `out [T, H]`: `alpha` times the norm's
+    /// output `normed` behind a layer norm, the norm's input `x` behind an RMS norm.
     ///
     /// # Errors
     /// When the device fails.
+    pub fn residual(
+        &self,
+        backend: &B,
+        out: &mut B::Buffer<f32>,
+        x: &B::Buffer<f32>,
+        normed: &B::Buffer<B::Element>,
+        branch: &B::Buffer<B::Element>,
+        rows: usize,
+    ) -> Result<(), BackendError> {
+        let len = rows * self.hidden_size;
+        match self.bias {
+            Some(_) => backend.residual(out, normed, RESIDUAL_ALPHA, branch, len),
+            None => backend.residual_sum(out, x, branch, len),
+        }
+    }
+
+    /// The mirror of [`Norm::forward`] and [`Norm::residual`]: gradients of weight and bias where trained,
+    /// and `dx` where wanted, from the gradient of the norm's output, `dout`, and that of the residual sum.
+    ///
+    /// # Errors
+    /// When the device fails.
+    #[allow(clippy::too_many_arguments)]
     pub fn backward(
         &mut self,
         backend: &B,
         dx: Option<&mut B::Buffer<B::Element>>,
-        dout: RowGradient<'_, B>,
+        dout: &B::Buffer<B::Element>,
+        dsum: Option<&B::Buffer<B::Element>>,
         x: &B::Buffer<f32>,
         stats: &B::Buffer<f32>,
         rows: usize,
     ) -> Result<(), BackendError> {
         let shape = self.shape(rows);
-        if let (Some(dweight), Some(dbias)) = (self.weight.accumulate(), self.bias.accumulate()) {
+        let Some(bias) = &mut self.bias else {
+            if let Some(dweight) = self.weight.accumulate() {
+                backend.rms_norm_weight_gradient(dweight, dout, x, stats, shape)?;
+            }
+            let weight = self.weight.values();
+            return match dx {
+                Some(dx) => backend.rms_norm_backward(dx, dout, dsum, x, stats, weight, shape),
+                None => Ok(()),
+            };
+        };
+        let dout = RowGradient {
+            dout,
+            residual: dsum.map(|dsum| (dsum, RESIDUAL_ALPHA)),
+        };
+        if let (Some(dweight), Some(dbias)) = (self.weight.accumulate(), bias.accumulate()) {
             backend.layer_norm_weight_gradient(dweight, dbias, dout, x, stats, shape)?;
         }
         match dx {
@@ -74,8 +119,7 @@ impl<B: Backend> LayerNorm<B> {
 
     /// What is trained here.
     pub fn parameters(&mut self) -> impl Iterator<Item = &mut Parameter<B>> {
-        [self.weight.parameter(), self.bias.parameter()]
-            .into_iter()
-            .flatten()
+        let bias = self.bias.as_mut().and_then(Weight::parameter);
+        [self.weight.parameter(), bias].into_iter().flatten()
     }
 }

@@ -10,7 +10,7 @@ use half::f16;
 
 use super::ModelError;
 use super::linear::Weight;
-use super::weights::LinearSite;
+use super::names::{LinearSite, Names};
 use crate::adapter::Parameter;
 use crate::backend::{Backend, BackendError};
 use crate::config::model::ModelConfig;
@@ -65,7 +65,7 @@ pub fn dequantised_len(config: &ModelConfig) -> usize {
     };
     match config.quantization {
         Quantization::None => 0,
-        _ => LinearSite::ALL.into_iter().map(len).max().unwrap_or(0),
+        _ => Names::of(config).linear_sites().map(len).max().unwrap_or(0),
     }
 }
 

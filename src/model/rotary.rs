@@ -1,11 +1,13 @@
-//! Tables of the two-dimensional rotary embedding.
+//! Tables of the rotary embedding.
 
 use half::f16;
 
-use crate::backend::{Backend, BackendError};
+use super::batch::Batch;
+use crate::backend::{Backend, BackendError, RotaryPositions};
+use crate::config::architecture::{Architecture, RotaryKind};
 pub use crate::config::run::RotaryPrecision;
 
-/// Cosines and sines by position, `[positions, D / 4]` each.
+/// Cosines and sines by position, `[positions, W / 2]` each, with W elements that turn with one position.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RotaryTable {
     /// Cosines.
@@ -14,38 +16,49 @@ pub struct RotaryTable {
     pub sin: Vec<f32>,
 }
 
-/// `f16(1 / 10000^(2 k / (D / 2)))` for `k < D / 4`, widened: the original rounds the inverse
-/// frequencies to f16 even when the model runs in f32.
-pub fn inverse_frequencies(head_dim: usize) -> Vec<f32> {
-    let dim = head_dim / 2;
-    (0..dim / 2)
+/// `base^(-2 k / W)` for `k < W / 2`. ChatGLM-6B's are rounded to f16 and widened: the original does so
+/// even when the model runs in f32.
+pub fn inverse_frequencies(kind: RotaryKind, width: usize) -> Vec<f32> {
+    (0..width / 2)
         .map(|k| {
-            let exponent = (2 * k) as f32 / dim as f32;
-            f16::from_f32(1.0 / 10000f32.powf(exponent)).to_f32()
+            let exponent = (2 * k) as f32 / width as f32;
+            match kind {
+                RotaryKind::TwoDimensional => f16::from_f32(1.0 / 10000f32.powf(exponent)).to_f32(),
+                RotaryKind::Interleaved { base, .. } => 1.0 / (base as f32).powf(exponent),
+            }
         })
         .collect()
 }
 
 impl RotaryTable {
-    /// The tables for positions `0 .. positions`.
-    pub fn new(head_dim: usize, positions: usize, precision: RotaryPrecision) -> Self {
-        let frequencies = inverse_frequencies(head_dim);
+    /// The tables for positions `0 .. positions` of heads of `head_dim`.
+    ///
+    /// With [`RotaryPrecision::Original`] they are rounded to f16: in ChatGLM-6B the angles too; in later
+    /// generations the finished tables alone, as ChatGLM3 and GLM-4 do. (ChatGLM2's code works in f16
+    /// throughout, where positions above 2,048 are no longer told apart; its weights do not ask for that.)
+    pub fn new(
+        architecture: &Architecture,
+        head_dim: usize,
+        positions: usize,
+        precision: RotaryPrecision,
+    ) -> Self {
+        let kind = architecture.rotary;
+        let frequencies = inverse_frequencies(kind, architecture.rotary_width(head_dim));
+        let rounded = |x: f32| match precision {
+            RotaryPrecision::F32 => x,
+            RotaryPrecision::Original => f16::from_f32(x).to_f32(),
+        };
         let (mut cos, mut sin) = (Vec::new(), Vec::new());
         for position in 0..positions {
             for &frequency in &frequencies {
-                let angle = position as f32 * frequency;
-                let (c, s) = match precision {
-                    RotaryPrecision::F32 => (angle.cos(), angle.sin()),
-                    RotaryPrecision::Original => {
-                        let angle = f16::from_f32(angle).to_f32();
-                        (
-                            f16::from_f32(angle.cos()).to_f32(),
-                            f16::from_f32(angle.sin()).to_f32(),
-                        )
-                    }
+                let angle = match kind {
+                    RotaryKind::TwoDimensional => rounded(position as f32 * frequency),
+                    RotaryKind::Interleaved {
+                        position_divisor, ..
+                    } => (position as f64 / position_divisor) as f32 * frequency,
                 };
-                cos.push(c);
-                sin.push(s);
+                cos.push(rounded(angle.cos()));
+                sin.push(rounded(angle.sin()));
             }
         }
         RotaryTable { cos, sin }
@@ -54,12 +67,11 @@ impl RotaryTable {
 
 /// The tables on a device.
 pub struct Rotary<B: Backend> {
-    /// `[positions, D / 4]`.
+    /// `[positions, W / 2]`.
     pub cos: B::Buffer<f32>,
-    /// `[positions, D / 4]`.
+    /// `[positions, W / 2]`.
     pub sin: B::Buffer<f32>,
-    /// Positions that the tables cover.
-    pub positions: usize,
+    kind: RotaryKind,
 }
 
 impl<B: Backend> Rotary<B> {
@@ -69,15 +81,30 @@ impl<B: Backend> Rotary<B> {
     /// When the device has no memory for them.
     pub fn new(
         backend: &B,
+        architecture: &Architecture,
         head_dim: usize,
         positions: usize,
         precision: RotaryPrecision,
     ) -> Result<Self, BackendError> {
-        let table = RotaryTable::new(head_dim, positions, precision);
+        let table = RotaryTable::new(architecture, head_dim, positions, precision);
         Ok(Rotary {
             cos: backend.upload(&table.cos)?,
             sin: backend.upload(&table.sin)?,
-            positions,
+            kind: architecture.rotary,
         })
+    }
+
+    /// Which tables' rows the tokens of a micro-batch take, and which elements of a head they turn.
+    pub fn positions<'a>(&self, batch: &'a Batch<B>) -> RotaryPositions<'a, B> {
+        let position = &batch.position;
+        match self.kind {
+            RotaryKind::TwoDimensional => RotaryPositions::TwoDimensional {
+                position,
+                block_position: &batch.block_position,
+            },
+            RotaryKind::Interleaved { width, .. } => {
+                RotaryPositions::Interleaved { position, width }
+            }
+        }
     }
 }

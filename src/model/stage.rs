@@ -12,9 +12,10 @@ use super::embedding::Embedding;
 use super::head::{Head, HeadMatrix, Logits, LogitsRows};
 use super::linear::Weight;
 use super::load::Loader;
+use super::names::Names;
 use super::quantised::dequantised_len;
 use super::rotary::{Rotary, RotaryPrecision};
-use super::weights::{FINAL_NORM, HeadSource, LM_HEAD, WORD_EMBEDDINGS};
+use super::weights::HeadSource;
 use crate::adapter::Parameter;
 use crate::adapter::prefix::PrefixEncoder;
 use crate::backend::{Backend, Pulse};
@@ -91,7 +92,7 @@ impl<B: Backend> Stage<B> {
         head_source: &HeadSource,
     ) -> Result<Self, ModelError> {
         let (backend, config) = (loader.backend, loader.config);
-        let trainables = loader.trainables;
+        let (trainables, names) = (loader.trainables, Names::of(config));
         let (lora_rank, lora_dropout, prefix_len, prefix_dropout) = match &trainables.adapter {
             Some(AdapterSection::Lora(lora)) => (lora.r, lora.lora_dropout > 0.0, 0, 0.0),
             Some(AdapterSection::Prefix(prefix)) => {
@@ -108,9 +109,12 @@ impl<B: Backend> Stage<B> {
             },
             hidden_size: config.hidden_size,
             inner_hidden_size: config.inner_hidden_size,
+            mlp_width: config.mlp_width(),
+            query_width: config.query_width(),
+            splits_qkv: names.splits_qkv(),
             heads: config.num_attention_heads,
             prefix_len,
-            key_value_width: 2 * config.hidden_size,
+            key_value_width: config.key_value_width(),
             lora_rank,
             lora_dropout,
             dequantised: dequantised_len(config),
@@ -119,14 +123,14 @@ impl<B: Backend> Stage<B> {
         let tied = full && head_source.tied;
         let embedding = match shape.embedding {
             true => Some(Embedding {
-                weight: loader.weight(WORD_EMBEDDINGS, head_source.embedding, true)?,
+                weight: loader.weight(names.word_embeddings, head_source.embedding, true)?,
                 hidden_size: config.hidden_size,
             }),
             false => None,
         };
         let (head, lm_head) = match shape.head {
             true => {
-                let norm = loader.norm(FINAL_NORM)?;
+                let norm = loader.norm(names.final_norm)?;
                 let head = Head::new(backend, norm, config.vocab_size, shape.max_rows)?;
                 (Some(head), lm_head(loader, &shape, head_source)?)
             }
@@ -162,6 +166,7 @@ impl<B: Backend> Stage<B> {
             prefix: loader.prefix(layers)?,
             rotary: Rotary::new(
                 backend,
+                &config.architecture,
                 config.head_dim,
                 config.max_sequence_length,
                 shape.rotary,
@@ -539,9 +544,10 @@ fn lm_head<B: Backend>(
         }
     }
     // The copy on another stage than the embedding's is the same parameter, counted there.
+    let names = Names::of(loader.config);
     let (name, counted) = match source.tied {
-        true => (WORD_EMBEDDINGS, false),
-        false => (LM_HEAD, true),
+        true => (names.word_embeddings, false),
+        false => (names.lm_head, true),
     };
     Ok(Some(loader.weight(name, source.head, counted)?))
 }

@@ -2,22 +2,23 @@
 
 use std::ops::Range;
 
-use super::weights::{self, LinearSite};
+use super::names::{LinearSite, Names};
+use super::weights;
 use super::{ModelError, quantised};
 use crate::adapter::prefix::PrefixShape;
 use crate::adapter::{ParameterSpec, Role, Slice};
+use crate::config::architecture::{Naming, NormKind};
 use crate::config::model::ModelConfig;
-use crate::config::run::{AdapterSection, Quantization};
+use crate::config::run::{AdapterSection, PrefixSection, Quantization};
 
 /// Lead of LoRA names in PEFT's files.
 const PEFT_LEAD: &str = "base_model.model";
-/// Lead of prefix names in THUDM's files.
-const PREFIX_LEAD: &str = "transformer.prefix_encoder";
 
 /// All trainable tensors of a run.
 #[derive(Clone, Debug)]
 pub struct Trainables {
-    /// What is trained; nothing in a model that only answers.
+    /// What is trained, `target_modules` by the names that this model has; nothing in a model that only
+    /// answers.
     pub adapter: Option<AdapterSection>,
     /// Whether embedding and lm_head are one matrix.
     pub tied: bool,
@@ -25,21 +26,26 @@ pub struct Trainables {
 }
 
 /// Name of a LoRA matrix in PEFT's files; `matrix` is `lora_A` or `lora_B`.
-pub fn lora_name(site: LinearSite, layer: usize, matrix: &str) -> String {
-    format!("{PEFT_LEAD}.{}.{matrix}.weight", site.module(layer))
+pub fn lora_name(names: &Names, site: LinearSite, layer: usize, matrix: &str) -> String {
+    format!("{PEFT_LEAD}.{}.{matrix}.weight", names.linear(site, layer))
 }
 
-/// Name of a tensor of the prefix encoder.
-pub fn prefix_name(tensor: &str) -> String {
-    format!("{PREFIX_LEAD}.{tensor}")
+/// Name of a tensor of the prefix encoder in THUDM's files.
+pub fn prefix_name(names: &Names, tensor: &str) -> String {
+    format!("{}.{tensor}", names.prefix_encoder.unwrap_or_default())
 }
 
 /// Sizes of the prefix of this model.
 pub fn prefix_shape(config: &ModelConfig, pre_seq_len: usize) -> PrefixShape {
+    let width = config.key_value_width();
     PrefixShape {
         len: pre_seq_len,
+        embedding_width: match config.architecture.naming {
+            Naming::ChatGlm => config.hidden_size,
+            Naming::ChatGlm2 | Naming::Glm => config.num_layers * width,
+        },
         hidden_size: config.hidden_size,
-        width: 2 * config.hidden_size,
+        width,
     }
 }
 
@@ -53,12 +59,18 @@ impl Trainables {
         adapter: &AdapterSection,
         tied: bool,
     ) -> Result<Self, ModelError> {
-        let specs = match adapter {
-            AdapterSection::Lora(lora) => lora_specs(config, lora.r, &lora.target_modules)?,
-            AdapterSection::Prefix(prefix) => {
-                let shape = prefix_shape(config, prefix.pre_seq_len);
-                prefix_specs(config.num_layers, shape, prefix.prefix_projection)
+        let mut adapter = adapter.clone();
+        let specs = match &mut adapter {
+            AdapterSection::Lora(lora) => {
+                let targets = targets(Names::of(config), &lora.target_modules)?;
+                let names = targets.iter().map(|&site| Names::of(config).target(site));
+                lora.target_modules = names.map(str::to_owned).collect();
+                lora_specs(config, lora.r, &targets)
             }
+            AdapterSection::Prefix(_) if Names::of(config).prefix_encoder.is_none() => {
+                return Err(ModelError::NoPrefixEncoder);
+            }
+            AdapterSection::Prefix(prefix) => prefix_specs(config, prefix),
             AdapterSection::Full(_) if config.quantization != Quantization::None => {
                 return Err(ModelError::TrainedCodes {
                     found: quantised::word(config.quantization),
@@ -67,7 +79,7 @@ impl Trainables {
             AdapterSection::Full(_) => base_specs(config, tied),
         };
         Ok(Trainables {
-            adapter: Some(adapter.clone()),
+            adapter: Some(adapter),
             tied,
             specs,
         })
@@ -107,39 +119,50 @@ impl Trainables {
     }
 }
 
-/// The sites that `target_modules` names.
+/// `target_modules` as PEFT reads it where it stands for all linear layers of the blocks.
+const ALL_LINEAR: &str = "all-linear";
+/// The layer that LoRA goes beside unless something else is asked for; queries, keys and values each where
+/// they have layers of their own.
+const FUSED_TARGET: &str = "query_key_value";
+
+/// The sites that `target_modules` names, in the order of the forward pass.
 ///
 /// # Errors
 /// A name that is none of them.
-pub fn targets(target_modules: &[String]) -> Result<Vec<LinearSite>, ModelError> {
-    for name in target_modules {
-        if !LinearSite::ALL.iter().any(|site| site.target() == name) {
-            return Err(ModelError::UnknownTarget {
-                name: name.clone(),
-                known: LinearSite::ALL.map(LinearSite::target).join(", "),
-            });
-        }
+fn targets(names: &Names, target_modules: &[String]) -> Result<Vec<LinearSite>, ModelError> {
+    let split = [LinearSite::Query, LinearSite::Key, LinearSite::Value];
+    let stands_for = |name: &str, site: LinearSite| match name {
+        ALL_LINEAR => true,
+        FUSED_TARGET if names.splits_qkv() => split.contains(&site),
+        name => name == names.target(site),
+    };
+    let is_known = |name: &&String| names.linear_sites().any(|site| stands_for(name, site));
+    if let Some(name) = target_modules.iter().find(|name| !is_known(name)) {
+        let known: Vec<&str> = names
+            .linear_sites()
+            .map(|site| names.target(site))
+            .collect();
+        return Err(ModelError::UnknownTarget {
+            name: name.clone(),
+            known: known.join(", "),
+        });
     }
-    let wanted = |site: &LinearSite| target_modules.iter().any(|name| name == site.target());
-    Ok(LinearSite::ALL.into_iter().filter(wanted).collect())
+    let wanted = |site: &LinearSite| target_modules.iter().any(|name| stands_for(name, *site));
+    Ok(names.linear_sites().filter(wanted).collect())
 }
 
-fn lora_specs(
-    config: &ModelConfig,
-    rank: usize,
-    target_modules: &[String],
-) -> Result<Vec<ParameterSpec>, ModelError> {
-    let targets = targets(target_modules)?;
+fn lora_specs(config: &ModelConfig, rank: usize, targets: &[LinearSite]) -> Vec<ParameterSpec> {
+    let names = Names::of(config);
     let mut specs = Vec::new();
     for layer in 0..config.num_layers {
-        for &site in &targets {
+        for &site in targets {
             let (in_features, out_features) = site.features(config);
             for (matrix, role, shape) in [
                 ("lora_A", Role::LoraA, vec![rank, in_features]),
                 ("lora_B", Role::LoraB, vec![out_features, rank]),
             ] {
                 specs.push(ParameterSpec {
-                    name: lora_name(site, layer, matrix),
+                    name: lora_name(names, site, layer, matrix),
                     shape,
                     slice: None,
                     decay: true,
@@ -148,7 +171,7 @@ fn lora_specs(
             }
         }
     }
-    Ok(specs)
+    specs
 }
 
 /// The part of a prefix tensor that belongs to block `layer`.
@@ -156,7 +179,10 @@ pub fn prefix_part(shape: PrefixShape, layer: usize) -> Range<usize> {
     layer * shape.width..(layer + 1) * shape.width
 }
 
-fn prefix_specs(layers: usize, prefix: PrefixShape, projection: bool) -> Vec<ParameterSpec> {
+fn prefix_specs(config: &ModelConfig, section: &PrefixSection) -> Vec<ParameterSpec> {
+    let names = Names::of(config);
+    let prefix = prefix_shape(config, section.pre_seq_len);
+    let layers = config.num_layers;
     let spec = |tensor: &str, shape: Vec<usize>, part: Option<(usize, usize)>, role| {
         let slice = part.map(|(axis, layer)| Slice {
             axis,
@@ -164,7 +190,7 @@ fn prefix_specs(layers: usize, prefix: PrefixShape, projection: bool) -> Vec<Par
             len: prefix.width,
         });
         ParameterSpec {
-            name: prefix_name(tensor),
+            name: prefix_name(names, tensor),
             shape,
             slice,
             decay: !tensor.ends_with("bias"),
@@ -172,7 +198,7 @@ fn prefix_specs(layers: usize, prefix: PrefixShape, projection: bool) -> Vec<Par
         }
     };
     let (hidden, all) = (prefix.hidden_size, layers * prefix.width);
-    if !projection {
+    if !section.prefix_projection {
         let role = Role::PrefixEmbedding;
         return (0..layers)
             .map(|layer| {
@@ -185,18 +211,20 @@ fn prefix_specs(layers: usize, prefix: PrefixShape, projection: bool) -> Vec<Par
             })
             .collect();
     }
+    let width = prefix.embedding_width;
+    let shared = Role::PrefixProjection { in_features: width };
     let role = Role::PrefixProjection {
         in_features: hidden,
     };
     let mut specs = vec![
         spec(
             "embedding.weight",
-            vec![prefix.len, hidden],
+            vec![prefix.len, width],
             None,
             Role::PrefixEmbedding,
         ),
-        spec("trans.0.weight", vec![hidden, hidden], None, role),
-        spec("trans.0.bias", vec![hidden], None, role),
+        spec("trans.0.weight", vec![hidden, width], None, shared),
+        spec("trans.0.bias", vec![hidden], None, shared),
     ];
     for layer in 0..layers {
         specs.push(spec(
@@ -211,11 +239,15 @@ fn prefix_specs(layers: usize, prefix: PrefixShape, projection: bool) -> Vec<Par
 }
 
 fn base_specs(config: &ModelConfig, tied: bool) -> Vec<ParameterSpec> {
-    weights::model_tensors(config)
+    // The Hugging Face trainer spares biases and layer norms; an RMS norm is none to it.
+    let spares = |name: &str| {
+        let norms = config.architecture.norm == NormKind::Layer;
+        name.ends_with(".bias") || norms && name.contains("layernorm")
+    };
+    weights::own_tensors(config, tied)
         .into_iter()
-        .filter(|(name, _)| !(tied && name == weights::LM_HEAD))
         .map(|(name, shape)| ParameterSpec {
-            decay: !name.ends_with(".bias") && !name.contains("layernorm"),
+            decay: !spares(&name),
             name,
             shape,
             slice: None,

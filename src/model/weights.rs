@@ -1,116 +1,46 @@
-//! The only table of checkpoint names: which tensors a ChatGLM-6B model has, and their shapes.
+//! Which tensors a model has, with their shapes, and whether a folder holds them.
 
+use super::names::{LinearSite, Names, NormSite};
 use super::{ModelError, quantised};
 use crate::checkpoint::pieces::same_tensor;
 use crate::checkpoint::{Dtype, TensorInfo, TensorSource};
+use crate::config::architecture::NormKind;
 use crate::config::model::ModelConfig;
-
-/// `[V, H]`.
-pub const WORD_EMBEDDINGS: &str = "transformer.word_embeddings.weight";
-/// `[V, H]`; may be absent, or equal to the embedding, or shared with it.
-pub const LM_HEAD: &str = "lm_head.weight";
-/// Final norm, without `.weight` and `.bias`.
-pub const FINAL_NORM: &str = "transformer.final_layernorm";
-
-/// A linear layer of a block, by the last part of its name.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum LinearSite {
-    /// `attention.query_key_value`, `[3 H, H]`.
-    QueryKeyValue,
-    /// `attention.dense`, `[H, H]`.
-    Dense,
-    /// `mlp.dense_h_to_4h`, `[F, H]`.
-    HTo4h,
-    /// `mlp.dense_4h_to_h`, `[H, F]`.
-    FourHToH,
-}
-
-impl LinearSite {
-    /// All of them, in the order of the forward pass.
-    pub const ALL: [LinearSite; 4] = [
-        LinearSite::QueryKeyValue,
-        LinearSite::Dense,
-        LinearSite::HTo4h,
-        LinearSite::FourHToH,
-    ];
-
-    /// The name by which `target_modules` asks for it.
-    pub fn target(self) -> &'static str {
-        match self {
-            LinearSite::QueryKeyValue => "query_key_value",
-            LinearSite::Dense => "dense",
-            LinearSite::HTo4h => "dense_h_to_4h",
-            LinearSite::FourHToH => "dense_4h_to_h",
-        }
-    }
-
-    /// Module name in a checkpoint, without `.weight` and `.bias`.
-    pub fn module(self, layer: usize) -> String {
-        let part = match self {
-            LinearSite::QueryKeyValue | LinearSite::Dense => "attention",
-            LinearSite::HTo4h | LinearSite::FourHToH => "mlp",
-        };
-        format!("transformer.layers.{layer}.{part}.{}", self.target())
-    }
-
-    /// (in_features, out_features).
-    pub fn features(self, config: &ModelConfig) -> (usize, usize) {
-        let (hidden, inner) = (config.hidden_size, config.inner_hidden_size);
-        match self {
-            LinearSite::QueryKeyValue => (hidden, 3 * hidden),
-            LinearSite::Dense => (hidden, hidden),
-            LinearSite::HTo4h => (hidden, inner),
-            LinearSite::FourHToH => (inner, hidden),
-        }
-    }
-}
-
-/// A norm of a block.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum NormSite {
-    /// `input_layernorm`.
-    Input,
-    /// `post_attention_layernorm`.
-    PostAttention,
-}
-
-impl NormSite {
-    /// Module name in a checkpoint, without `.weight` and `.bias`.
-    pub fn module(self, layer: usize) -> String {
-        let name = match self {
-            NormSite::Input => "input_layernorm",
-            NormSite::PostAttention => "post_attention_layernorm",
-        };
-        format!("transformer.layers.{layer}.{name}")
-    }
-}
 
 /// Name and shape of a tensor.
 pub type NamedShape = (String, Vec<usize>);
 
+/// The tensors of a norm, by its module name.
+pub fn norm_tensors(config: &ModelConfig, module: &str) -> Vec<NamedShape> {
+    let kinds: &[&str] = match config.architecture.norm {
+        NormKind::Layer => &["weight", "bias"],
+        NormKind::Rms => &["weight"],
+    };
+    let tensor = |kind: &&str| (format!("{module}.{kind}"), vec![config.hidden_size]);
+    kinds.iter().map(tensor).collect()
+}
+
+fn linear_tensors(config: &ModelConfig, site: LinearSite, layer: usize) -> Vec<NamedShape> {
+    let (in_features, out_features) = site.features(config);
+    let module = Names::of(config).linear(site, layer);
+    let mut tensors = vec![(format!("{module}.weight"), vec![out_features, in_features])];
+    if site.has_bias(config) {
+        tensors.push((format!("{module}.bias"), vec![out_features]));
+    }
+    tensors
+}
+
 /// The tensors of block `layer`, in the order of the forward pass.
 pub fn block_tensors(config: &ModelConfig, layer: usize) -> Vec<NamedShape> {
-    let norm = |site: NormSite| {
-        ["weight", "bias"].map(|kind| {
-            let name = format!("{}.{kind}", site.module(layer));
-            (name, vec![config.hidden_size])
-        })
-    };
-    let linear = |site: LinearSite| {
-        let (in_features, out_features) = site.features(config);
-        let module = site.module(layer);
-        [
-            (format!("{module}.weight"), vec![out_features, in_features]),
-            (format!("{module}.bias"), vec![out_features]),
-        ]
-    };
-    let mut tensors = Vec::new();
-    tensors.extend(norm(NormSite::Input));
-    tensors.extend(linear(LinearSite::QueryKeyValue));
-    tensors.extend(linear(LinearSite::Dense));
-    tensors.extend(norm(NormSite::PostAttention));
-    tensors.extend(linear(LinearSite::HTo4h));
-    tensors.extend(linear(LinearSite::FourHToH));
+    let names = Names::of(config);
+    let norm = |site| norm_tensors(config, &names.norm(site, layer));
+    let mut tensors = norm(NormSite::Input);
+    for site in names.linear_sites() {
+        if site == LinearSite::HTo4h {
+            tensors.extend(norm(NormSite::PostAttention));
+        }
+        tensors.extend(linear_tensors(config, site, layer));
+    }
     tensors
 }
 
@@ -121,20 +51,30 @@ pub fn scale_name(weight: &str) -> String {
 
 /// All tensors of a model, lm_head included, in the order of the forward pass.
 pub fn model_tensors(config: &ModelConfig) -> Vec<NamedShape> {
+    let names = Names::of(config);
     let (vocab, hidden) = (config.vocab_size, config.hidden_size);
-    let mut tensors = vec![(WORD_EMBEDDINGS.to_owned(), vec![vocab, hidden])];
+    let mut tensors = vec![(names.word_embeddings.to_owned(), vec![vocab, hidden])];
     for layer in 0..config.num_layers {
         tensors.extend(block_tensors(config, layer));
     }
-    tensors.push((format!("{FINAL_NORM}.weight"), vec![hidden]));
-    tensors.push((format!("{FINAL_NORM}.bias"), vec![hidden]));
-    tensors.push((LM_HEAD.to_owned(), vec![vocab, hidden]));
+    tensors.extend(norm_tensors(config, names.final_norm));
+    tensors.push((names.lm_head.to_owned(), vec![vocab, hidden]));
     tensors
 }
 
-/// A buffer that original checkpoints carry and the original ignores on loading: so does the engine.
-fn is_ignored(name: &str) -> bool {
-    name.starts_with("transformer.layers.") && name.ends_with(".rotary_emb.inv_freq")
+/// The same, without lm_head where it is the embedding.
+pub fn own_tensors(config: &ModelConfig, tied: bool) -> Vec<NamedShape> {
+    let mut tensors = model_tensors(config);
+    if tied {
+        tensors.pop();
+    }
+    tensors
+}
+
+/// Whether it is the weight of a linear layer of a block: the only tensors that are held as codes.
+pub fn is_block_matrix(config: &ModelConfig, name: &str, shape: &[usize]) -> bool {
+    let names = Names::of(config);
+    shape.len() == 2 && name != names.word_embeddings && name != names.lm_head
 }
 
 /// Where embedding and head come from.
@@ -171,7 +111,7 @@ fn stored_tensors(config: &ModelConfig) -> Vec<Stored> {
     let mut stored = Vec::new();
     for (name, shape) in model_tensors(config) {
         match shape[..] {
-            [rows, cols] if name != WORD_EMBEDDINGS && name != LM_HEAD => {
+            [rows, cols] if is_block_matrix(config, &name, &shape) => {
                 stored.push(plain((scale_name(&name), vec![rows])));
                 stored.push(Stored {
                     name,
@@ -211,6 +151,7 @@ fn check_elements(expected: &Stored, info: &TensorInfo) -> Result<(), ModelError
 /// # Errors
 /// A missing, extra or misshapen tensor, by name; reading fails.
 pub fn check(source: &dyn TensorSource, config: &ModelConfig) -> Result<HeadSource, ModelError> {
+    let names = Names::of(config);
     let expected = stored_tensors(config);
     let mut missing = Vec::new();
     for tensor in &expected {
@@ -229,14 +170,14 @@ pub fn check(source: &dyn TensorSource, config: &ModelConfig) -> Result<HeadSour
                     expected: shape.clone(),
                 });
             }
-            None if name == LM_HEAD || name == WORD_EMBEDDINGS => {}
+            None if name == names.lm_head || name == names.word_embeddings => {}
             None => missing.push(name.clone()),
         }
     }
     let has = |name| source.info(name).is_some();
-    let (embedding, head) = (has(WORD_EMBEDDINGS), has(LM_HEAD));
+    let (embedding, head) = (has(names.word_embeddings), has(names.lm_head));
     if !(embedding || head && config.tie_word_embeddings) {
-        missing.insert(0, WORD_EMBEDDINGS.to_owned());
+        missing.insert(0, names.word_embeddings.to_owned());
     }
     if let Some(name) = missing.first() {
         return Err(ModelError::MissingTensor {
@@ -244,10 +185,12 @@ pub fn check(source: &dyn TensorSource, config: &ModelConfig) -> Result<HeadSour
             count: missing.len(),
         });
     }
-    let names = source.names();
-    let extra: Vec<&String> = names
+    let found = source.names();
+    let extra: Vec<&String> = found
         .iter()
-        .filter(|name| !is_ignored(name) && !expected.iter().any(|known| known.name == **name))
+        .filter(|name| {
+            !names.is_ignored(name) && !expected.iter().any(|known| known.name == **name)
+        })
         .collect();
     if let Some(name) = extra.first() {
         return Err(ModelError::ExtraTensor {
@@ -266,6 +209,11 @@ fn head_source(
     embedding: bool,
     head: bool,
 ) -> Result<HeadSource, ModelError> {
+    let Names {
+        word_embeddings,
+        lm_head,
+        ..
+    } = Names::of(config);
     let both = |name, warning| HeadSource {
         embedding: name,
         head: name,
@@ -273,28 +221,28 @@ fn head_source(
         warning,
     };
     Ok(match (embedding, head) {
-        (true, false) if config.tie_word_embeddings => both(WORD_EMBEDDINGS, None),
+        (true, false) if config.tie_word_embeddings => both(word_embeddings, None),
         (true, false) => both(
-            WORD_EMBEDDINGS,
+            word_embeddings,
             Some(format!(
-                "`{LM_HEAD}` is absent although config.json says tie_word_embeddings = false; \
+                "`{lm_head}` is absent although config.json says tie_word_embeddings = false; \
                  the embedding is used for both"
             )),
         ),
-        (false, _) => both(LM_HEAD, None),
+        (false, _) => both(lm_head, None),
         (true, true) if config.tie_word_embeddings => {
             // Hugging Face's loader shares the matrices and reads lm_head last, so that it wins.
-            let differ = !same_tensor(source, WORD_EMBEDDINGS, LM_HEAD)?;
+            let differ = !same_tensor(source, word_embeddings, lm_head)?;
             let warning = format!(
-                "`{WORD_EMBEDDINGS}` and `{LM_HEAD}` differ although config.json ties them (its \
-                 default); `{LM_HEAD}` is used for both, as Hugging Face does. Set \
+                "`{word_embeddings}` and `{lm_head}` differ although config.json ties them (its \
+                 default); `{lm_head}` is used for both, as Hugging Face does. Set \
                  \"tie_word_embeddings\": false in config.json if they are meant to differ"
             );
-            both(LM_HEAD, differ.then_some(warning))
+            both(lm_head, differ.then_some(warning))
         }
         (true, true) => HeadSource {
-            embedding: WORD_EMBEDDINGS,
-            head: LM_HEAD,
+            embedding: word_embeddings,
+            head: lm_head,
             tied: false,
             warning: None,
         },

@@ -2,6 +2,7 @@
 
 use crate::config::model::ModelConfig;
 use crate::config::run::Recompute;
+use crate::model::names::LinearSite;
 use crate::model::stage::ChunkShape;
 
 /// What a typical micro-batch consists of.
@@ -48,8 +49,8 @@ impl ChunkCost {
 /// The cost of one chunk, counting matrix products alone, 2 operations for each multiplication and
 /// addition.
 ///
-/// Forward, a block is `2 (4 H^2 + 2 H F)` for every token (query_key_value 3 H^2, dense H^2, and H F for
-/// each of the two MLP products) and `4 H` for every visible pair; lm_head is `2 V H` for every token with
+/// Forward, a block is two for every token and weight of its linear layers (in ChatGLM-6B 4 H^2 + 2 H F
+/// of them) and `4 N D` for every visible pair; lm_head is `2 V H` for every token with
 /// a target. Backward, the gradients of the inputs are as much again (attention's twice as much), and those
 /// of the weights too where they are trained. LoRA and prefixes are little beside it.
 pub fn chunk_cost(
@@ -60,18 +61,18 @@ pub fn chunk_cost(
     recompute: Recompute,
     base_is_trained: bool,
 ) -> ChunkCost {
-    let (v, h, f) = (
-        model.vocab_size as f64,
-        model.hidden_size as f64,
-        model.inner_hidden_size as f64,
-    );
+    let (v, h) = (model.vocab_size as f64, model.hidden_size as f64);
+    let weights = |wanted: &dyn Fn(LinearSite) -> bool| LinearSite::weights(model, wanted);
     let blocks = chunk.blocks.len() as f64;
-    let products = 2.0 * (4.0 * h * h + 2.0 * h * f) * batch.rows;
-    let attention = 4.0 * h * batch.pairs;
+    let products = 2.0 * weights(&|_| true) * batch.rows;
+    let attention = 4.0 * model.query_width() as f64 * batch.pairs;
     let again = match recompute {
         Recompute::None | Recompute::Auto => 0.0,
-        Recompute::AttentionFree => 2.0 * h * f * batch.rows,
-        Recompute::Block => products - 2.0 * h * f * batch.rows + attention,
+        Recompute::AttentionFree => 2.0 * weights(&|site| site == LinearSite::HTo4h) * batch.rows,
+        Recompute::Block => {
+            let last = weights(&|site| site == LinearSite::FourHToH);
+            products - 2.0 * last * batch.rows + attention
+        }
     };
     let gradients = if base_is_trained { 2.0 } else { 1.0 };
     let lm_head = match head {

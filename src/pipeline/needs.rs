@@ -8,7 +8,8 @@ use crate::config::model::ModelConfig;
 use crate::config::run::{AdapterSection, Device, Precision, TransportKind};
 use crate::model::head::chunk_rows;
 use crate::model::memory::{self, Inventory, Purpose, StageSizes};
-use crate::model::trainables::Trainables;
+use crate::model::names::{LinearSite, Names};
+use crate::model::trainables::{Trainables, prefix_shape};
 
 /// Bytes of a stage by purpose, each buffer rounded up as its device does.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -193,7 +194,7 @@ impl Layout {
         rank: usize,
     ) -> Vec<LinearWork> {
         let spec = &self.stages[rank];
-        let (h, f) = (config.hidden_size, config.inner_hidden_size);
+        let h = config.hidden_size;
         let work = |in_features, out_features, bias, max_rows| LinearWork {
             in_features,
             out_features,
@@ -203,12 +204,17 @@ impl Layout {
             weight_gradient: trainables.is_full(),
             single: false,
         };
-        let mut all = vec![
-            work(h, 3 * h, true, self.max_rows),
-            work(h, h, true, self.max_rows),
-            work(h, f, true, self.max_rows),
-            work(f, h, true, self.max_rows),
-        ];
+        let sites = Names::of(config).linear_sites();
+        let layer = |site: LinearSite| {
+            let (in_features, out_features) = site.features(config);
+            work(
+                in_features,
+                out_features,
+                site.has_bias(config),
+                self.max_rows,
+            )
+        };
+        let mut all: Vec<LinearWork> = sites.map(layer).collect();
         if spec.head {
             let rows = chunk_rows(config.vocab_size, self.max_rows);
             all.push(work(h, config.vocab_size, false, rows));
@@ -216,10 +222,12 @@ impl Layout {
         if let Some(AdapterSection::Prefix(prefix)) = &trainables.adapter
             && prefix.prefix_projection
         {
-            all.extend([h, 2 * h].map(|width| LinearWork {
+            let shape = prefix_shape(config, prefix.pre_seq_len);
+            let layers = [(shape.embedding_width, h), (h, shape.width)];
+            all.extend(layers.map(|(in_features, out_features)| LinearWork {
                 weight_gradient: true,
                 single: true,
-                ..work(h, width, true, prefix.pre_seq_len)
+                ..work(in_features, out_features, true, prefix.pre_seq_len)
             }));
         }
         all

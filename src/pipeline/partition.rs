@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use crate::config::model::ModelConfig;
 use crate::config::run::Recompute;
+use crate::model::names::LinearSite;
 
 /// What one stage holds of the model.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -112,8 +113,7 @@ fn virtual_stages_of(count: usize) -> String {
 /// What lm_head and the loss cost beside one block, in matrix work per step.
 ///
 /// Forward, the head is `2 V H` operations for the `target_share` of the rows that have a target
-/// (0 to 1), a block `2 (4 H^2 + 2 H F)` for every row: query_key_value 3 H^2, dense H^2, and H F
-/// for each of the two MLP products. Backward adds the same again for the input gradients, and once
+/// (0 to 1), a block two for every row and weight of its linear layers (in ChatGLM-6B `4 H^2 + 2 H F`). Backward adds the same again for the input gradients, and once
 /// more for weight gradients when the base is trained; recomputation adds to the blocks only.
 /// `Recompute::Auto` counts as none, because it is chosen after the partition.
 pub fn head_cost(
@@ -122,16 +122,12 @@ pub fn head_cost(
     recompute: Recompute,
     base_is_trained: bool,
 ) -> f64 {
-    let (v, h, f) = (
-        model.vocab_size as f64,
-        model.hidden_size as f64,
-        model.inner_hidden_size as f64,
-    );
-    let block = 4.0 * h * h + 2.0 * h * f;
+    let (v, h) = (model.vocab_size as f64, model.hidden_size as f64);
+    let block = LinearSite::weights(model, |_| true);
     let passes = if base_is_trained { 3.0 } else { 2.0 };
     let recomputed = match recompute {
         Recompute::None | Recompute::Auto => 0.0,
-        Recompute::AttentionFree => h * f,
+        Recompute::AttentionFree => LinearSite::weights(model, |site| site == LinearSite::HTo4h),
         Recompute::Block => block,
     };
     passes * v * h * target_share / (passes * block + recomputed)

@@ -141,9 +141,11 @@ impl Subject {
     /// Model, adapter, rows and micro-batches in a few lines.
     pub fn title(&self) -> String {
         let model = &self.model;
-        let tensors = weights::model_tensors(model).into_iter();
-        let own = tensors.filter(|(name, _)| !(self.trainables.tied && name == weights::LM_HEAD));
-        let parameters: usize = own.map(|(_, shape)| shape.iter().product::<usize>()).sum();
+        let tensors = weights::own_tensors(model, self.trainables.tied);
+        let parameters: usize = tensors
+            .iter()
+            .map(|(_, shape)| shape.iter().product::<usize>())
+            .sum();
         let base = match model.quantization {
             Quantization::None => "",
             Quantization::Int8 => ", int8",

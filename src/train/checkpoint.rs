@@ -347,8 +347,8 @@ fn write_adapter(
         })?;
         write_text(&path, &text)?;
     }
-    match &config.adapter {
-        AdapterSection::Lora(lora) => LoraFiles {
+    match &run.trainables.adapter {
+        Some(AdapterSection::Lora(lora)) => LoraFiles {
             config: LoraFileConfig {
                 r: lora.r,
                 lora_alpha: lora.lora_alpha,
@@ -360,14 +360,14 @@ fn write_adapter(
             tensors,
         }
         .write(folder),
-        AdapterSection::Prefix(prefix) => PrefixFiles {
+        Some(AdapterSection::Prefix(prefix)) => PrefixFiles {
             pre_seq_len: prefix.pre_seq_len,
             prefix_projection: prefix.prefix_projection,
             tensors,
             ignored: Vec::new(),
         }
         .write(folder, model_config_json(config)?),
-        AdapterSection::Full(_) => write_model(run, tensors, folder),
+        Some(AdapterSection::Full(_)) | None => write_model(run, tensors, folder),
     }
 }
 

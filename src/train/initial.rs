@@ -22,16 +22,18 @@ pub(super) fn values(
     if let Some(resumed) = resumed {
         return from_state(trainables, resumed);
     }
-    let given = match &config.adapter {
-        AdapterSection::Lora(lora) => match &lora.init_adapter {
+    let given = match &trainables.adapter {
+        Some(AdapterSection::Lora(lora)) => match &lora.init_adapter {
             Some(folder) => Some(files::read_lora(folder, lora, trainables.specs())?),
             None => None,
         },
-        AdapterSection::Prefix(prefix) => match &prefix.init_adapter {
+        Some(AdapterSection::Prefix(prefix)) => match &prefix.init_adapter {
             Some(folder) => Some(files::read_prefix(folder, prefix, trainables.specs())?),
             None => None,
         },
-        AdapterSection::Full(_) => return Ok(Box::new(|_| Ok(ParameterState::of_base()))),
+        Some(AdapterSection::Full(_)) | None => {
+            return Ok(Box::new(|_| Ok(ParameterState::of_base())));
+        }
     };
     let seed = config.run.seed;
     Ok(Box::new(move |spec| {

@@ -259,9 +259,9 @@ fn summary(layout: &Layout) -> Vec<StageSummary> {
 
 fn model_parameters(base: &Base) -> u64 {
     let tied = base.head_source.tied;
-    let tensors = weights::model_tensors(&base.config).into_iter();
-    let own = tensors.filter(|(name, _)| !(tied && name == weights::LM_HEAD));
-    own.map(|(_, shape)| shape.iter().product::<usize>() as u64)
+    let tensors = weights::own_tensors(&base.config, tied).into_iter();
+    tensors
+        .map(|(_, shape)| shape.iter().product::<usize>() as u64)
         .sum()
 }
 

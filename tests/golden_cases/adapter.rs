@@ -9,7 +9,7 @@ use mp_train::checkpoint::{HostTensor, LoraFiles, PrefixFiles, TensorSource};
 use mp_train::config::model::ModelConfig;
 use mp_train::config::run::{AdapterSection, FullSection, LoraSection, PrefixSection};
 use mp_train::model::trainables::Trainables;
-use mp_train::model::weights::{HeadSource, WORD_EMBEDDINGS};
+use mp_train::model::weights::HeadSource;
 
 use super::Outcome;
 
@@ -119,7 +119,9 @@ impl Adapter {
                 }
             },
             Values::Model { source, embedding } => {
-                let name = match spec.name == WORD_EMBEDDINGS {
+                let name = match spec.name.ends_with("embeddings.weight")
+                    || spec.name.ends_with("embed_tokens.weight")
+                {
                     true => *embedding,
                     false => &spec.name,
                 };

@@ -9,7 +9,8 @@ use std::sync::Arc;
 use mp_train::checkpoint::safetensors::SafetensorsFile;
 use mp_train::checkpoint::{HostTensor, ModelFolder, TensorSource};
 use mp_train::config::model::ModelConfig;
-use mp_train::model::weights::{self, HeadSource, WORD_EMBEDDINGS};
+use mp_train::model::names::Names;
+use mp_train::model::weights::{self, HeadSource};
 use serde_json::{Map, Value};
 
 use super::Outcome;
@@ -80,9 +81,10 @@ impl Family {
 
     /// One matrix for embedding and head: the embedding's values, lm_head's are ignored.
     pub fn tied_to_embedding(&self) -> HeadSource {
+        let names = Names::of(&self.config);
         HeadSource {
-            embedding: WORD_EMBEDDINGS,
-            head: WORD_EMBEDDINGS,
+            embedding: names.word_embeddings,
+            head: names.word_embeddings,
             tied: true,
             warning: None,
         }

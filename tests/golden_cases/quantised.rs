@@ -6,8 +6,9 @@ use std::sync::Arc;
 use half::f16;
 use mp_train::checkpoint::{CheckpointError, Dtype, HostTensor, TensorInfo, TensorSource};
 use mp_train::config::run::Quantization;
+use mp_train::model::names::Names;
 use mp_train::model::quantised;
-use mp_train::model::weights::{LinearSite, scale_name};
+use mp_train::model::weights::scale_name;
 use mp_train::quant::{Bits, QuantisedMatrix};
 
 use super::adapter::Adapter;
@@ -45,8 +46,7 @@ fn is_quantised(name: &str) -> bool {
     let Some(module) = name.strip_suffix(".weight") else {
         return false;
     };
-    let site = module.rsplit('.').next().unwrap_or(module);
-    module.contains(".layers.") && LinearSite::ALL.iter().any(|known| known.target() == site)
+    module.contains(".layers.") && !module.contains("layernorm")
 }
 
 impl Quantised {
@@ -205,8 +205,9 @@ fn under(run: &str, found: FoundTensors) -> impl Iterator<Item = (String, Found)
 fn codes(family: &Family, case: &Case, quantised: &Quantised) -> Outcome<FoundTensors> {
     let mut found = FoundTensors::new();
     for layer in 0..family.config.num_layers {
-        for site in LinearSite::ALL {
-            let name = format!("{}.weight", site.module(layer));
+        let names = Names::of(&family.config);
+        for site in names.linear_sites() {
+            let name = format!("{}.weight", names.linear(site, layer));
             let matrix = quantised.matrix(&name)?;
             let shape = [matrix.rows, matrix.codes.len() / matrix.rows];
             found.insert(name.clone(), Found::whole(shape, &matrix.codes));
@@ -215,7 +216,7 @@ fn codes(family: &Family, case: &Case, quantised: &Quantised) -> Outcome<FoundTe
             let weights = matrix.dequantised();
             let weights: Vec<f32> = weights.iter().map(|weight| weight.to_f32()).collect();
             // `.._rows_0_7`, its first rows.
-            let lead = format!("dequantised.layer{layer}_{}_rows_", site.target());
+            let lead = format!("dequantised.layer{layer}_{}_rows_", names.target(site));
             for name in case.expected_names().filter(|name| name.starts_with(&lead)) {
                 let shape = [matrix.rows, matrix.cols];
                 found.insert(name.to_owned(), Found::whole(shape, &weights));

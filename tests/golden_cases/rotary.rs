@@ -22,7 +22,10 @@ pub fn run(family: &Family, case: &Case, report: &mut Report<'_>) -> Outcome<()>
         let tensor = match (table, &shape[..]) {
             ("inv_freq", &[quarter]) => Found::whole(
                 [quarter],
-                &inverse_frequencies(head_dim(family, sizes, 4 * quarter)?),
+                &inverse_frequencies(
+                    family.config.architecture.rotary,
+                    head_dim(family, sizes, 4 * quarter)? / 2,
+                ),
             ),
             (_, &[rows, half]) => {
                 let head_dim = head_dim(family, sizes, 2 * half)?;
@@ -36,7 +39,8 @@ pub fn run(family: &Family, case: &Case, report: &mut Report<'_>) -> Outcome<()>
                     false => (0..rows).collect(),
                 };
                 let last = places.iter().max().map_or(0, |last| last + 1);
-                let tables = RotaryTable::new(head_dim, last, precision);
+                let tables =
+                    RotaryTable::new(&family.config.architecture, head_dim, last, precision);
                 let values = match function {
                     "cos" => tables.cos,
                     "sin" => tables.sin,

@@ -31,6 +31,7 @@ pub fn cases<B: Backend>(b: &B, check: &mut Check) {
         for layout in [
             AttentionLayout::grouped_per_head(2, dim),
             side_by_side(6, 2, dim),
+            AttentionLayout::concatenated(4, 2, dim),
         ] {
             let scale = 1.0 / (dim as f32).sqrt();
             whole(b, check, &mut numbers, &layout, &flat(&lens), prefix, scale);
@@ -81,6 +82,7 @@ pub fn cases<B: Backend>(b: &B, check: &mut Check) {
             let base = [
                 AttentionLayout::grouped_per_head(2, dim),
                 side_by_side(6, 2, dim),
+                AttentionLayout::concatenated(4, 1, dim),
             ];
             for base in base {
                 let prefix = prefixes[(2 * index + step) % prefixes.len()];
@@ -136,6 +138,7 @@ fn odd_heads<B: Backend>(b: &B, check: &mut Check, numbers: &mut Numbers) {
         for layout in [
             AttentionLayout::grouped_per_head(2, dim),
             side_by_side(2, 1, dim),
+            AttentionLayout::concatenated(3, 1, dim),
         ] {
             let scale = 1.0 / (dim as f32).sqrt();
             whole(b, check, numbers, &layout, &flat(&lens), prefix, scale);
@@ -407,6 +410,7 @@ fn gradients<B: Backend>(b: &B, check: &mut Check, numbers: &mut Numbers) {
         for layout in [
             AttentionLayout::grouped_per_head(2, 16),
             side_by_side(6, 2, 16),
+            AttentionLayout::concatenated(4, 2, 6),
         ] {
             for dropped in [false, true] {
                 let prefix_len = [3, 1, 65][index];

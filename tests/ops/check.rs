@@ -345,7 +345,14 @@ impl Check {
             }
         }
         // Ops that are their own gradient, or whose gradient the next op takes over.
-        for op in ["rotary", "cross_entropy", "residual"] {
+        for op in [
+            "rotary",
+            "cross_entropy",
+            "residual",
+            "residual_sum",
+            "put_columns",
+            "take_columns",
+        ] {
             if !ops.is_empty() && !has(&format!("{op}/f64-difference")) {
                 bad.push(format!("{op} (no gradient case)"));
             }

@@ -1,4 +1,4 @@
-//! Rows moved by index.
+//! Rows moved by index, and columns of rows.
 
 use mp_train::backend::{AttentionLayout, Backend};
 
@@ -23,11 +23,31 @@ pub fn cases<B: Backend>(b: &B, check: &mut Check) {
         embed(b, check, &mut numbers, rows, cols);
         pick(b, check, &mut numbers, rows, cols);
     }
+    for rows in SIZES {
+        // Width of a row, first column, columns: all of them, the first, the last, some; on and off
+        // 16-byte borders, and off them by one of the three alone; more than a block's threads take.
+        for place in [
+            (1, 0, 1),
+            (3, 1, 2),
+            (65, 0, 65),
+            (97, 96, 1),
+            (160, 65, 95),
+            (64, 8, 24),
+            (64, 4, 24),
+            (68, 8, 24),
+            (64, 8, 20),
+            (3_000, 400, 2_584),
+        ] {
+            columns(b, check, &mut numbers, rows, place);
+        }
+    }
+    columns(b, check, &mut numbers, 700, (4_608, 4_096, 256));
     for dim in [16, 48, 80, 128] {
         for rows in SIZES {
             let layouts = [
                 AttentionLayout::grouped_per_head(3, dim),
                 side_by_side(6, 2, dim),
+                AttentionLayout::concatenated(4, 2, dim),
             ];
             for layout in layouts {
                 store_key_value(b, check, &mut numbers, &layout, rows);
@@ -158,6 +178,95 @@ fn pick<B: Backend>(b: &B, check: &mut Check, numbers: &mut Numbers, rows: usize
         }
         exact
     });
+}
+
+fn columns<B: Backend>(
+    b: &B,
+    check: &mut Check,
+    numbers: &mut Numbers,
+    rows: usize,
+    (width, first, cols): (usize, usize, usize),
+) {
+    let label = format!("rows {rows}, columns {first} + {cols} of {width}");
+    let narrow = Act::<B>::of(b, &numbers.values(rows * cols));
+    let mut out = Act::<B>::blank(b, rows * width);
+    check.run(b, "put_columns", label.clone(), &[&narrow], || {
+        b.put_columns(&mut out.device, &narrow.device, rows, width, first, cols)
+    });
+    let put = |values: &[f64], beside: f64| -> Vec<f64> {
+        let mut out = vec![beside; rows * width];
+        for (out, x) in out.chunks_exact_mut(width).zip(values.chunks_exact(cols)) {
+            out[first..first + cols].copy_from_slice(x);
+        }
+        out
+    };
+    let narrow_values = narrow.values();
+    check.expect(b, &out, || {
+        // Other columns stay as they are.
+        let exact = put(&narrow_values, Exact::UNTOUCHED.value);
+        exact.into_iter().map(Exact::copy).collect()
+    });
+
+    let wide = Act::<B>::of(b, &numbers.values(rows * width));
+    let mut out = Act::<B>::blank(b, rows * cols);
+    check.run(b, "take_columns", label.clone(), &[&wide], || {
+        b.take_columns(&mut out.device, &wide.device, rows, width, first, cols)
+    });
+    let take = |values: &[f64]| -> Vec<f64> {
+        let rows = values.chunks_exact(width);
+        rows.flat_map(|row| row[first..first + cols].to_vec())
+            .collect()
+    };
+    let wide_values = wide.values();
+    check.expect(b, &out, || {
+        take(&wide_values).into_iter().map(Exact::copy).collect()
+    });
+
+    if rows * width > 4_000 {
+        return;
+    }
+    // Each is the gradient of the other.
+    let taken = out.result(b);
+    check.gradient(
+        b,
+        "put_columns",
+        label.clone(),
+        &[&narrow_values],
+        &[&taken],
+        |p| dot(&wide_values, &put(&p[0], 0.0)),
+        |b, p| {
+            let x = Act::<B>::of(b, &p[0]);
+            let mut out = Act::<B>::target(b, &vec![0.0; rows * width]);
+            b.put_columns(&mut out.device, &x.device, rows, width, first, cols)
+                .unwrap();
+            dot(&wide_values, &out.result(b))
+        },
+    );
+    let mut gradient = Act::<B>::target(b, &vec![0.0; rows * width]);
+    b.put_columns(
+        &mut gradient.device,
+        &narrow.device,
+        rows,
+        width,
+        first,
+        cols,
+    )
+    .unwrap();
+    check.gradient(
+        b,
+        "take_columns",
+        label,
+        &[&wide_values],
+        &[&gradient.result(b)],
+        |p| dot(&narrow_values, &take(&p[0])),
+        |b, p| {
+            let x = Act::<B>::of(b, &p[0]);
+            let mut out = Act::<B>::blank(b, rows * cols);
+            b.take_columns(&mut out.device, &x.device, rows, width, first, cols)
+                .unwrap();
+            dot(&narrow_values, &out.result(b))
+        },
+    );
 }
 
 fn store_key_value<B: Backend>(

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use half::f16;
 use mp_train::backend::{
     AdamwStep, AdamwTensor, AttentionLayout, Backend, BackendError, Dropout, Element, LinearShape,
-    NormShape, Plain, Prefix, RowGradient, Span, SumOf,
+    NormShape, Plain, Prefix, RotaryPositions, RowGradient, Span, SumOf,
 };
 use mp_train::pipeline::place::Place;
 use mp_train::quant::Bits;
@@ -71,6 +71,23 @@ fn gradient<'a, B: Backend>(dout: RowGradient<'a, FaultyBackend<B>>) -> RowGradi
     RowGradient {
         dout: dout.dout,
         residual: dout.residual,
+    }
+}
+
+fn positions_of<'a, B: Backend>(
+    positions: RotaryPositions<'a, FaultyBackend<B>>,
+) -> RotaryPositions<'a, B> {
+    match positions {
+        RotaryPositions::TwoDimensional {
+            position,
+            block_position,
+        } => RotaryPositions::TwoDimensional {
+            position,
+            block_position,
+        },
+        RotaryPositions::Interleaved { position, width } => {
+            RotaryPositions::Interleaved { position, width }
+        }
     }
 }
 
@@ -168,6 +185,22 @@ impl<B: Backend> Backend for FaultyBackend<B> {
             rows: usize,
             cols: usize,
         );
+        fn put_columns(
+            out: &mut B::Buffer<B::Element>,
+            x: &B::Buffer<B::Element>,
+            rows: usize,
+            out_cols: usize,
+            first: usize,
+            cols: usize,
+        );
+        fn take_columns(
+            out: &mut B::Buffer<B::Element>,
+            x: &B::Buffer<B::Element>,
+            rows: usize,
+            x_cols: usize,
+            first: usize,
+            cols: usize,
+        );
         fn layer_norm(
             out: &mut B::Buffer<B::Element>,
             stats: &mut B::Buffer<f32>,
@@ -181,6 +214,22 @@ impl<B: Backend> Backend for FaultyBackend<B> {
             stats: &mut B::Buffer<f32>,
             x: &B::Buffer<f32>,
             weight: &B::Buffer<B::Element>,
+            shape: NormShape,
+        );
+        fn rms_norm_backward(
+            dx: &mut B::Buffer<B::Element>,
+            dout: &B::Buffer<B::Element>,
+            residual: Option<&B::Buffer<B::Element>>,
+            x: &B::Buffer<f32>,
+            stats: &B::Buffer<f32>,
+            weight: &B::Buffer<B::Element>,
+            shape: NormShape,
+        );
+        fn rms_norm_weight_gradient(
+            dweight: &mut B::Buffer<f32>,
+            dout: &B::Buffer<B::Element>,
+            x: &B::Buffer<f32>,
+            stats: &B::Buffer<f32>,
             shape: NormShape,
         );
         fn linear<T: Element>(
@@ -211,16 +260,6 @@ impl<B: Backend> Backend for FaultyBackend<B> {
             dbias: &mut B::Buffer<f32>,
             dout: &B::Buffer<T>,
             shape: LinearShape,
-        );
-        fn rotary(
-            x: &mut B::Buffer<B::Element>,
-            cos: &B::Buffer<f32>,
-            sin: &B::Buffer<f32>,
-            position: &B::Buffer<u32>,
-            block_position: &B::Buffer<u32>,
-            layout: &AttentionLayout,
-            rows: usize,
-            inverse: bool,
         );
         fn store_key_value(
             cache: &mut B::Buffer<B::Element>,
@@ -276,6 +315,12 @@ impl<B: Backend> Backend for FaultyBackend<B> {
         );
         fn tanh(x: &mut B::Buffer<f32>, len: usize);
         fn tanh_backward(dx: &mut B::Buffer<f32>, out: &B::Buffer<f32>, len: usize);
+        fn residual_sum(
+            out: &mut B::Buffer<f32>,
+            x: &B::Buffer<f32>,
+            branch: &B::Buffer<B::Element>,
+            len: usize,
+        );
         fn cross_entropy(
             loss: &mut B::Buffer<f32>,
             logits: &mut B::Buffer<B::Element>,
@@ -326,34 +371,20 @@ impl<B: Backend> Backend for FaultyBackend<B> {
             .layer_norm_weight_gradient(dweight, dbias, dout, x, stats, shape)
     }
 
-    fn rms_norm_backward(
+    fn rotary(
         &self,
-        dx: &mut B::Buffer<B::Element>,
-        dout: RowGradient<'_, Self>,
-        x: &B::Buffer<f32>,
-        stats: &B::Buffer<f32>,
-        weight: &B::Buffer<B::Element>,
-        shape: NormShape,
-        accumulate: bool,
+        x: &mut B::Buffer<B::Element>,
+        cos: &B::Buffer<f32>,
+        sin: &B::Buffer<f32>,
+        positions: RotaryPositions<'_, Self>,
+        layout: &AttentionLayout,
+        rows: usize,
+        inverse: bool,
     ) -> Result<()> {
-        self.before("rms_norm_backward")?;
-        let dout = gradient(dout);
+        self.before("rotary")?;
+        let positions = positions_of(positions);
         self.inner
-            .rms_norm_backward(dx, dout, x, stats, weight, shape, accumulate)
-    }
-
-    fn rms_norm_weight_gradient(
-        &self,
-        dweight: &mut B::Buffer<f32>,
-        dout: RowGradient<'_, Self>,
-        x: &B::Buffer<f32>,
-        stats: &B::Buffer<f32>,
-        shape: NormShape,
-    ) -> Result<()> {
-        self.before("rms_norm_weight_gradient")?;
-        let dout = gradient(dout);
-        self.inner
-            .rms_norm_weight_gradient(dweight, dout, x, stats, shape)
+            .rotary(x, cos, sin, positions, layout, rows, inverse)
     }
 
     fn attention(

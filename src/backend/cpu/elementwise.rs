@@ -88,6 +88,14 @@ pub fn residual<E: Element>(threads: &Threads, out: &mut [f32], x: &[E], alpha: 
     });
 }
 
+pub fn residual_sum<E: Element>(threads: &Threads, out: &mut [f32], x: &[f32], branch: &[E]) {
+    threads.pieces(out, |start, out| {
+        for ((out, x), branch) in out.iter_mut().zip(&x[start..]).zip(&branch[start..]) {
+            *out = x + branch.to_f32();
+        }
+    });
+}
+
 pub fn cast<E: Element>(threads: &Threads, out: &mut [E], x: &[f32]) {
     threads.pieces(out, |start, out| {
         for (out, &x) in out.iter_mut().zip(&x[start..]) {

@@ -1,6 +1,5 @@
 //! RMS norm and its gradients.
 
-use super::norm::Gradient;
 use super::reduce;
 use super::threads::Threads;
 use crate::backend::{Element, NormShape};
@@ -27,30 +26,37 @@ pub fn rms_norm<E: Element>(
     });
 }
 
-/// `dx = rstd * (g - xhat * mean(g xhat))` with `g = dout * weight`, added to `dx` when `accumulate`.
+/// `dx = residual + rstd * (g - xhat * mean(g xhat))` with `g = dout * weight`.
 #[allow(clippy::too_many_arguments)]
 pub fn backward<E: Element>(
     threads: &Threads,
     dx: &mut [E],
-    dout: Gradient<'_, E>,
+    dout: &[E],
+    residual: Option<&[E]>,
     x: &[f32],
     stats: &[f32],
     weight: &[E],
     shape: NormShape,
-    accumulate: bool,
 ) {
     let NormShape { rows, cols, .. } = shape;
     threads.rows(&mut dx[..rows * cols], cols, |row, dx| {
         let (x, rstd) = (&x[row * cols..][..cols], stats[row]);
         let mut g = vec![0.0f32; cols];
-        dout.row(&mut g, row * cols);
+        E::widen(&mut g, &dout[row * cols..][..cols]);
         for (g, weight) in g.iter_mut().zip(weight) {
             *g *= weight.to_f32();
         }
         let gx_mean = reduce::dot(&g, x) * rstd / cols as f32;
-        for ((dx, &g), &x) in dx.iter_mut().zip(&g).zip(x) {
-            let along = if accumulate { dx.to_f32() } else { 0.0 };
-            *dx = E::from_f32(along + rstd * (g - x * rstd * gx_mean));
+        for (g, &x) in g.iter_mut().zip(x) {
+            *g = rstd * (*g - x * rstd * gx_mean);
+        }
+        if let Some(residual) = residual {
+            for (g, residual) in g.iter_mut().zip(&residual[row * cols..]) {
+                *g += residual.to_f32();
+            }
+        }
+        for (dx, &g) in dx.iter_mut().zip(&g) {
+            *dx = E::from_f32(g);
         }
     });
 }
@@ -58,7 +64,7 @@ pub fn backward<E: Element>(
 pub fn weight_gradient<E: Element>(
     threads: &Threads,
     dweight: &mut [f32],
-    dout: Gradient<'_, E>,
+    dout: &[E],
     x: &[f32],
     stats: &[f32],
     shape: NormShape,
@@ -68,7 +74,7 @@ pub fn weight_gradient<E: Element>(
         for (row, rstd) in stats[..rows].iter().enumerate() {
             for (col, dweight) in (start..).zip(dweight.iter_mut()) {
                 let place = row * cols + col;
-                *dweight += dout.at(place) * x[place] * rstd;
+                *dweight += dout[place].to_f32() * x[place] * rstd;
             }
         }
     });

@@ -1,9 +1,10 @@
-//! Two-dimensional rotary position embedding.
+//! Rotary position embedding.
 
+use super::Cpu;
 use super::threads::Threads;
-use crate::backend::{AttentionLayout, Element, HeadLayout};
+use crate::backend::{AttentionLayout, Element, HeadLayout, RotaryPositions};
 
-/// Cosines and sines by position, `[positions, D / 4]`.
+/// Cosines and sines by position.
 #[derive(Clone, Copy)]
 pub struct Table<'a> {
     /// Cosines.
@@ -12,37 +13,64 @@ pub struct Table<'a> {
     pub sin: &'a [f32],
 }
 
+impl<'a> Table<'a> {
+    /// Cosines and sines of one position, of which there are `width`.
+    fn row(&self, position: u32, width: usize) -> impl Iterator<Item = (f32, f32)> + 'a {
+        let places = position as usize * width..(position as usize + 1) * width;
+        let sin = self.sin[places.clone()].iter();
+        self.cos[places].iter().copied().zip(sin.copied())
+    }
+}
+
+/// The pair `(a, b)` turned by an angle.
+fn turn<E: Element>(a: &mut E, b: &mut E, cos: f32, sin: f32) {
+    let (x, y) = (a.to_f32(), b.to_f32());
+    *a = E::from_f32(x * cos - y * sin);
+    *b = E::from_f32(y * cos + x * sin);
+}
+
 pub fn rotary<E: Element>(
     threads: &Threads,
     x: &mut [E],
     table: Table<'_>,
-    positions: [&[u32]; 2],
+    positions: RotaryPositions<'_, Cpu<E>>,
     layout: &AttentionLayout,
     rows: usize,
     inverse: bool,
 ) {
     let row_width = layout.query.row;
-    let quarter = layout.head_dim / 4;
     let sign = if inverse { -1.0 } else { 1.0 };
-    threads.rows(&mut x[..rows * row_width], row_width, |row, x| {
-        let mut rotate = |place: HeadLayout, heads: usize| {
-            for head in 0..heads {
-                let head = &mut x[place.offset + head * place.stride..][..layout.head_dim];
-                for (half, positions) in head.chunks_exact_mut(2 * quarter).zip(positions) {
-                    let first = positions[row] as usize * quarter;
-                    let cos = &table.cos[first..first + quarter];
-                    let sin = &table.sin[first..first + quarter];
-                    let (low, high) = half.split_at_mut(quarter);
-                    for j in 0..quarter {
-                        let (a, b) = (low[j].to_f32(), high[j].to_f32());
-                        let (cos, sin) = (cos[j], sign * sin[j]);
-                        low[j] = E::from_f32(a * cos - b * sin);
-                        high[j] = E::from_f32(b * cos + a * sin);
-                    }
+    let turn_head = |row: usize, head: &mut [E]| match positions {
+        RotaryPositions::TwoDimensional {
+            position,
+            block_position,
+        } => {
+            let quarter = head.len() / 4;
+            let halves = head.chunks_exact_mut(2 * quarter);
+            for (half, positions) in halves.zip([position, block_position]) {
+                let (low, high) = half.split_at_mut(quarter);
+                let angles = table.row(positions[row], quarter);
+                for ((low, high), (cos, sin)) in low.iter_mut().zip(high).zip(angles) {
+                    turn(low, high, cos, sign * sin);
                 }
             }
+        }
+        RotaryPositions::Interleaved { position, width } => {
+            let (pairs, _) = head[..width].as_chunks_mut::<2>();
+            let angles = table.row(position[row], width / 2);
+            for ([even, odd], (cos, sin)) in pairs.iter_mut().zip(angles) {
+                turn(even, odd, cos, sign * sin);
+            }
+        }
+    };
+    threads.rows(&mut x[..rows * row_width], row_width, |row, x| {
+        let mut turn_heads = |place: HeadLayout, heads: usize| {
+            for head in 0..heads {
+                let start = place.offset + head * place.stride;
+                turn_head(row, &mut x[start..start + layout.head_dim]);
+            }
         };
-        rotate(layout.query, layout.heads);
-        rotate(layout.key, layout.kv_heads);
+        turn_heads(layout.query, layout.heads);
+        turn_heads(layout.key, layout.kv_heads);
     });
 }

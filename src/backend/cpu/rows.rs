@@ -1,4 +1,5 @@
-//! Rows moved by index: embedding, gather, scatter, key/value cache; rows of codes widened.
+//! Rows moved by index: embedding, gather, scatter, key/value cache; columns of rows; rows of codes
+//! widened.
 
 use half::f16;
 
@@ -53,6 +54,32 @@ pub fn scatter<E: Element>(out: &mut [E], x: &[E], index: &[u32], cols: usize) {
     for (x, &row) in x.chunks_exact(cols).zip(index) {
         out[row as usize * cols..][..cols].copy_from_slice(x);
     }
+}
+
+pub fn put_columns<E: Element>(
+    threads: &Threads,
+    out: &mut [E],
+    x: &[E],
+    out_cols: usize,
+    first: usize,
+    cols: usize,
+) {
+    threads.rows(out, out_cols, |row, out| {
+        out[first..first + cols].copy_from_slice(&x[row * cols..][..cols]);
+    });
+}
+
+pub fn take_columns<E: Element>(
+    threads: &Threads,
+    out: &mut [E],
+    x: &[E],
+    x_cols: usize,
+    first: usize,
+    cols: usize,
+) {
+    threads.rows(out, cols, |row, out| {
+        out.copy_from_slice(&x[row * x_cols + first..][..cols]);
+    });
 }
 
 pub fn store_key_value<E: Element>(

@@ -14,6 +14,7 @@ pub(super) struct Kernels {
     cast_f32: Kernel,
     add: Kernel,
     residual: Kernel,
+    residual_sum: Kernel,
     gelu: Kernel,
     gelu_backward: Kernel,
     tanh: Kernel,
@@ -30,6 +31,7 @@ impl Kernels {
             cast_f32: kernel("cast_f32")?,
             add: kernel("add")?,
             residual: kernel("residual")?,
+            residual_sum: kernel("residual_sum")?,
             gelu: kernel("gelu")?,
             gelu_backward: kernel("gelu_backward")?,
             tanh: kernel("tanh_f32")?,
@@ -93,6 +95,17 @@ pub(super) fn residual(
 ) -> Result<()> {
     let kernel = &cuda.elementwise.residual;
     flat(cuda, kernel, 4, len, &[out, x, &alpha, branch])
+}
+
+pub(super) fn residual_sum(
+    cuda: &Cuda,
+    out: &mut CudaBuffer<f32>,
+    x: &CudaBuffer<f32>,
+    branch: &CudaBuffer<f16>,
+    len: usize,
+) -> Result<()> {
+    let kernel = &cuda.elementwise.residual_sum;
+    flat(cuda, kernel, 4, len, &[out, x, branch])
 }
 
 pub(super) fn gelu(

@@ -2,7 +2,7 @@
 
 use half::f16;
 
-use super::device::{Geometry, Kernel, Pointer};
+use super::device::{Argument, Geometry, Kernel, Pointer};
 use super::memory::CudaBuffer;
 use super::module::Modules;
 use super::{Cuda, OpRooms, Result};
@@ -112,31 +112,19 @@ pub(super) fn layer_norm_backward(
 pub(super) fn rms_norm_backward(
     cuda: &Cuda,
     dx: &mut CudaBuffer<f16>,
-    dout: RowGradient<'_, Cuda>,
+    dout: &CudaBuffer<f16>,
+    residual: Option<&CudaBuffer<f16>>,
     x: &CudaBuffer<f32>,
     stats: &CudaBuffer<f32>,
     weight: &CudaBuffer<f16>,
     shape: NormShape,
-    accumulate: bool,
 ) -> Result<()> {
     let (rows, cols) = (shape.rows as u32, shape.cols as u32);
-    let (dout, residual, alpha) = parts(&dout);
-    let accumulate = u32::from(accumulate);
+    let residual = residual.map_or(Pointer::NULL, CudaBuffer::at);
     cuda.device.launch(
         &cuda.norm.rms_norm_backward,
         row_blocks(shape),
-        &[
-            dx,
-            &dout,
-            &residual,
-            &alpha,
-            x,
-            stats,
-            weight,
-            &rows,
-            &cols,
-            &accumulate,
-        ],
+        &[dx, dout, &residual, x, stats, weight, &rows, &cols],
     )
 }
 
@@ -151,19 +139,21 @@ pub(super) fn layer_norm_weight_gradient(
 ) -> Result<()> {
     let sums = [dweight.at(), dbias.at()];
     let kernel = &cuda.norm.layer_norm_chunk_sums;
-    sum_over_rows(cuda, &sums, kernel, dout, x, stats, shape)
+    let (dout, residual, alpha) = parts(&dout);
+    let gradient: [&dyn Argument; 3] = [&dout, &residual, &alpha];
+    sum_over_rows(cuda, &sums, kernel, &gradient, x, stats, shape)
 }
 
 pub(super) fn rms_norm_weight_gradient(
     cuda: &Cuda,
     dweight: &mut CudaBuffer<f32>,
-    dout: RowGradient<'_, Cuda>,
+    dout: &CudaBuffer<f16>,
     x: &CudaBuffer<f32>,
     stats: &CudaBuffer<f32>,
     shape: NormShape,
 ) -> Result<()> {
     let kernel = &cuda.norm.rms_norm_chunk_sums;
-    sum_over_rows(cuda, &[dweight.at()], kernel, dout, x, stats, shape)
+    sum_over_rows(cuda, &[dweight.at()], kernel, &[dout], x, stats, shape)
 }
 
 /// Rows of a chunk that is summed by itself, at least; long enough that the partial sums are little
@@ -180,12 +170,13 @@ pub(super) fn scratch_bytes(rooms: &OpRooms) -> usize {
     chunks * 2 * rooms.hidden_size * size_of::<f32>()
 }
 
-/// `sums[i][h] += ` what `kernel` sums over the rows, chunk by chunk.
+/// `sums[i][h] += ` what `kernel` sums over the rows, chunk by chunk; `gradient` is what it takes as the
+/// gradient of the norm's output.
 fn sum_over_rows(
     cuda: &Cuda,
     sums: &[Pointer],
     kernel: &Kernel,
-    dout: RowGradient<'_, Cuda>,
+    gradient: &[&dyn Argument],
     x: &CudaBuffer<f32>,
     stats: &CudaBuffer<f32>,
     shape: NormShape,
@@ -196,27 +187,15 @@ fn sum_over_rows(
     let stride = sums.len() as u32 * cols;
     let row_bytes = shape.cols * size_of::<f32>();
     let partial = cuda.scratch(chunks as usize * sums.len() * row_bytes)?;
-    let (dout, residual, alpha) = parts(&dout);
     let column_blocks = cols.div_ceil(CHUNK_THREADS * width(shape.cols));
     let geometry = Geometry {
         grid: [column_blocks, chunks, 1],
         ..Geometry::line(0, CHUNK_THREADS)
     };
-    cuda.device.launch(
-        kernel,
-        geometry,
-        &[
-            &partial,
-            &dout,
-            &residual,
-            &alpha,
-            x,
-            stats,
-            &rows,
-            &cols,
-            &rows_per_chunk,
-        ],
-    )?;
+    let mut arguments: Vec<&dyn Argument> = vec![&partial];
+    arguments.extend_from_slice(gradient);
+    arguments.extend_from_slice(&[x, stats, &rows, &cols, &rows_per_chunk]);
+    cuda.device.launch(kernel, geometry, &arguments)?;
     for (index, out) in sums.iter().enumerate() {
         let first = partial.offset(index * row_bytes);
         cuda.device.launch(

@@ -6,24 +6,29 @@ use super::device::{Argument, Geometry, Kernel};
 use super::memory::CudaBuffer;
 use super::module::Modules;
 use super::{Cuda, Result};
-use crate::backend::AttentionLayout;
+use crate::backend::{AttentionLayout, RotaryPositions};
 
 const THREADS: usize = 256;
 
 /// Blocks of the grid-stride loop: more than any GPU runs at once.
 const MOST_BLOCKS: usize = 1 << 16;
 
-/// Kernels of the family.
+/// Kernels of the family; those by 8 elements are for heads on 16-byte borders.
 pub(super) struct Kernels {
     by_8: Kernel,
     by_1: Kernel,
+    interleaved_by_8: Kernel,
+    interleaved_by_2: Kernel,
 }
 
 impl Kernels {
     pub fn load(modules: &Modules) -> Result<Self> {
+        let kernel = |name| modules.kernel("rotary.cu", name);
         Ok(Kernels {
-            by_8: modules.kernel("rotary.cu", "rotary_by_8")?,
-            by_1: modules.kernel("rotary.cu", "rotary_by_1")?,
+            by_8: kernel("rotary_by_8")?,
+            by_1: kernel("rotary_by_1")?,
+            interleaved_by_8: kernel("rotary_interleaved_by_8")?,
+            interleaved_by_2: kernel("rotary_interleaved_by_2")?,
         })
     }
 }
@@ -33,7 +38,7 @@ impl Kernels {
 struct Shape {
     rows: u32,
     row: u32,
-    head_dim: u32,
+    width: u32,
     heads: u32,
     query_offset: u32,
     query_stride: u32,
@@ -52,29 +57,30 @@ pub(super) fn rotary(
     x: &mut CudaBuffer<f16>,
     cos: &CudaBuffer<f32>,
     sin: &CudaBuffer<f32>,
-    position: &CudaBuffer<u32>,
-    block_position: &CudaBuffer<u32>,
+    positions: RotaryPositions<'_, Cuda>,
     layout: &AttentionLayout,
     rows: usize,
     inverse: bool,
 ) -> Result<()> {
-    let (query, key, quarter) = (layout.query, layout.key, layout.head_dim / 4);
+    let (query, key) = (layout.query, layout.key);
+    // Elements that are turned, and how many of them stand beside each other.
+    let (width, together) = match positions {
+        RotaryPositions::TwoDimensional { .. } => (layout.head_dim, layout.head_dim / 4),
+        RotaryPositions::Interleaved { width, .. } => (width, width),
+    };
     let places = [
-        quarter,
+        together,
         query.row,
         query.offset,
         query.stride,
         key.offset,
         key.stride,
     ];
-    let (kernel, width) = match places.iter().all(|place| place % 8 == 0) {
-        true => (&cuda.rotary.by_8, 8),
-        false => (&cuda.rotary.by_1, 1),
-    };
+    let by_8 = places.iter().all(|place| place % 8 == 0);
     let shape = Shape {
         rows: rows as u32,
         row: query.row as u32,
-        head_dim: layout.head_dim as u32,
+        width: width as u32,
         heads: layout.heads as u32,
         query_offset: query.offset as u32,
         query_stride: query.stride as u32,
@@ -83,12 +89,30 @@ pub(super) fn rotary(
         key_stride: key.stride as u32,
         direction: if inverse { -1.0 } else { 1.0 },
     };
-    let pairs = rows * (layout.heads + layout.kv_heads) * 2 * quarter;
-    let blocks = (pairs / width).div_ceil(THREADS);
-    let geometry = Geometry::line(blocks.min(MOST_BLOCKS) as u32, THREADS as u32);
-    cuda.device.launch(
-        kernel,
-        geometry,
-        &[x, cos, sin, position, block_position, &shape],
-    )
+    let kernels = &cuda.rotary;
+    let elements = rows * (layout.heads + layout.kv_heads) * width;
+    let launch = |kernel: &Kernel, per_thread: usize, arguments: &[&dyn Argument]| {
+        let blocks = (elements / per_thread).div_ceil(THREADS);
+        let geometry = Geometry::line(blocks.min(MOST_BLOCKS) as u32, THREADS as u32);
+        cuda.device.launch(kernel, geometry, arguments)
+    };
+    match positions {
+        RotaryPositions::TwoDimensional {
+            position,
+            block_position,
+        } => {
+            let arguments: [&dyn Argument; 6] = [x, cos, sin, position, block_position, &shape];
+            match by_8 {
+                true => launch(&kernels.by_8, 16, &arguments),
+                false => launch(&kernels.by_1, 2, &arguments),
+            }
+        }
+        RotaryPositions::Interleaved { position, .. } => {
+            let arguments: [&dyn Argument; 5] = [x, cos, sin, position, &shape];
+            match by_8 {
+                true => launch(&kernels.interleaved_by_8, 8, &arguments),
+                false => launch(&kernels.interleaved_by_2, 2, &arguments),
+            }
+        }
+    }
 }

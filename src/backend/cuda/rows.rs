@@ -13,6 +13,7 @@ pub(super) struct Kernels {
     embed_backward: Kernel,
     gather_rows: Kernel,
     scatter_rows: Kernel,
+    copy_columns: Kernel,
 }
 
 impl Kernels {
@@ -23,6 +24,7 @@ impl Kernels {
             embed_backward: kernel("embed_backward")?,
             gather_rows: kernel("gather_rows")?,
             scatter_rows: kernel("scatter_rows")?,
+            copy_columns: kernel("copy_columns")?,
         })
     }
 }
@@ -102,4 +104,56 @@ pub(super) fn scatter_rows(
     let (index, cols) = (index.at_index(first), cols as u32);
     cuda.device
         .launch(&cuda.rows.scatter_rows, geometry, &[out, x, &index, &cols])
+}
+
+pub(super) fn put_columns(
+    cuda: &Cuda,
+    out: &mut CudaBuffer<f16>,
+    x: &CudaBuffer<f16>,
+    rows: usize,
+    out_cols: usize,
+    first: usize,
+    cols: usize,
+) -> Result<()> {
+    copy_columns(cuda, out, x, rows, [out_cols, first], [cols, 0], cols)
+}
+
+pub(super) fn take_columns(
+    cuda: &Cuda,
+    out: &mut CudaBuffer<f16>,
+    x: &CudaBuffer<f16>,
+    rows: usize,
+    x_cols: usize,
+    first: usize,
+    cols: usize,
+) -> Result<()> {
+    copy_columns(cuda, out, x, rows, [cols, 0], [x_cols, first], cols)
+}
+
+/// Columns of `x` into columns of `out`; of both, the width of a row and the first column.
+fn copy_columns(
+    cuda: &Cuda,
+    out: &mut CudaBuffer<f16>,
+    x: &CudaBuffer<f16>,
+    rows: usize,
+    out_place: [usize; 2],
+    x_place: [usize; 2],
+    cols: usize,
+) -> Result<()> {
+    let geometry = row_blocks(rows, cols, 8);
+    let [out_cols, out_first] = out_place.map(|value| value as u32);
+    let [x_cols, x_first] = x_place.map(|value| value as u32);
+    cuda.device.launch(
+        &cuda.rows.copy_columns,
+        geometry,
+        &[
+            out,
+            x,
+            &out_cols,
+            &out_first,
+            &x_cols,
+            &x_first,
+            &(cols as u32),
+        ],
+    )
 }
