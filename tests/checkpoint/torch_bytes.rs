@@ -139,7 +139,8 @@ fn end(entries: u16, directory_bytes: u32, directory_at: u32) -> Vec<u8> {
     end
 }
 
-/// The end of an archive of `size` bytes, with a 64-bit record that claims `entries` entries.
+/// The end of an archive of `size` bytes, with a 64-bit record that claims `entries` entries from the
+/// first gibibyte on.
 pub fn end_64(size: u64, entries: u64) -> Vec<u8> {
     let record_at = size - (56 + 20 + 22);
     let mut file = b"PK\x06\x06".to_vec();
@@ -148,7 +149,7 @@ pub fn end_64(size: u64, entries: u64) -> Vec<u8> {
     file.extend(entries.to_le_bytes());
     file.extend(entries.to_le_bytes());
     file.extend((46 * entries).to_le_bytes());
-    file.extend(0_u64.to_le_bytes());
+    file.extend((1_u64 << 30).to_le_bytes());
     file.extend(b"PK\x06\x07\0\0\0\0");
     file.extend(record_at.to_le_bytes());
     file.extend([1, 0, 0, 0]);

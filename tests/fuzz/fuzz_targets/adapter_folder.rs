@@ -3,7 +3,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use mp_train::checkpoint::{LoraFiles, PrefixFiles};
+use readers::checkpoint::{LoraFiles, PrefixFiles};
 
 mod scratch;
 

@@ -3,7 +3,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use mp_train::checkpoint::{open_tensor_file, read_all};
+use readers::checkpoint::{open_tensor_file, read_all};
 
 mod scratch;
 #[path = "../../checkpoint/torch_bytes.rs"]
