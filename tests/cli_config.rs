@@ -744,7 +744,7 @@ fn other_models_and_broken_configs_are_refused() {
         (
             "quantization_bit",
             "2",
-            "`quantization_bit` is 2; folders of 8 and of 4 bits are known: use THUDM/chatglm-6b-int8",
+            "`quantization_bit` is 2; folders of 8 and of 4 bits are known: use a folder such as",
         ),
         (
             "position_encoding_2d",
