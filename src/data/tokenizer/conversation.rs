@@ -274,7 +274,7 @@ impl GlmTokenizer {
     pub fn end_of_answer(&self) -> u32 {
         match self.generation {
             Generation::ChatGlm(_) => Some(self.special.eop),
-            Generation::Glm4 => self.special.role(ChatRole::User as u32),
+            Generation::Glm4 => self.special.role(ChatRole::User),
             Generation::ChatGlm2 | Generation::ChatGlm3 => None,
         }
         .unwrap_or(self.special.eos)
@@ -300,7 +300,7 @@ impl GlmTokenizer {
 
     fn role_id(&self, role: ChatRole) -> Result<u32, TokenizerError> {
         self.special
-            .role(role as u32)
+            .role(role)
             .ok_or(TokenizerError::NotInGeneration {
                 what: "a chat with role tokens",
                 defined_for: "ChatGLM3 and GLM-4",
