@@ -232,8 +232,18 @@ fn rows_longer_than_the_limit_are_bad_rows() {
     assert!(report.bad.examples()[1].contains("row 5: the row is longer than 100 bytes"));
 }
 
-/// A list of 1 to the last byte, wrong ones among them: a footer that nests a schema deeper than any
-/// stack.
+#[test]
+fn a_page_of_hundreds_of_megabytes_is_refused_before_it_is_decompressed() {
+    let found = first_error(&[table("bomb")], &skipping(pairs())).to_string();
+    assert!(
+        found.ends_with(
+            "a page has 314572810 bytes; at most 268435456 are read: write it again with smaller \
+             pages)"
+        ),
+        "{found}"
+    );
+}
+
 #[test]
 fn a_schema_without_end_is_refused_before_it_is_followed() {
     // FileMetaData: version 1, then a schema of many groups with one child each.
