@@ -17,6 +17,20 @@ pub enum TokenizerError {
         /// The cause.
         source: std::io::Error,
     },
+    /// A folder, pipe or device stands where a file was expected.
+    #[error("{path} is not a plain file; put the real file there")]
+    NotAFile {
+        /// The path.
+        path: PathBuf,
+    },
+    /// A Git LFS pointer, a few lines of text, instead of the file it stands for.
+    #[error(
+        "{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in its folder, or download the file again"
+    )]
+    LfsPointer {
+        /// The pointer file.
+        path: PathBuf,
+    },
     /// The folder has no tokenizer file.
     #[error(
         "{folder}: no ice_text.model, tokenizer.model or tokenizer.json is there; put the tokenizer file of the model into its folder"

@@ -149,11 +149,23 @@ fn read_bounded(path: &Path, limit: u64) -> Result<Result<Vec<u8>, u64>, Tokeniz
         path: path.to_owned(),
         source,
     };
+    // Looked at before it is opened: opening a pipe waits for a writer for ever.
+    let meta = path.metadata().map_err(io)?;
+    if !meta.is_file() {
+        return Err(TokenizerError::NotAFile {
+            path: path.to_owned(),
+        });
+    }
     let file = File::open(path).map_err(io)?;
     let mut bytes = Vec::new();
-    let len = file.metadata().map_err(io)?.len();
-    // The size may lie (a pipe, a file that grows): the read itself is bounded too.
+    let len = meta.len();
+    // The size may lie (a file that grows): the read itself is bounded too.
     file.take(limit + 1).read_to_end(&mut bytes).map_err(io)?;
+    if bytes.starts_with(b"version https://git-lfs") {
+        return Err(TokenizerError::LfsPointer {
+            path: path.to_owned(),
+        });
+    }
     let found = len.max(bytes.len() as u64);
     Ok(if found > limit { Err(found) } else { Ok(bytes) })
 }
