@@ -614,6 +614,7 @@ fn every_configuration_that_is_shipped_resolves_and_says_how_it_is_run() {
         "full.toml",
         "lora-adgen.toml",
         "lora-alpaca.toml",
+        "lora-chat.toml",
         "lora-golden.toml",
         "lora-identity.toml",
         "ptuning-adgen.toml",

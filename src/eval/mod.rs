@@ -63,7 +63,7 @@ pub struct EvalOptions {
 /// Names of columns and lengths, where they are not those of the template.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Columns {
-    /// Question, instruction or text.
+    /// Question, instruction, text or list of messages.
     pub prompt: Option<String>,
     /// Alpaca's input.
     pub input: Option<String>,
@@ -95,6 +95,8 @@ impl Columns {
                 put(&mut pair.response, &self.response);
                 put(&mut pair.history, &self.history);
             }
+            Template::Messages(messages) => put(&mut messages.messages, &self.prompt),
+            Template::ShareGpt(share_gpt) => put(&mut share_gpt.conversations, &self.prompt),
             Template::PlainText(plain) => {
                 if let Some(column) = &self.prompt {
                     plain.columns = vec![column.clone()];
