@@ -315,7 +315,7 @@ pub(super) struct EvalArgs {
     #[arg(long, value_name = "N",
         value_parser = clap::value_parser!(u32).range(1..=MAX_ANSWER))]
     pub max_new_tokens: Option<u32>,
-    /// Question or instruction [that of the training]
+    /// Question, instruction or conversation [that of the training]
     #[arg(long, value_name = "NAME", help_heading = "Columns")]
     pub prompt_column: Option<String>,
     /// Alpaca's input [that of the training]
