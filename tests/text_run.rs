@@ -160,13 +160,14 @@ fn every_kind_of_file_is_trained_on() {
     let table = format!("\u{feff}sentence\r\n{table}");
     let packed = gzip(&prompt_response(12));
     let chats = fs::read("tests/data/text/parquet/chats_zstd.parquet").unwrap();
+    let shared = sharegpt(6);
     let files: [(&str, &[u8], &str); 6] = [
         ("alpaca.json", alpaca.as_bytes(), "alpaca"),
         ("turns.jsonl", turns.as_bytes(), "prompt_response"),
         ("table.csv", table.as_bytes(), "plain_text"),
         ("rows.jsonl.gz", &packed, "prompt_response"),
         ("chats.parquet", &chats, "messages"),
-        ("sharegpt.json", sharegpt(6).as_bytes(), "sharegpt"),
+        ("sharegpt.json", shared.as_bytes(), "sharegpt"),
     ];
     for (name, bytes, template) in files {
         let flags = format!(
