@@ -17,8 +17,8 @@ use crate::config::model_size::ModelSize;
 use crate::config::paths::Paths;
 use crate::config::raw::{AdapterKind, RawConfig};
 use crate::config::run::{
-    Device, Precision, Quantization, Recompute, RotaryPrecision, RunConfig, ScheduleKind,
-    TemplateKind, TransportKind,
+    BadRowPolicy, Device, Precision, Quantization, Recompute, RotaryPrecision, RunConfig,
+    ScheduleKind, TemplateKind, TransportKind,
 };
 use crate::export::{Format, TorchDtype};
 use crate::plan::PlanOptions;
@@ -59,6 +59,15 @@ pub(super) enum Command {
         after_help = "Greedy, unless --temperature, --top-k or --top-p is given."
     )]
     Generate(GenerateArgs),
+    /// Measure loss, perplexity, BLEU-4 and ROUGE of a model's answers to a data set
+    #[command(
+        allow_negative_numbers = true,
+        after_help = "Rows are read and asked as in training, by the template saved with the adapter. \
+                      Greedy, unless --temperature, --top-k or --top-p is given; THUDM's evaluation \
+                      samples: --temperature 0.95 --top-k 50 --top-p 0.7. Scores are those of jieba, \
+                      rouge_chinese and nltk, an empty answer is worth 0."
+    )]
+    Eval(EvalArgs),
     /// Talk to a model
     #[command(
         allow_negative_numbers = true,
@@ -279,6 +288,64 @@ pub(super) struct GenerateArgs {
     #[arg(long, value_name = "N", default_value_t = 128,
         value_parser = clap::value_parser!(u32).range(1..=MAX_ANSWER))]
     pub max_new_tokens: u32,
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct EvalArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Rows with their answers: files, folders, globs, in every form that can be trained on
+    #[arg(long, value_name = "PATH,..")]
+    pub data: Paths,
+    /// Measure loss and perplexity, generate nothing
+    #[arg(long)]
+    pub loss_only: bool,
+    /// Write rows with prompt, label, prediction and scores, JSONL; - is standard output
+    #[arg(long, value_name = "FILE")]
+    pub predictions: Option<PathBuf>,
+    /// Write what is measured as JSON; - is standard output
+    #[arg(long, value_name = "FILE")]
+    pub output: Option<PathBuf>,
+    /// Only the first N rows [all]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub max_rows: Option<u32>,
+    /// Most ids per answer, 1 to 65536 [512 with the question]
+    #[arg(long, value_name = "N",
+        value_parser = clap::value_parser!(u32).range(1..=MAX_ANSWER))]
+    pub max_new_tokens: Option<u32>,
+    /// Question or instruction [that of the training]
+    #[arg(long, value_name = "NAME", help_heading = "Columns")]
+    pub prompt_column: Option<String>,
+    /// Alpaca's input [that of the training]
+    #[arg(long, value_name = "NAME", help_heading = "Columns")]
+    pub input_column: Option<String>,
+    /// Answer [that of the training]
+    #[arg(long, value_name = "NAME", help_heading = "Columns")]
+    pub response_column: Option<String>,
+    /// Earlier turns [that of the training]
+    #[arg(long, value_name = "NAME", help_heading = "Columns")]
+    pub history_column: Option<String>,
+    /// Most tokens of a question [that of the training]
+    #[arg(long, value_name = "N", help_heading = "Columns",
+        value_parser = clap::value_parser!(u32).range(1..=MAX_ANSWER))]
+    pub max_source_length: Option<u32>,
+    /// Most tokens of an answer [that of the training]
+    #[arg(long, value_name = "N", help_heading = "Columns",
+        value_parser = clap::value_parser!(u32).range(1..=MAX_ANSWER))]
+    pub max_target_length: Option<u32>,
+    /// An unusable row: fatal or skip [fatal]
+    #[arg(
+        long,
+        value_name = "fatal|skip",
+        hide_possible_values = true,
+        help_heading = "Columns"
+    )]
+    pub bad_rows: Option<BadRowPolicy>,
+    /// Print warnings and the result only
+    #[arg(long)]
+    pub quiet: bool,
     #[command(flatten)]
     pub sampling: SamplingArgs,
 }

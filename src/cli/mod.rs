@@ -17,6 +17,7 @@ mod bench;
 mod chat;
 mod demo;
 mod devices;
+mod eval;
 mod export;
 pub mod failure;
 mod generate;
@@ -50,6 +51,7 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Some(Command::Train(args)) => train::run(&args),
         Some(Command::Plan(args)) => plan::run(&args),
         Some(Command::Generate(args)) => generate::run(&args),
+        Some(Command::Eval(args)) => eval::run(&args),
         Some(Command::Chat(args)) => chat::run(&args),
         Some(Command::Demo(args)) => demo::run(&args),
         Some(Command::Bench(args)) => bench::run(&args),

@@ -19,16 +19,19 @@ pub enum NamedKind {
         /// What stands between two fields.
         delimiter: u8,
     },
+    /// A table by columns.
+    Parquet,
     /// Text as it is.
     Text,
 }
 
-const ENDINGS: [(&str, NamedKind); 6] = [
+const ENDINGS: [(&str, NamedKind); 7] = [
     ("json", NamedKind::Json),
     ("jsonl", NamedKind::Json),
     ("ndjson", NamedKind::Json),
     ("csv", NamedKind::Csv { delimiter: b',' }),
     ("tsv", NamedKind::Csv { delimiter: b'\t' }),
+    ("parquet", NamedKind::Parquet),
     ("txt", NamedKind::Text),
 ];
 

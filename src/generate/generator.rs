@@ -62,6 +62,19 @@ impl Generator {
         options: &GenerateOptions,
         longest: usize,
     ) -> Result<Self, GenerateError> {
+        Self::start_for(base, options, longest, 1)
+    }
+
+    /// Starts the stages, with room for `max_tokens` tokens in `max_sequences` sequences at a time.
+    ///
+    /// # Errors
+    /// As [`Generator::start`].
+    pub fn start_for(
+        base: &Base,
+        options: &GenerateOptions,
+        max_tokens: usize,
+        max_sequences: usize,
+    ) -> Result<Self, GenerateError> {
         let tied = base.head_source.tied;
         let section = match &options.adapter {
             Some(folder) => Some(files::section_of(folder)?),
@@ -84,8 +97,8 @@ impl Generator {
             schedule: Schedule::one_forward_one_backward(stages.len(), 1),
             recompute: vec![Recompute::Block; stages.len()],
             stages,
-            max_rows: longest,
-            max_sequences: 1,
+            max_rows: max_tokens,
+            max_sequences,
             transport: TransportKind::Auto,
             threads: options.threads,
             stall_timeout: Duration::from_secs(STALL_TIMEOUT),
@@ -102,6 +115,14 @@ impl Generator {
             engine: base.start(&layout, trainables, Box::new(initial))?,
             positions: base.config.max_sequence_length,
         })
+    }
+
+    /// Sum of the losses of all targets of a micro-batch.
+    ///
+    /// # Errors
+    /// A stage failed.
+    pub fn loss(&mut self, batch: MicroBatch) -> Result<f32, GenerateError> {
+        Ok(self.engine.evaluate(batch)?)
     }
 
     /// Continues a prompt token by token. `emit` gets each new id and the logits `[V]` it was chosen

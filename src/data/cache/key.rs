@@ -108,7 +108,7 @@ impl CacheKey {
                 } => Made::Text {
                     settings,
                     tokenizer: TokenizerFacts {
-                        model: digest(&tokenizer.sentence_piece().proto().to_bytes()),
+                        model: digest(&tokenizer.vocabulary_bytes()),
                         generation: format!("{:?}", tokenizer.generation()),
                         num_image_tokens: tokenizer.num_image_tokens(),
                     },
