@@ -612,7 +612,9 @@ fn every_configuration_that_is_shipped_resolves_and_says_how_it_is_run() {
     names.sort();
     let shipped = [
         "full.toml",
+        "lora-adgen.toml",
         "lora-alpaca.toml",
+        "lora-chat.toml",
         "lora-golden.toml",
         "lora-identity.toml",
         "ptuning-adgen.toml",
@@ -744,7 +746,7 @@ fn other_models_and_broken_configs_are_refused() {
         (
             "quantization_bit",
             "2",
-            "`quantization_bit` is 2; folders of 8 and of 4 bits are known: use THUDM/chatglm-6b-int8",
+            "`quantization_bit` is 2; folders of 8 and of 4 bits are known: use a folder such as",
         ),
         (
             "position_encoding_2d",

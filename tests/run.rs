@@ -14,6 +14,8 @@ mod golden_training;
 mod half_precision;
 #[path = "run/interrupted.rs"]
 mod interrupted;
+#[path = "run/later_generations.rs"]
+mod later_generations;
 #[path = "run/layout.rs"]
 mod layout;
 #[path = "run/outcome.rs"]

@@ -102,7 +102,7 @@ pub struct RawAdapter {
     /// Prefix: dropout on keys and values [0.1]
     #[arg(long, value_name = "P", value_parser = number::<f32>)]
     pub prefix_dropout: Option<f32>,
-    /// LoRA, prefix: adapter folder to start from
+    /// LoRA, prefix: adapter folder to start from, with its settings
     #[arg(long, value_name = "DIR")]
     pub init_adapter: Option<PathBuf>,
 }

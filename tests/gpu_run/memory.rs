@@ -7,10 +7,40 @@ use std::process::Command;
 
 use serde_json::{Value, json};
 
-use super::family::family;
+use super::family::{family, read_json};
 use super::gpu::{ANY_SHAPE, emulator, half, on_gpus};
 use super::program::{mp_train, succeed};
 use super::trace::Trace;
+
+/// Runs of later generations whose memory is planned and counted: model, flags, and devices.
+const LATER_RUNS: &[(&str, &str, &str)] = &[
+    (
+        "chatglm2-6b",
+        "--kind lora --target-modules all-linear --recompute none",
+        "0,1",
+    ),
+    (
+        "chatglm2-6b",
+        "--kind prefix --pre-seq-len 16 --prefix-projection true --recompute block",
+        "0",
+    ),
+    (
+        "chatglm2-6b",
+        "--kind full --recompute attention_free",
+        "0,1,2",
+    ),
+    (
+        "glm-4-9b",
+        "--kind lora --lora-dropout 0.1 --recompute block",
+        "0,0",
+    ),
+    (
+        "glm-4-9b",
+        "--kind lora --quantization int4 --target-modules all-linear",
+        "0,1",
+    ),
+    ("glm-4-9b", "--kind full --recompute none", "0,1"),
+];
 
 /// Runs whose memory is planned and counted: flags, and devices.
 const RUNS: &[(&str, &str)] = &[
@@ -39,14 +69,14 @@ const RUNS: &[(&str, &str)] = &[
     ("--kind prefix --quantization int4 --recompute none", "0,1"),
 ];
 
-/// The golden model as it is, with embedding and head in two matrices, or with both in one.
-fn copy_model(to: &Path, tied: bool) {
+/// A golden model as it is, with embedding and head in two matrices, or with both in one.
+fn copy_model(from: &Path, to: &Path, tied: bool) {
     fs::create_dir(to).unwrap();
-    for entry in fs::read_dir(family().path("model")).unwrap() {
+    for entry in fs::read_dir(from).unwrap() {
         let path = entry.unwrap().path();
         fs::copy(&path, to.join(path.file_name().unwrap())).unwrap();
     }
-    let mut config = family().config.clone();
+    let mut config = read_json(&from.join("config.json"));
     config["tie_word_embeddings"] = tied.into();
     fs::write(to.join("config.json"), config.to_string()).unwrap();
 }
@@ -87,17 +117,23 @@ fn planned_column(plan: &str, name: &str) -> Vec<f64> {
 fn planned_bytes_are_taken_at_once_and_used_to_the_last() {
     let Some(emulator) = emulator() else { return };
     let folder = tempfile::tempdir().unwrap();
-    let rows = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/golden_lora_train.jsonl");
-    for tied in [false, true] {
-        copy_model(&folder.path().join(format!("tied-{tied}")), tied);
-    }
-    for (turn, (flags, devices)) in RUNS.iter().enumerate() {
+    let tests = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests");
+    let rows = tests.join("data/golden_lora_train.jsonl");
+    let first = RUNS
+        .iter()
+        .map(|&(flags, devices)| ("chatglm-6b", flags, devices));
+    let runs = first.chain(LATER_RUNS.iter().copied());
+    for (turn, (model, flags, devices)) in runs.enumerate() {
         let tied = turn % 2 == 1;
-        let what = format!("{flags} --devices {devices}, tied {tied}");
+        let copy = folder.path().join(format!("{model}-tied-{tied}"));
+        if !copy.exists() {
+            copy_model(&tests.join("golden").join(model).join("model"), &copy, tied);
+        }
+        let what = format!("{model} {flags} --devices {devices}, tied {tied}");
         let output = folder.path().join(turn.to_string());
         let report = folder.path().join("report.json");
         // What a transport makes room for is known when it is.
-        let shared = *devices == "0,0";
+        let shared = devices == "0,0";
         let transport = if shared || tied { "p2p" } else { "nccl" };
         let command = |subcommand: &[&str]| -> Command {
             let mut command = mp_train(subcommand);
@@ -107,7 +143,7 @@ fn planned_bytes_are_taken_at_once_and_used_to_the_last() {
                 .args(["--max-steps", "1"])
                 .args(["--micro-batch-size", "3", "--gradient-accumulation", "4"])
                 .arg("--model")
-                .arg(folder.path().join(format!("tied-{tied}")))
+                .arg(&copy)
                 .arg("--train")
                 .arg(&rows)
                 .arg("--output")
