@@ -155,7 +155,8 @@ run() {
   link_libraries "$work/links"
   LD_LIBRARY_PATH="$work/links:$(sort -u "$work/links/.folders" 2>/dev/null | paste -sd: -):${LD_LIBRARY_PATH:-}"
   export LD_LIBRARY_PATH MP_TRAIN_KERNEL_CACHE=$work/kernels MP_TRAIN_TEST_GPU=1
-  export GOLDEN_DIR=$root/tests/golden/chatglm-6b GOLDEN_BACKEND=cuda
+  local golden=$root/tests/golden
+  export GOLDEN_DIR=$golden/chatglm-6b:$golden/chatglm2-6b:$golden/glm-4-9b GOLDEN_BACKEND=cuda
   device=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1)
   driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1)
   if [ -z "$device" ]; then

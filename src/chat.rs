@@ -105,10 +105,14 @@ impl Chat {
         let prompt = PromptRow::new(&raw_row(&input_ids), &self.base.config);
         let prompt = prompt.map_err(|problem| GenerateError::Prompt { line: 1, problem })?;
         let tokenizer = self.wording.tokenizer();
+        let stop_at = match self.options.stops(&self.base.config) {
+            [] => Vec::new(),
+            stops => self.wording.stops(stops),
+        };
         let request = Request {
             prompt: &prompt,
             max_new_tokens: self.options.max_new_tokens,
-            stop_at: self.options.stops(&self.base.config),
+            stop_at: &stop_at,
             sampling: &self.options.sampling,
             number: self.asked,
             usable_ids: tokenizer.size() as usize,
@@ -158,7 +162,7 @@ impl Chat {
             let worded = self.wording.words(&Question::Text {
                 query: query.to_owned(),
                 history: self.history[forgotten..].to_vec(),
-            });
+            })?;
             let tokens = worded.input_ids.len();
             if tokens <= self.prompt_limit {
                 return Ok((worded, forgotten));

@@ -9,6 +9,8 @@ pub mod demo;
 
 pub mod chat;
 
+pub mod eval;
+
 pub mod train;
 
 pub mod generate;
@@ -16,6 +18,8 @@ pub mod generate;
 pub mod plan;
 
 pub mod bench;
+
+pub mod export;
 
 pub mod report;
 

@@ -244,8 +244,8 @@ fn rows_of_text_are_counted_alike_in_every_run() {
     assert_eq!(
         (
             report.repeated_columns,
-            report.answers_cut,
-            report.prompts_cut
+            report.cuts.answers,
+            report.cuts.prompts
         ),
         (1, 1, 0)
     );

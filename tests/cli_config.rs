@@ -612,7 +612,9 @@ fn every_configuration_that_is_shipped_resolves_and_says_how_it_is_run() {
     names.sort();
     let shipped = [
         "full.toml",
+        "lora-adgen.toml",
         "lora-alpaca.toml",
+        "lora-chat.toml",
         "lora-golden.toml",
         "lora-identity.toml",
         "ptuning-adgen.toml",

@@ -18,15 +18,20 @@ use mp_train::data::rows::{RawRow, Rows};
 use mp_train::data::sentencepiece::ModelProto;
 use mp_train::data::source::find_files;
 use mp_train::data::template::{
-    Alpaca, PlainText, PromptResponse, RowText, Template, TemplateSettings,
+    Alpaca, Conversation, PlainText, PromptResponse, RowText, Template, TemplateSettings,
 };
 use mp_train::data::text_rows::{
-    BadRowLog, BadRows, EncodeError, RowEncoder, RowReport, TextRow, TextRows, TextSettings,
+    BadRowLog, BadRows, Cuts, RowEncoder, RowReport, TextRow, TextRows, TextSettings,
 };
 use mp_train::data::tokenizer::GlmTokenizer;
 use mp_train::data::{DataError, FileProblem, RowProblem, TextProblem};
 use serde::Deserialize;
 use tempfile::TempDir;
+
+#[path = "text_data/conversations.rs"]
+mod conversations;
+#[path = "text_data/parquet.rs"]
+mod parquet;
 
 const GMASK: u32 = 1657;
 const SOP: u32 = 1660;
@@ -125,10 +130,28 @@ fn message(name: &str, bytes: &[u8], settings: &TextSettings) -> String {
 
 fn texts(rows: &[TextRow]) -> Vec<(String, String)> {
     let text = |row: &TextRow| match &row.text {
-        RowText::Pair { prompt, answer } => (prompt.clone(), answer.clone()),
+        RowText::Conversation(conversation) => in_rounds(conversation, false),
         RowText::Document { text, .. } => (String::new(), text.clone()),
     };
     rows.iter().map(text).collect()
+}
+
+/// ChatGLM-6B's prompt and answer, spelled out here once more.
+fn in_rounds(conversation: &Conversation, round_for_one: bool) -> (String, String) {
+    let texts: Vec<&str> = conversation
+        .messages
+        .iter()
+        .map(|m| m.content.as_str())
+        .collect();
+    let turns = texts.chunks_exact(2).enumerate();
+    if texts.len() == 2 && !round_for_one {
+        return (texts[0].to_owned(), texts[1].to_owned());
+    }
+    let rounds = turns.map(|(n, turn)| format!("[Round {n}]\n问：{}\n答：{}\n", turn[0], turn[1]));
+    let answer = texts[texts.len() - 1];
+    let prompt = rounds.collect::<String>();
+    let prompt = prompt.strip_suffix(&format!("{answer}\n")).unwrap();
+    (prompt.to_owned(), answer.to_owned())
 }
 
 fn gzip(bytes: &[u8]) -> Vec<u8> {
@@ -150,8 +173,10 @@ fn snapshots() -> HashMap<String, Vec<Ids>> {
 fn encode(rows: &[TextRow], settings: &TextSettings) -> Vec<RawRow> {
     let tokenizer = tokenizer();
     let encoder = RowEncoder::new(&tokenizer, &settings.template).unwrap();
-    let rows = rows.iter().flat_map(|row| encoder.encode(&row.text).rows);
-    rows.collect()
+    let rows = rows
+        .iter()
+        .map(|row| encoder.encode(&row.text).unwrap().rows);
+    rows.flatten().collect()
 }
 
 fn ids(rows: &[RawRow]) -> Vec<Ids> {
@@ -207,7 +232,14 @@ fn check_pairs(
     expected: &[(&str, &str)],
 ) -> RowReport {
     let (rows, report) = read(&[stored(source)], settings);
-    let found = texts(&rows);
+    let round_for_one = settings.template.template.round_for_empty_history();
+    let found: Vec<_> = rows
+        .iter()
+        .map(|row| match &row.text {
+            RowText::Conversation(conversation) => in_rounds(conversation, round_for_one),
+            RowText::Document { .. } => panic!("a document"),
+        })
+        .collect();
     for (index, (found, expected)) in found.iter().zip(expected).enumerate() {
         assert_eq!(
             (found.0.as_str(), found.1.as_str()),
@@ -483,12 +515,11 @@ fn cuts_are_counted_and_padding_is_no_target() {
         max_source_length: 3,
         max_target_length: 4,
         parse_special: true,
+        ..TemplateSettings::default()
     };
     let encoder = RowEncoder::new(&tokenizer, &settings).unwrap();
-    let encoded = encoder.encode(&RowText::Pair {
-        prompt: "b a b".to_owned(),
-        answer: "<pad>a b a".to_owned(),
-    });
+    let pair = Conversation::pair("b a b", "<pad>a b a");
+    let encoded = encoder.encode(&RowText::Conversation(pair)).unwrap();
     assert_eq!(
         encoded.rows[0].input_ids,
         [19, 237, 1657, 1660, 3, 19, 1661]
@@ -497,7 +528,12 @@ fn cuts_are_counted_and_padding_is_no_target() {
         encoded.rows[0].labels,
         [-100, -100, -100, 1660, -100, 19, 1661]
     );
-    assert_eq!((encoded.prompt_ids_cut, encoded.answer_ids_cut), (2, 2));
+    let cuts = Cuts {
+        prompts: 1,
+        answers: 1,
+        turns: 0,
+    };
+    assert_eq!(encoded.cuts, cuts);
 
     settings.max_target_length = 2;
     let error = RowEncoder::new(&tokenizer, &settings).unwrap_err();
@@ -505,10 +541,6 @@ fn cuts_are_counted_and_padding_is_no_target() {
         error.to_string(),
         "max_target_length is 2; it must be at least 3"
     );
-    let bytes = fs::read(tests_folder("tokenizer/v2.model")).unwrap();
-    let other = GlmTokenizer::chatglm2(ModelProto::parse(&bytes).unwrap()).unwrap();
-    let error = RowEncoder::new(&other, &settings).unwrap_err();
-    assert!(matches!(error, EncodeError::Tokenizer(_)));
 }
 
 // ---- finding and opening --------------------------------------------------------------------------
@@ -590,7 +622,7 @@ fn sources_are_files_folders_and_patterns_in_a_fixed_order() {
     assert!(
         error.ends_with(
             "/empty: no data file in this folder; looked for names that end in .json, .jsonl, \
-             .ndjson, .csv, .tsv, each also with .gz"
+             .ndjson, .csv, .tsv, each also with .gz, or in .parquet"
         ),
         "{error}"
     );
@@ -654,7 +686,7 @@ fn unknown_endings_are_told_by_contents() {
     assert_eq!(
         message("a.bin", b"\x7fELF", &settings(pairs())),
         "a.bin: neither JSON nor CSV with a column named `prompt`, `response`; name the file \
-         .json, .jsonl, .csv or .tsv, or use the plain text template for text"
+         .json, .jsonl, .csv, .tsv or .parquet, or use the plain text template for text"
     );
     let (_folder, path) = file("story", b"[Round 0] is text");
     assert_eq!(read(&[path], &settings(plain(Documents::File))).0.len(), 1);
@@ -1100,7 +1132,7 @@ fn long_documents_come_in_pieces_that_fit_together() {
             .iter()
             .map(|row| match row.text {
                 RowText::Document { begins, ends, .. } => (begins, ends),
-                RowText::Pair { .. } => panic!("a pair"),
+                RowText::Conversation(_) => panic!("a pair"),
             })
             .collect();
         assert_eq!(edges.iter().filter(|edge| edge.0).count(), 1);

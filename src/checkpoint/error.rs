@@ -145,6 +145,19 @@ pub enum CheckpointError {
         /// Why it is refused and what to do.
         remedy: String,
     },
+    /// A field of an adapter's configuration that nobody here knows, and that says something.
+    #[error(
+        "{path}: {field} is {found}, a setting that this program does not know and that may change what \
+         the adapter computes. Remove it if it does not, or convert the adapter to a plain LoRA with PEFT"
+    )]
+    UnknownSetting {
+        /// The configuration file.
+        path: PathBuf,
+        /// The field.
+        field: String,
+        /// Its value.
+        found: String,
+    },
     /// Tensors of an adapter that do not fit together or do not fit its configuration.
     #[error(
         "{path}: {reason}. Check that tensors and configuration come from the same training run"

@@ -15,6 +15,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+mod adapter_config;
 pub mod adapter_files;
 mod durable;
 mod error;
@@ -30,6 +31,7 @@ mod tensor;
 pub mod torch_bin;
 mod torch_map;
 mod torch_pickle;
+pub mod torch_zip;
 mod zip_end;
 
 pub use adapter_files::{LoraFileConfig, LoraFiles};

@@ -4,10 +4,10 @@
 //! The file is eight bytes of header length, a JSON header, then the tensors without gaps
 //! (<https://github.com/huggingface/safetensors>).
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
 use std::fs::File;
-use std::io::Read;
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 
 use ::safetensors::Dtype as FileDtype;
@@ -245,62 +245,142 @@ pub fn write_safetensors<'a, S: AsRef<str>>(
     path: &Path,
     tensors: impl IntoIterator<Item = (S, &'a HostTensor)>,
 ) -> Result<(), CheckpointError> {
-    let mut sorted: Vec<(String, FileDtype, &HostTensor)> = Vec::new();
+    let mut bytes = HashMap::new();
+    let mut planned = Vec::new();
     for (name, tensor) in tensors {
         let name = name.as_ref().to_owned();
         tensor
             .check()
             .map_err(|cause| cause.in_tensor(path, &name))?;
-        sorted.push((name, file_dtype(tensor.dtype), tensor));
-    }
-    sorted.sort_by(|a, b| b.1.cmp(&a.1).then_with(|| a.0.cmp(&b.0)));
-
-    let mut end = 0_usize;
-    let mut entries = BTreeMap::new();
-    for (name, dtype, tensor) in &sorted {
-        let start = end;
-        end += tensor.bytes.len();
-        let entry = FileEntry {
-            dtype: *dtype,
+        planned.push(PlannedTensor {
+            name: name.clone(),
+            dtype: tensor.dtype,
             shape: tensor.shape.clone(),
-            data_offsets: (start, end),
-        };
-        if name == METADATA || entries.insert(name.as_str(), entry).is_some() {
-            let reason = format!("the tensor name '{name}' is reserved or comes twice");
-            return Err(CheckpointError::mismatch(path, reason));
-        }
+        });
+        bytes.insert(name, &tensor.bytes);
     }
-    let header =
-        header(&sorted, entries).map_err(|reason| CheckpointError::mismatch(path, reason))?;
-    durable::write_file(path, |out| {
-        out.write_all(&(header.len() as u64).to_le_bytes())?;
-        out.write_all(&header)?;
-        sorted
-            .iter()
-            .try_for_each(|(_, _, tensor)| out.write_all(&tensor.bytes))
+    stream_safetensors(path, planned, |tensor, sink| {
+        sink.write(bytes[&tensor.name])
     })
 }
 
+/// A tensor whose elements are yet to come.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PlannedTensor {
+    /// Name.
+    pub name: String,
+    /// Element type.
+    pub dtype: Dtype,
+    /// Extent of each dimension.
+    pub shape: Vec<usize>,
+}
+
+/// Where the elements of one tensor of a file go.
+pub struct TensorSink<'a> {
+    path: &'a Path,
+    out: &'a mut dyn Write,
+    /// Bytes that the tensor still lacks.
+    lacks: usize,
+}
+
+impl TensorSink<'_> {
+    /// Takes the next elements, little-endian.
+    ///
+    /// # Errors
+    /// They are more than the tensor has, or the file cannot be written.
+    pub fn write(&mut self, bytes: &[u8]) -> Result<(), CheckpointError> {
+        let Some(lacks) = self.lacks.checked_sub(bytes.len()) else {
+            let reason = "a tensor got more elements than its shape has";
+            return Err(CheckpointError::mismatch(self.path, reason));
+        };
+        self.lacks = lacks;
+        self.out
+            .write_all(bytes)
+            .map_err(CheckpointError::write(self.path))
+    }
+}
+
+/// As [`write_safetensors`], with tensors that are made while they are written: `fill` is called for
+/// each, in the order of the file, and puts all its elements into the sink.
+///
+/// # Errors
+/// As there, and those of `fill`; then there is no file.
+pub fn stream_safetensors<E: From<CheckpointError>>(
+    path: &Path,
+    mut tensors: Vec<PlannedTensor>,
+    mut fill: impl FnMut(&PlannedTensor, &mut TensorSink<'_>) -> Result<(), E>,
+) -> Result<(), E> {
+    tensors.sort_by(|a, b| {
+        let (wide_a, wide_b) = (file_dtype(a.dtype), file_dtype(b.dtype));
+        wide_b.cmp(&wide_a).then_with(|| a.name.cmp(&b.name))
+    });
+    let header = header(&tensors).map_err(|reason| CheckpointError::mismatch(path, reason))?;
+    let mut failed = None;
+    let written = durable::write_file(path, |out| {
+        out.write_all(&(header.len() as u64).to_le_bytes())?;
+        out.write_all(&header)?;
+        for tensor in &tensors {
+            let mut sink = TensorSink {
+                path,
+                lacks: tensor.dtype.bytes_of(&tensor.shape).unwrap_or(usize::MAX),
+                out,
+            };
+            let filled = fill(tensor, &mut sink);
+            let filled = filled.and_then(|()| match sink.lacks {
+                0 => Ok(()),
+                lacks => {
+                    let reason = format!("tensor '{}' lacks {lacks} bytes", tensor.name);
+                    Err(CheckpointError::mismatch(path, reason).into())
+                }
+            });
+            if let Err(error) = filled {
+                failed = Some(error);
+                return Err(std::io::ErrorKind::Other.into());
+            }
+        }
+        Ok(())
+    });
+    match failed {
+        Some(error) => Err(error),
+        None => Ok(written?),
+    }
+}
+
 /// The JSON header, padded with spaces so that the tensors start at a multiple of eight.
-fn header(
-    sorted: &[(String, FileDtype, &HostTensor)],
-    mut entries: BTreeMap<&str, FileEntry>,
-) -> Result<Vec<u8>, String> {
-    let in_file_order = sorted
-        .iter()
-        .filter_map(|(name, _, _)| Some((name.clone(), entries.remove(name.as_str())?)))
-        .collect();
+fn header(in_file_order: &[PlannedTensor]) -> Result<Vec<u8>, String> {
+    let mut end = 0_usize;
+    let mut entries = Vec::new();
+    let mut names = BTreeSet::new();
+    for tensor in in_file_order {
+        let PlannedTensor { name, dtype, shape } = tensor;
+        if name == METADATA || !names.insert(name) {
+            return Err(format!(
+                "the tensor name '{name}' is reserved or comes twice"
+            ));
+        }
+        let start = end;
+        let bytes = dtype.bytes_of(shape);
+        end = bytes
+            .and_then(|bytes| end.checked_add(bytes))
+            .ok_or_else(|| format!("tensor '{name}' of shape {shape:?} is too large"))?;
+        let entry = FileEntry {
+            dtype: file_dtype(*dtype),
+            shape: shape.clone(),
+            data_offsets: (start, end),
+        };
+        entries.push((name.clone(), entry));
+    }
     let format = HashMap::from([("format".to_owned(), "pt".to_owned())]);
-    let metadata = Metadata::new(Some(format), in_file_order).map_err(|cause| cause.to_string())?;
+    let metadata = Metadata::new(Some(format), entries).map_err(|cause| cause.to_string())?;
     let mut header = serde_json::to_vec(&metadata).map_err(|cause| cause.to_string())?;
     header.resize(header.len().next_multiple_of(LENGTH_BYTES), b' ');
-    if header.len() > MAX_HEADER_BYTES {
-        return Err(format!(
+    match header.len() > MAX_HEADER_BYTES {
+        true => Err(format!(
             "{} tensors are too many for one file",
-            sorted.len()
-        ));
+            in_file_order.len()
+        )),
+        false => Ok(header),
     }
-    Ok(header)
 }
 
 fn allowed(dtype: FileDtype) -> Option<Dtype> {

@@ -9,6 +9,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::config::byte_size::ByteSize;
 use crate::config::error::ConfigError;
 use crate::config::file::ConfigFile;
 use crate::config::layers::Layers;
@@ -16,9 +17,10 @@ use crate::config::model_size::ModelSize;
 use crate::config::paths::Paths;
 use crate::config::raw::{AdapterKind, RawConfig};
 use crate::config::run::{
-    Device, Precision, Quantization, Recompute, RotaryPrecision, RunConfig, ScheduleKind,
-    TemplateKind, TransportKind,
+    BadRowPolicy, Device, Precision, Quantization, Recompute, RotaryPrecision, RunConfig,
+    ScheduleKind, TemplateKind, TransportKind,
 };
+use crate::export::{Format, TorchDtype};
 use crate::plan::PlanOptions;
 
 /// Model-parallel fine-tuning of ChatGLM-6B: LoRA, P-Tuning v2, whole model
@@ -57,6 +59,15 @@ pub(super) enum Command {
         after_help = "Greedy, unless --temperature, --top-k or --top-p is given."
     )]
     Generate(GenerateArgs),
+    /// Measure loss, perplexity, BLEU-4 and ROUGE of a model's answers to a data set
+    #[command(
+        allow_negative_numbers = true,
+        after_help = "Rows are read and asked as in training, by the template saved with the adapter. \
+                      Greedy, unless --temperature, --top-k or --top-p is given; THUDM's evaluation \
+                      samples: --temperature 0.95 --top-k 50 --top-p 0.7. Scores are those of jieba, \
+                      rouge_chinese and nltk, an empty answer is worth 0."
+    )]
+    Eval(EvalArgs),
     /// Talk to a model
     #[command(
         allow_negative_numbers = true,
@@ -65,6 +76,13 @@ pub(super) enum Command {
                       temperature 0.95, top-k 50, top-p 0.7."
     )]
     Chat(ChatArgs),
+    /// Make a folder that other programs load: a merged model, a PEFT adapter, a THUDM prefix
+    #[command(
+        after_help = "A LoRA adapter is added into the weights in f32, which are rounded once. A prefix \
+                      (P-Tuning v2) cannot be: it is written as THUDM's ptuning does. Of a quantised \
+                      folder the weights become float16 again, unless --quantization is given."
+    )]
+    Export(ExportArgs),
     /// Teach a tiny model who it is, from nothing, in about a minute
     Demo(DemoArgs),
     /// Measure tokens per second and memory with made-up weights of a named size
@@ -111,8 +129,8 @@ impl ConfigArgs {
         self.resolve_with(|_, _| {})
     }
 
-    /// As [`ConfigArgs::resolve`], after `fill` has put into the flags (the first) what neither they nor
-    /// the file (the second) say.
+    /// As [`ConfigArgs::resolve`], after `fill`, and then the adapter to start from, have put into the
+    /// flags (the first) what neither they nor the file (the second) say.
     fn resolve_with(
         &self,
         fill: impl FnOnce(&mut RawConfig, Option<&RawConfig>),
@@ -121,6 +139,7 @@ impl ConfigArgs {
         let mut flags = self.flags.clone();
         let in_file = file.as_ref().map(|file| &file.raw);
         fill(&mut flags, in_file);
+        super::adapter_settings::fill(&mut flags, in_file);
         if flags.pipeline.devices.is_none()
             && in_file.is_none_or(|raw| raw.pipeline.devices.is_none())
         {
@@ -274,6 +293,64 @@ pub(super) struct GenerateArgs {
 }
 
 #[derive(Debug, Args)]
+pub(super) struct EvalArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Rows with their answers: files, folders, globs, in every form that can be trained on
+    #[arg(long, value_name = "PATH,..")]
+    pub data: Paths,
+    /// Measure loss and perplexity, generate nothing
+    #[arg(long)]
+    pub loss_only: bool,
+    /// Write rows with prompt, label, prediction and scores, JSONL; - is standard output
+    #[arg(long, value_name = "FILE")]
+    pub predictions: Option<PathBuf>,
+    /// Write what is measured as JSON; - is standard output
+    #[arg(long, value_name = "FILE")]
+    pub output: Option<PathBuf>,
+    /// Only the first N rows [all]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub max_rows: Option<u32>,
+    /// Most ids per answer, 1 to 65536 [512 with the question]
+    #[arg(long, value_name = "N",
+        value_parser = clap::value_parser!(u32).range(1..=MAX_ANSWER))]
+    pub max_new_tokens: Option<u32>,
+    /// Question or instruction [that of the training]
+    #[arg(long, value_name = "NAME", help_heading = "Columns")]
+    pub prompt_column: Option<String>,
+    /// Alpaca's input [that of the training]
+    #[arg(long, value_name = "NAME", help_heading = "Columns")]
+    pub input_column: Option<String>,
+    /// Answer [that of the training]
+    #[arg(long, value_name = "NAME", help_heading = "Columns")]
+    pub response_column: Option<String>,
+    /// Earlier turns [that of the training]
+    #[arg(long, value_name = "NAME", help_heading = "Columns")]
+    pub history_column: Option<String>,
+    /// Most tokens of a question [that of the training]
+    #[arg(long, value_name = "N", help_heading = "Columns",
+        value_parser = clap::value_parser!(u32).range(1..=MAX_ANSWER))]
+    pub max_source_length: Option<u32>,
+    /// Most tokens of an answer [that of the training]
+    #[arg(long, value_name = "N", help_heading = "Columns",
+        value_parser = clap::value_parser!(u32).range(1..=MAX_ANSWER))]
+    pub max_target_length: Option<u32>,
+    /// An unusable row: fatal or skip [fatal]
+    #[arg(
+        long,
+        value_name = "fatal|skip",
+        hide_possible_values = true,
+        help_heading = "Columns"
+    )]
+    pub bad_rows: Option<BadRowPolicy>,
+    /// Print warnings and the result only
+    #[arg(long)]
+    pub quiet: bool,
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+}
+
+#[derive(Debug, Args)]
 pub(super) struct ChatArgs {
     #[command(flatten)]
     pub model: ModelArgs,
@@ -382,6 +459,45 @@ pub(super) struct BenchArgs {
     /// Print one line of JSON
     #[arg(long)]
     pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct ExportArgs {
+    /// Model folder: config.json, weights and, for the result, tokenizer and code
+    #[arg(long, value_name = "DIR")]
+    pub model: PathBuf,
+    /// Adapter folder (PEFT LoRA or prefix)
+    #[arg(long, value_name = "DIR")]
+    pub adapter: Option<PathBuf>,
+    /// Folder to make; a new or an empty one
+    #[arg(long, value_name = "DIR")]
+    pub output: PathBuf,
+    /// merged, peft or thudm [thudm for a prefix, else merged]
+    #[arg(long, value_name = "FORM", hide_possible_values = true)]
+    pub format: Option<Format>,
+    /// Storage of a merged model: float32, float16 or bfloat16 [that of the folder]
+    #[arg(long, value_name = "TYPE", hide_possible_values = true)]
+    pub dtype: Option<TorchDtype>,
+    /// Linear layers of a merged model as codes: none, int8 or int4
+    #[arg(
+        long,
+        value_name = "WHAT",
+        default_value = "none",
+        hide_possible_values = true
+    )]
+    pub quantization: Quantization,
+    /// Most bytes of a file of a merged model
+    #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = some_bytes)]
+    pub max_shard_size: ByteSize,
+}
+
+/// Parses a number of bytes above 0.
+fn some_bytes(text: &str) -> Result<ByteSize, String> {
+    let bytes: ByteSize = text.parse()?;
+    match bytes.0 {
+        0 => Err("expected 1 byte or more".to_owned()),
+        _ => Ok(bytes),
+    }
 }
 
 #[derive(Debug, Args)]

@@ -64,7 +64,7 @@ pub(super) fn warn(notice: Notice) {
 }
 
 /// Where nothing is drawn unless a flag that shapes the drawing is given.
-fn greedy_unless_asked(args: &SamplingArgs) -> Sampling {
+pub(super) fn greedy_unless_asked(args: &SamplingArgs) -> Sampling {
     match args.temperature.is_none() && args.top_k.is_none() && args.top_p.is_none() {
         true => Sampling::greedy(),
         false => Sampling::plain(),

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::failure::Failure;
@@ -183,7 +183,12 @@ impl Answers {
             row.insert("answer".to_owned(), text.as_str().into());
         }
         row.insert("new_tokens".to_owned(), answer.new_tokens.as_slice().into());
-        let mut row = serde_json::to_vec(&row)?;
+        self.write_json(&row)
+    }
+
+    /// Writes a line of JSON.
+    pub(super) fn write_json(&mut self, row: &impl Serialize) -> io::Result<()> {
+        let mut row = serde_json::to_vec(row)?;
         row.push(b'\n');
         match self {
             Answers::Stream(out) => {

@@ -68,15 +68,9 @@ impl From<TrainError> for Failure {
     fn from(error: TrainError) -> Self {
         let failure = Failure::new(error.class(), &error);
         match &error {
-            TrainError::Start(StartError::Data(data)) | TrainError::Data(data) => match data {
-                DataError::Row { .. } => {
-                    failure.hint("mend this row, or leave such rows out with --bad-rows skip")
-                }
-                DataError::Broken { .. } => {
-                    failure.hint("the file cannot be read on from this place: mend it")
-                }
-                _ => failure,
-            },
+            TrainError::Start(StartError::Data(data)) | TrainError::Data(data) => {
+                with_data_hint(failure, data)
+            }
             TrainError::Start(StartError::Failure(stage)) | TrainError::Failure(stage) => {
                 match stage.cause {
                     Cause::Stalled { .. } => failure.hint(
@@ -87,6 +81,19 @@ impl From<TrainError> for Failure {
             }
             _ => failure,
         }
+    }
+}
+
+/// The failure with what to do about rows that cannot be used.
+pub(super) fn with_data_hint(failure: Failure, data: &DataError) -> Failure {
+    match data {
+        DataError::Row { .. } => {
+            failure.hint("mend this row, or leave such rows out with --bad-rows skip")
+        }
+        DataError::Broken { .. } => {
+            failure.hint("the file cannot be read on from this place: mend it")
+        }
+        _ => failure,
     }
 }
 

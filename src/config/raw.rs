@@ -17,7 +17,7 @@ use super::byte_size::ByteSize;
 use super::paths::Paths;
 use super::run::{
     BadRowPolicy, Device, LossNormalisation, LrSchedule, Precision, Quantization, Recompute,
-    Resume, RotaryPrecision, ScheduleKind, TemplateKind, TransportKind,
+    Resume, RotaryPrecision, ScheduleKind, TemplateKind, TrainedTurns, TransportKind,
 };
 
 /// A run configuration as typed, in a file or as flags.
@@ -102,7 +102,7 @@ pub struct RawAdapter {
     /// Prefix: dropout on keys and values [0.1]
     #[arg(long, value_name = "P", value_parser = number::<f32>)]
     pub prefix_dropout: Option<f32>,
-    /// LoRA, prefix: adapter folder to start from
+    /// LoRA, prefix: adapter folder to start from, with its settings
     #[arg(long, value_name = "DIR")]
     pub init_adapter: Option<PathBuf>,
 }
@@ -124,7 +124,7 @@ pub struct RawData {
     /// Share of the rows set aside for it [0]
     #[arg(long, value_name = "X", value_parser = number::<f64>)]
     pub validation_split: Option<f64>,
-    /// alpaca, prompt_response or plain_text [alpaca]
+    /// alpaca, prompt_response, messages, sharegpt or plain_text [alpaca]
     #[arg(long, value_name = "KIND", hide_possible_values = true)]
     pub template: Option<TemplateKind>,
     /// Question or instruction [by template]
@@ -142,6 +142,21 @@ pub struct RawData {
     /// [Round 0] before a first question [false]
     #[arg(long, value_name = "true|false", hide_possible_values = true)]
     pub round_for_empty_history: Option<bool>,
+    /// List of messages [by template]
+    #[arg(long, value_name = "NAME")]
+    pub messages_column: Option<String>,
+    /// Who speaks in a message [role, from]
+    #[arg(long, value_name = "NAME")]
+    pub role_key: Option<String>,
+    /// What a message says [content, value]
+    #[arg(long, value_name = "NAME")]
+    pub content_key: Option<String>,
+    /// ShareGPT's system message [system]
+    #[arg(long, value_name = "NAME")]
+    pub system_column: Option<String>,
+    /// Loss on the last turn or on all [messages: all]
+    #[arg(long, value_name = "last|all", hide_possible_values = true)]
+    pub train_on_turns: Option<TrainedTurns>,
     /// Text before every question [none]
     #[arg(long, value_name = "TEXT")]
     pub source_prefix: Option<String>,
@@ -151,6 +166,9 @@ pub struct RawData {
     /// Most tokens of an answer [512]
     #[arg(long, value_name = "N", value_parser = whole::<usize>)]
     pub max_target_length: Option<usize>,
+    /// Most tokens of messages or plain text [their sum]
+    #[arg(long, value_name = "N", value_parser = whole::<usize>)]
+    pub max_length: Option<usize>,
     /// Text like `<sop>` becomes special [false]
     #[arg(long, value_name = "true|false", hide_possible_values = true)]
     pub parse_special: Option<bool>,

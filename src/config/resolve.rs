@@ -11,7 +11,7 @@ use super::run::{
     AdapterSection, BadRowPolicy, DataSection, Device, FullSection, LoraSection, LossNormalisation,
     LrSchedule, ModelSection, OptimizerSection, PipelineSection, Precision, PrefixSection,
     Quantization, Recompute, Resume, RunConfig, RunSection, STALL_TIMEOUT, ScheduleKind,
-    TemplateKind, TransportKind,
+    TemplateKind, TrainedTurns, TransportKind,
 };
 use super::setting::{Setting, Value};
 
@@ -148,6 +148,16 @@ fn data(typed: &Layers) -> Result<DataSection, ConfigError> {
     let some_paths = |paths: &Paths| {
         !paths.0.is_empty() && paths.0.iter().all(|path| !path.as_os_str().is_empty())
     };
+    let template = setting!(typed, data.template)
+        .or(TemplateKind::Alpaca)
+        .any();
+    let is_list = matches!(template, TemplateKind::Messages | TemplateKind::ShareGpt);
+    let max_source_length = setting!(typed, data.max_source_length)
+        .or(512)
+        .between(2, MAX_COUNT)?;
+    let max_target_length = setting!(typed, data.max_target_length)
+        .or(512)
+        .between(3, MAX_COUNT)?;
     Ok(DataSection {
         train: setting!(typed, data.train)
             .required("\"data/train.jsonl\"")?
@@ -159,9 +169,7 @@ fn data(typed: &Layers) -> Result<DataSection, ConfigError> {
                 paths.0.is_empty() || some_paths(paths)
             })?,
         validation_split: setting!(typed, data.validation_split).or(0.0).below_one()?,
-        template: setting!(typed, data.template)
-            .or(TemplateKind::Alpaca)
-            .any(),
+        template,
         prompt_column: column(setting!(typed, data.prompt_column)),
         input_column: column(setting!(typed, data.input_column)),
         response_column: column(setting!(typed, data.response_column)),
@@ -169,13 +177,22 @@ fn data(typed: &Layers) -> Result<DataSection, ConfigError> {
         round_for_empty_history: setting!(typed, data.round_for_empty_history)
             .or(false)
             .any(),
+        messages_column: column(setting!(typed, data.messages_column)),
+        role_key: column(setting!(typed, data.role_key)),
+        content_key: column(setting!(typed, data.content_key)),
+        system_column: column(setting!(typed, data.system_column)),
+        train_on_turns: setting!(typed, data.train_on_turns)
+            .or(match is_list {
+                true => TrainedTurns::All,
+                false => TrainedTurns::Last,
+            })
+            .any(),
         source_prefix: setting!(typed, data.source_prefix).or(String::new()).any(),
-        max_source_length: setting!(typed, data.max_source_length)
-            .or(512)
-            .between(2, MAX_COUNT)?,
-        max_target_length: setting!(typed, data.max_target_length)
-            .or(512)
-            .between(3, MAX_COUNT)?,
+        max_source_length,
+        max_target_length,
+        max_length: setting!(typed, data.max_length)
+            .or(max_source_length + max_target_length)
+            .between(4, 2 * MAX_COUNT)?,
         parse_special: setting!(typed, data.parse_special).or(false).any(),
         bad_rows: setting!(typed, data.bad_rows).or(BadRowPolicy::Fatal).any(),
         bucket_by_length: setting!(typed, data.bucket_by_length).or(false).any(),

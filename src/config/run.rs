@@ -185,12 +185,24 @@ pub struct DataSection {
     pub history_column: Option<String>,
     /// Whether an empty history is written as `[Round 0]` too, as THUDM's training code does.
     pub round_for_empty_history: bool,
+    /// Column of the list of messages; the template's own name when absent.
+    pub messages_column: Option<String>,
+    /// Key of who speaks in a message; the template's own name when absent.
+    pub role_key: Option<String>,
+    /// Key of what a message says; the template's own name when absent.
+    pub content_key: Option<String>,
+    /// ShareGPT: column of the system message; the template's own name when absent, none where empty.
+    pub system_column: Option<String>,
+    /// Which of the assistant's turns are trained on.
+    pub train_on_turns: TrainedTurns,
     /// Text in front of every question.
     pub source_prefix: String,
     /// Most tokens of a question, `[gMASK]` included.
     pub max_source_length: usize,
     /// Most tokens of an answer, sop and eop included.
     pub max_target_length: usize,
+    /// Most tokens of a list of messages, or of a row of plain text, special tokens included.
+    pub max_length: usize,
     /// Whether text that looks like a special token becomes one.
     pub parse_special: bool,
     /// What happens to a row that cannot be used.
@@ -216,9 +228,15 @@ impl DataSection {
             response_column: None,
             history_column: None,
             round_for_empty_history: false,
+            messages_column: None,
+            role_key: None,
+            content_key: None,
+            system_column: None,
+            train_on_turns: TrainedTurns::Last,
             source_prefix: String::new(),
             max_source_length: 512,
             max_target_length: 512,
+            max_length: 1024,
             parse_special: false,
             bad_rows: BadRowPolicy::Fatal,
             bucket_by_length: false,
@@ -238,6 +256,23 @@ pub enum TemplateKind {
     PromptResponse,
     /// Text to be continued.
     PlainText,
+    /// Lists of messages with `role` and `content` (OpenAI's form).
+    Messages,
+    /// Lists of messages with `from` and `value` (ShareGPT's form).
+    #[serde(rename = "sharegpt")]
+    #[value(name = "sharegpt")]
+    ShareGpt,
+}
+
+/// Which of the assistant's turns are trained on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "snake_case")]
+#[value(rename_all = "snake_case")]
+pub enum TrainedTurns {
+    /// The last one; those before it are context.
+    Last,
+    /// All of them.
+    All,
 }
 
 /// What happens to a row that cannot be used.

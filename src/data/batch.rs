@@ -1,7 +1,7 @@
 //! The micro-batch as the engine sees it: real tokens only, flat, with sequence offsets.
 
 use super::positions::next_positions;
-use super::rows::{PromptRow, Row};
+use super::rows::{PromptRow, Row, Rows};
 
 /// One sequence inside a [`MicroBatch`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,6 +52,29 @@ impl MicroBatch {
             }));
         }
         batch
+    }
+
+    /// All rows in their order, each micro-batch with as many as fit into `max_tokens` tokens and
+    /// `max_sequences` sequences, and with one at least.
+    pub fn packed(
+        rows: &Rows,
+        max_tokens: usize,
+        max_sequences: usize,
+    ) -> impl Iterator<Item = MicroBatch> + '_ {
+        let mut next = 0;
+        std::iter::from_fn(move || {
+            let start = next;
+            let mut tokens = 0;
+            while next < rows.len() && (next == start || next - start < max_sequences) {
+                tokens += rows.length(next);
+                if tokens > max_tokens && next > start {
+                    break;
+                }
+                next += 1;
+            }
+            let picked = (start..next).filter_map(|index| rows.get(index));
+            (next > start).then(|| MicroBatch::from_rows(picked))
+        })
     }
 
     /// Prompts one after another; nothing is a target.

@@ -1,9 +1,18 @@
 //! Everything that can be wrong with training data, each with its file and line.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
+use super::source::NamedKind;
 use super::text_error::{FileProblem, TextProblem, skipped_examples};
 use super::text_rows::EncodeError;
+
+/// A place in a file: a line, or of a table that has none a row.
+pub(super) fn place(path: &Path, line: usize) -> String {
+    match NamedKind::of(path) {
+        Some(NamedKind::Parquet) => format!("{}, row {line}", path.display()),
+        _ => format!("{}:{line}", path.display()),
+    }
+}
 
 /// Why training data cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -23,11 +32,11 @@ pub enum DataError {
         path: PathBuf,
     },
     /// A row that cannot be used.
-    #[error("{path}:{line}: {problem}")]
+    #[error("{}: {problem}", place(.path, *.line))]
     Row {
         /// The file.
         path: PathBuf,
-        /// Line, counted from 1.
+        /// Line, of Parquet the row, counted from 1.
         line: usize,
         /// What is wrong with it.
         problem: RowProblem,
@@ -41,11 +50,11 @@ pub enum DataError {
         problem: FileProblem,
     },
     /// A file that cannot be read on from some place.
-    #[error("{path}:{line}: {problem}")]
+    #[error("{}: {problem}", place(.path, *.line))]
     Broken {
         /// The file.
         path: PathBuf,
-        /// Line, counted from 1.
+        /// Line, of Parquet the row, counted from 1.
         line: usize,
         /// What is wrong there.
         problem: FileProblem,

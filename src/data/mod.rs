@@ -1,6 +1,7 @@
 //! Training rows: readers, tokenizer, batches, and the order in which rows are seen.
 
 pub mod batch;
+pub mod byte_level;
 pub mod cache;
 pub mod error;
 pub mod positions;

@@ -1,5 +1,5 @@
-//! Records of a file, one at a time: JSON array, JSONL, CSV and plain text, never more in memory
-//! than one record, and of that no more than a limit.
+//! Records of a file, one at a time: JSON array, JSONL, CSV, Parquet and plain text, never more in
+//! memory than one record, and of that no more than a limit (of Parquet a page of each column too).
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -13,13 +13,16 @@ mod columns;
 mod csv;
 mod json_array;
 mod json_lines;
+mod parquet;
 mod plain_text;
 
-pub(super) use columns::history_turns;
 pub use columns::{Columns, Field};
+pub(super) use columns::{history_turns, parser_error};
 use csv::Csv;
 use json_array::JsonArray;
 use json_lines::JsonLines;
+pub(super) use parquet::MAGIC as PARQUET_MAGIC;
+use parquet::Parquet;
 use plain_text::PlainText;
 
 /// What is in a file.
@@ -34,6 +37,8 @@ pub enum Format {
         /// What stands between two fields.
         delimiter: u8,
     },
+    /// A table by columns.
+    Parquet,
     /// Text as it is.
     PlainText,
 }
@@ -54,7 +59,7 @@ pub enum Documents {
 /// What a file gives at a time.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Record {
-    /// Line on which it begins, from 1.
+    /// Line on which it begins, of Parquet its row, from 1.
     pub line: usize,
     /// What it holds.
     pub content: Content,
@@ -94,6 +99,7 @@ enum Reader {
     JsonArray(JsonArray),
     JsonLines(JsonLines),
     Csv(Csv),
+    Parquet(Box<Parquet>),
     PlainText(PlainText),
 }
 
@@ -102,6 +108,8 @@ enum Reader {
 pub struct Wanted<'a> {
     /// The columns that rows must have, to know a table by its header.
     pub columns: &'a [&'a str],
+    /// Columns that rows may have; no others are read where columns are read one by one.
+    pub optional: &'a [&'a str],
     /// Where documents end, if text without columns will do.
     pub plain_text: Option<Documents>,
     /// Longest row that is read, in bytes.
@@ -128,6 +136,7 @@ impl Records {
                 Format::JsonArray => Reader::JsonArray(JsonArray::default()),
                 Format::JsonLines => Reader::JsonLines(JsonLines),
                 Format::Csv { delimiter } => Reader::Csv(Csv::new(delimiter)),
+                Format::Parquet => Reader::Parquet(open_parquet(path, wanted, bytes_read)?),
                 Format::PlainText => {
                     Reader::PlainText(PlainText::new(plain_text.unwrap_or_default()))
                 }
@@ -150,6 +159,7 @@ impl Records {
             Reader::Csv(csv) => Format::Csv {
                 delimiter: csv.delimiter(),
             },
+            Reader::Parquet(_) => Format::Parquet,
             Reader::PlainText(_) => Format::PlainText,
         }
     }
@@ -158,31 +168,39 @@ impl Records {
     pub fn header(&self) -> Option<&[String]> {
         match &self.reader {
             Reader::Csv(csv) => csv.header(),
+            Reader::Parquet(table) => Some(table.names()),
             _ => None,
         }
     }
 
     fn located(&self, error: ReadError) -> DataError {
-        let path = self.path.clone();
-        match error {
-            ReadError::Row { line, problem } => DataError::Row {
-                path,
-                line,
-                problem,
-            },
-            ReadError::Broken { line, problem } => DataError::Broken {
-                path,
-                line,
-                problem,
-            },
-            ReadError::Io(error) if self.gzip => DataError::Broken {
-                path,
+        if let ReadError::Io(error) = &error
+            && self.gzip
+        {
+            return DataError::Broken {
+                path: self.path.clone(),
                 line: self.input.line(),
-                problem: super::source::gzip_problem(&error),
-            },
-            ReadError::Io(source) => DataError::Io { path, source },
+                problem: super::source::gzip_problem(error),
+            };
         }
+        error.of(&self.path)
     }
+}
+
+fn open_parquet(
+    path: &Path,
+    wanted: Wanted<'_>,
+    bytes_read: &Arc<AtomicU64>,
+) -> Result<Box<Parquet>, DataError> {
+    let reads = |name: &str| wanted.columns.contains(&name) || wanted.optional.contains(&name);
+    let opened = Parquet::open(path, reads, bytes_read);
+    opened.map(Box::new).map_err(|error| match error {
+        ReadError::Broken { problem, .. } => DataError::File {
+            path: path.to_owned(),
+            problem,
+        },
+        other => other.of(path),
+    })
 }
 
 /// After a [`DataError::Row`] the next record follows; any other error ends the file.
@@ -198,6 +216,7 @@ impl Iterator for Records {
             Reader::JsonArray(reader) => reader.next(input, limit),
             Reader::JsonLines(reader) => reader.next(input, limit),
             Reader::Csv(reader) => reader.next(input, limit),
+            Reader::Parquet(reader) => reader.next(limit),
             Reader::PlainText(reader) => reader.next(input, limit),
         };
         self.ended = !matches!(next, Ok(Some(_)) | Err(ReadError::Row { .. }));
@@ -213,6 +232,25 @@ enum ReadError {
     Broken { line: usize, problem: FileProblem },
     /// The system or the decompressor failed.
     Io(io::Error),
+}
+
+impl ReadError {
+    fn of(self, path: &Path) -> DataError {
+        let path = path.to_owned();
+        match self {
+            Self::Row { line, problem } => DataError::Row {
+                path,
+                line,
+                problem,
+            },
+            Self::Broken { line, problem } => DataError::Broken {
+                path,
+                line,
+                problem,
+            },
+            Self::Io(source) => DataError::Io { path, source },
+        }
+    }
 }
 
 impl From<io::Error> for ReadError {

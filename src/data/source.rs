@@ -19,16 +19,19 @@ pub enum NamedKind {
         /// What stands between two fields.
         delimiter: u8,
     },
+    /// A table by columns.
+    Parquet,
     /// Text as it is.
     Text,
 }
 
-const ENDINGS: [(&str, NamedKind); 6] = [
+const ENDINGS: [(&str, NamedKind); 7] = [
     ("json", NamedKind::Json),
     ("jsonl", NamedKind::Json),
     ("ndjson", NamedKind::Json),
     ("csv", NamedKind::Csv { delimiter: b',' }),
     ("tsv", NamedKind::Csv { delimiter: b'\t' }),
+    ("parquet", NamedKind::Parquet),
     ("txt", NamedKind::Text),
 ];
 
@@ -102,7 +105,8 @@ fn in_folder(folder: &Path, plain_text: bool) -> Result<Vec<PathBuf>, DataError>
         }
     }
     if files.is_empty() {
-        let looked_for = ENDINGS.iter().filter(|&&(_, kind)| wanted(kind));
+        let packed = |kind| wanted(kind) && kind != NamedKind::Parquet;
+        let looked_for = ENDINGS.iter().filter(|&&(_, kind)| packed(kind));
         let endings = looked_for.map(|&(ending, _)| ending).collect();
         return Err(problem(folder, FileProblem::EmptyFolder { endings }));
     }

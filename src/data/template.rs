@@ -5,9 +5,13 @@ use serde::{Deserialize, Serialize};
 use super::TextProblem;
 use super::records::{Columns, Content, Documents, Field, history_turns};
 use super::text_error::Names;
+use super::tokenizer::ChatRole;
 
+mod conversation;
+mod messages;
 mod prompt;
 
+pub use conversation::{Conversation, Message};
 pub use prompt::{Turn, alpaca_prompt, round_prompt};
 
 /// Name of the file that [`TemplateSettings`] are saved as, in the folder of an adapter or of a model
@@ -27,6 +31,8 @@ pub struct TemplateSettings {
     pub max_source_length: usize,
     /// An answer is cut to two ids less than this, which leaves places for sop and eop.
     pub max_target_length: usize,
+    /// Which of the assistant's turns are trained on.
+    pub train_on_turns: TrainOnTurns,
     /// Whether text that looks like a special token becomes one, as the reference does it. Off, it
     /// stays text.
     pub parse_special: bool,
@@ -39,9 +45,23 @@ impl Default for TemplateSettings {
             source_prefix: String::new(),
             max_source_length: 512,
             max_target_length: 512,
+            train_on_turns: TrainOnTurns::default(),
             parse_special: false,
         }
     }
+}
+
+/// Which of the assistant's turns are trained on. A turn is all that the assistant says to one
+/// question, calls of tools included.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TrainOnTurns {
+    /// The last one; those before it are context.
+    #[default]
+    Last,
+    /// All. Where only what comes last can be trained on (ChatGLM-6B and ChatGLM2), every turn
+    /// becomes a row of its own, behind those before it.
+    All,
 }
 
 /// The form of rows.
@@ -54,6 +74,11 @@ pub enum Template {
     PromptResponse(PromptResponse),
     /// Text to be continued, for unsupervised training.
     PlainText(PlainText),
+    /// A list of messages, each with `role` and `content` (OpenAI).
+    Messages(Messages),
+    /// A list of messages, each with `from` and `value` (ShareGPT).
+    #[serde(rename = "sharegpt")]
+    ShareGpt(ShareGpt),
 }
 
 impl Default for Template {
@@ -133,16 +158,71 @@ impl Default for PlainText {
     }
 }
 
+/// Keys of a conversation in OpenAI's form.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Messages {
+    /// Column of the list of messages (in CSV: as JSON text).
+    pub messages: String,
+    /// Key of who speaks.
+    pub role: String,
+    /// Key of what is said.
+    pub content: String,
+    /// Most tokens of a conversation, special tokens included: the oldest turns are dropped, then
+    /// text is cut.
+    pub max_length: usize,
+}
+
+impl Default for Messages {
+    fn default() -> Self {
+        Self {
+            messages: "messages".to_owned(),
+            role: "role".to_owned(),
+            content: "content".to_owned(),
+            max_length: MAX_LENGTH,
+        }
+    }
+}
+
+/// Keys of a conversation in ShareGPT's form.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ShareGpt {
+    /// Column of the list of messages (in CSV: as JSON text).
+    pub conversations: String,
+    /// Key of who speaks.
+    pub from: String,
+    /// Key of what is said.
+    pub value: String,
+    /// Column of the system message; rows may lack it. Empty: there is no such column.
+    pub system: String,
+    /// As [`Messages::max_length`].
+    pub max_length: usize,
+}
+
+impl Default for ShareGpt {
+    fn default() -> Self {
+        Self {
+            conversations: "conversations".to_owned(),
+            from: "from".to_owned(),
+            value: "value".to_owned(),
+            system: "system".to_owned(),
+            max_length: MAX_LENGTH,
+        }
+    }
+}
+
+/// Column of the tools that a conversation defines.
+const TOOLS: &str = "tools";
+
+/// Most tokens of a conversation unless told otherwise: what a pair may have.
+const MAX_LENGTH: usize = 1024;
+
 /// What a row says, as text.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum RowText {
-    /// Something to answer, and the answer.
-    Pair {
-        /// The prompt, as the model is to see it.
-        prompt: String,
-        /// The answer.
-        answer: String,
-    },
+    /// Questions and their answers.
+    Conversation(Conversation),
     /// A document, or a piece of one.
     Document {
         /// The text.
@@ -152,6 +232,16 @@ pub enum RowText {
         /// Whether the document ends with it.
         ends: bool,
     },
+}
+
+impl RowText {
+    /// Bytes of all its text.
+    pub fn bytes(&self) -> usize {
+        match self {
+            Self::Conversation(conversation) => conversation.bytes(),
+            Self::Document { text, .. } => text.len(),
+        }
+    }
 }
 
 /// A setting that two templates do not share.
@@ -209,7 +299,47 @@ impl Template {
             Self::Alpaca(columns) => vec![&columns.instruction, &columns.output],
             Self::PromptResponse(columns) => vec![&columns.prompt, &columns.response],
             Self::PlainText(text) => text.columns.iter().map(String::as_str).collect(),
+            Self::Messages(keys) => vec![&keys.messages],
+            Self::ShareGpt(keys) => vec![&keys.conversations],
         }
+    }
+
+    /// The columns that a row may have beside those that it must.
+    pub fn optional_columns(&self) -> Vec<&str> {
+        match self {
+            Self::Alpaca(columns) => vec![&columns.input],
+            Self::PromptResponse(columns) => vec![&columns.history],
+            Self::PlainText(_) => Vec::new(),
+            Self::Messages(_) => vec![TOOLS],
+            Self::ShareGpt(keys) => vec![&keys.system, TOOLS],
+        }
+    }
+
+    /// Most tokens of a conversation; `None` where prompt and answer have a limit each.
+    pub fn max_length(&self) -> Option<usize> {
+        match self {
+            Self::Messages(keys) => Some(keys.max_length),
+            Self::ShareGpt(keys) => Some(keys.max_length),
+            Self::Alpaca(_) | Self::PromptResponse(_) | Self::PlainText(_) => None,
+        }
+    }
+
+    /// Whether ChatGLM-6B's first question is written as a round too.
+    pub fn round_for_empty_history(&self) -> bool {
+        matches!(self, Self::PromptResponse(pair) if pair.round_for_empty_history)
+    }
+
+    /// The template, as the configuration names it, that reads rows with columns like these as they
+    /// are.
+    pub fn of_columns(found: impl Fn(&str) -> bool) -> Option<&'static str> {
+        let all = |columns: &[&str]| columns.iter().all(|name| found(name));
+        Some(match () {
+            () if found("messages") => "messages",
+            () if found("conversations") => "sharegpt",
+            () if all(&["instruction", "output"]) => "alpaca",
+            () if all(&["prompt", "response"]) => "prompt_response",
+            () => return None,
+        })
     }
 
     /// Where documents of plain text files end, if the template can read them.
@@ -247,45 +377,60 @@ impl Template {
             return Err(TextProblem::NoColumn {
                 wanted,
                 found: columns.names().collect(),
+                template: Self::of_columns(|name| columns.get(name).is_some()),
             });
         }
-        match self {
-            Self::Alpaca(alpaca) => alpaca.apply(&columns),
-            Self::PromptResponse(pair) => pair.apply(&columns),
+        Ok(RowText::Conversation(match self {
+            Self::Alpaca(alpaca) => alpaca.apply(&columns)?,
+            Self::PromptResponse(pair) => pair.apply(&columns)?,
+            Self::Messages(keys) => keys.apply(&columns)?,
+            Self::ShareGpt(keys) => keys.apply(&columns)?,
             Self::PlainText(plain) => {
                 let has = |name: &&String| columns.get(name).is_some();
                 let name = plain.columns.iter().find(has);
-                Ok(RowText::Document {
+                return Ok(RowText::Document {
                     text: filled(&columns, name.map_or("", String::as_str))?,
                     begins: true,
                     ends: true,
-                })
+                });
             }
-        }
+        }))
     }
 }
 
 impl Alpaca {
-    fn apply(&self, columns: &Columns) -> Result<RowText, TextProblem> {
+    fn apply(&self, columns: &Columns) -> Result<Conversation, TextProblem> {
         let input = text(columns, &self.input)?;
         let instruction = match input.as_str() {
             "" => filled(columns, &self.instruction)?,
             _ => text(columns, &self.instruction)?,
         };
-        Ok(RowText::Pair {
-            prompt: alpaca_prompt(&instruction, &input),
-            answer: filled(columns, &self.output)?,
-        })
+        let answer = filled(columns, &self.output)?;
+        Ok(Conversation::pair(
+            alpaca_prompt(&instruction, &input),
+            answer,
+        ))
     }
 }
 
 impl PromptResponse {
-    fn apply(&self, columns: &Columns) -> Result<RowText, TextProblem> {
+    /// Past turns may lack a question or an answer, as in THUDM's data; an answer that is lacking
+    /// teaches nothing.
+    fn apply(&self, columns: &Columns) -> Result<Conversation, TextProblem> {
         let query = filled(columns, &self.prompt)?;
-        let history = self.turns(columns)?;
-        Ok(RowText::Pair {
-            prompt: round_prompt(&history, &query, self.round_for_empty_history),
-            answer: filled(columns, &self.response)?,
+        let mut messages = Vec::new();
+        for Turn { query, answer } in self.turns(columns)? {
+            messages.push(Message::new(ChatRole::User, query));
+            messages.push(Message {
+                trained: !answer.is_empty(),
+                ..Message::new(ChatRole::Assistant, answer)
+            });
+        }
+        let last = Conversation::pair(query, filled(columns, &self.response)?);
+        messages.extend(last.messages);
+        Ok(Conversation {
+            messages,
+            ..Conversation::default()
         })
     }
 

@@ -8,14 +8,16 @@ use serde::{Deserialize, Serialize, Serializer};
 
 use super::records::{Record, Records, Wanted};
 use super::source::find_files;
-use super::template::{RowText, TemplateSettings};
+use super::template::{RowText, Template, TemplateSettings};
 use super::{DataError, FileProblem};
 
 mod bad_rows;
+mod conversations;
 mod encode;
+mod lengths;
 
 pub use bad_rows::{BadRowLog, BadRows};
-pub use encode::{EncodeError, Encoded, RowEncoder};
+pub use encode::{Cuts, EncodeError, Encoded, RowEncoder};
 
 /// Longest row that is read unless told otherwise, in bytes: far more than a model takes.
 pub const MAX_ROW_BYTES: usize = 16 << 20;
@@ -66,11 +68,12 @@ pub struct RowReport {
     /// Files without any row, where others have some.
     #[serde(serialize_with = "lossy_paths")]
     pub empty_files: Vec<PathBuf>,
-    /// Rows whose prompt was longer than `max_source_length` lets it be. It is known once the rows
-    /// are token ids.
-    pub prompts_cut: usize,
-    /// Rows whose answer was longer than `max_target_length` lets it be, known as late.
-    pub answers_cut: usize,
+    /// What did not fit. It is known once the rows are token ids.
+    pub cuts: Cuts,
+    /// Conversations with messages behind the last answer, which were left out.
+    pub unanswered: usize,
+    /// Conversations that define tools, which the model is not shown.
+    pub undefined_tools: usize,
 }
 
 /// JSON is text, paths need not be: what is none is shown as well as it can be.
@@ -93,6 +96,20 @@ impl RowReport {
                 "{rows} rows name a column twice, the first is {first}; the last value counts"
             ));
         }
+        notices.extend(self.cuts.notices());
+        let counted = [
+            (
+                self.unanswered,
+                "conversations end with messages that nobody answers; these are left out",
+            ),
+            (
+                self.undefined_tools,
+                "conversations have a column `tools`; the model is not shown it: put what it is to \
+                 know of its tools into the system message",
+            ),
+        ];
+        let counted = counted.iter().filter(|(count, _)| *count > 0);
+        notices.extend(counted.map(|(count, what)| format!("{count} {what}")));
         let empty = self.empty_files.iter();
         notices.extend(empty.map(|path| format!("{}: holds no row", path.display())));
         notices
@@ -196,6 +213,7 @@ impl TextRows {
         let template = &self.settings.template.template;
         let wanted = Wanted {
             columns: &template.columns(),
+            optional: &template.optional_columns(),
             plain_text: template.plain_text(),
             max_row_bytes: self.settings.max_row_bytes,
         };
@@ -204,11 +222,13 @@ impl TextRows {
         if let Some(header) = records.header()
             && let Some(wanted) = template.missing(|name| header.iter().any(|other| other == name))
         {
-            let found = header.iter().collect();
-            return Err(DataError::File {
-                path,
-                problem: FileProblem::Columns { wanted, found },
-            });
+            let has = |name: &str| header.iter().any(|other| other == name);
+            let problem = FileProblem::Columns {
+                wanted,
+                found: header.iter().collect(),
+                template: Template::of_columns(has),
+            };
+            return Err(DataError::File { path, problem });
         }
         Ok(Current {
             file: path.into(),
@@ -225,13 +245,19 @@ impl TextRows {
             self.report.repeated_columns += 1;
             let place = || {
                 let names: super::text_error::Names = [name].iter().collect();
-                format!("{}:{line}: column {names}", file.display())
+                format!("{}: column {names}", super::error::place(&file, line))
             };
             self.report.first_repeated.get_or_insert_with(place);
         }
         let text = self.settings.template.template.apply(content);
         match text {
-            Ok(text) => Ok(TextRow { text, file, line }),
+            Ok(text) => {
+                if let RowText::Conversation(conversation) = &text {
+                    self.report.unanswered += usize::from(conversation.unanswered > 0);
+                    self.report.undefined_tools += usize::from(conversation.defines_tools);
+                }
+                Ok(TextRow { text, file, line })
+            }
             Err(problem) => Err(DataError::Row {
                 path: file.to_path_buf(),
                 line,

@@ -1,22 +1,30 @@
-//! ChatGLM's tokenizers: a SentencePiece model plus what surrounds it in each generation.
+//! The tokenizers of all generations: a vocabulary plus what surrounds it.
 //!
 //! ChatGLM-6B wraps text in whitespace pieces, shifts ids by the number of image tokens and has
-//! its special tokens in the vocabulary; ChatGLM2 and 3 number theirs behind it.
+//! its special tokens in its SentencePiece vocabulary; ChatGLM2 and 3 number theirs behind it, and
+//! so does GLM-4 behind its byte-level tokens.
 
-use std::path::PathBuf;
+use std::fmt;
 use std::sync::Arc;
 
-use super::sentencepiece::{ModelProto, SentencePiece, SentencePieceError};
+use super::byte_level::{ByteLevel, Tokens};
+use super::sentencepiece::{ModelProto, SentencePiece};
 
+mod conversation;
 mod era;
+mod error;
 mod files;
 mod inputs;
+mod rounds;
 mod special;
 mod text;
 
-pub use era::{ConfigIds, EraError, EraVerdict, EraWarning, TokenizerFacts};
-pub use files::TokenizerFiles;
-pub use inputs::{ChatMessage, ChatRole, InputRule};
+pub use conversation::{ChatMessage, ChatRole, ConversationIds, ConversationProblem};
+pub use era::{ConfigIds, EraError, EraVerdict, EraWarning, Family, TokenizerFacts};
+pub use error::TokenizerError;
+pub use files::{TokenizerFiles, VocabularyFile};
+pub use inputs::InputRule;
+pub use rounds::RoundStyle;
 use special::SpecialText;
 pub use special::{SpecialIds, append_chatglm_pieces};
 
@@ -40,6 +48,19 @@ pub enum Generation {
     ChatGlm2,
     /// ChatGLM3-6B: ChatGLM2's with role tokens.
     ChatGlm3,
+    /// GLM-4-9B: byte-level tokens, role tokens.
+    Glm4,
+}
+
+impl fmt::Display for Generation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::ChatGlm(_) => "ChatGLM-6B",
+            Self::ChatGlm2 => "ChatGLM2",
+            Self::ChatGlm3 => "ChatGLM3",
+            Self::Glm4 => "GLM-4",
+        })
+    }
 }
 
 /// What happens to text that looks like a special token.
@@ -48,108 +69,22 @@ pub enum LiteralSpecials {
     /// It stays text: right for what users write.
     #[default]
     AsText,
-    /// It becomes the special id, and whitespace beside it vanishes, as in the Hugging Face
-    /// tokenizers of each era (ChatGLM2 and 3 split nothing).
+    /// It becomes the special id, as in the Hugging Face tokenizers of each generation: in
+    /// ChatGLM-6B's whitespace beside it vanishes, in GLM-4's not; ChatGLM2 and 3 split nothing.
     AsReference,
 }
 
-/// Why a tokenizer could not be loaded or used.
-#[derive(Debug, thiserror::Error)]
-pub enum TokenizerError {
-    /// A file could not be read.
-    #[error("{path}: {source}")]
-    Io {
-        /// The file.
-        path: PathBuf,
-        /// The cause.
-        source: std::io::Error,
-    },
-    /// A folder, pipe or device stands where a file was expected.
-    #[error("{path} is not a plain file; put the real file there")]
-    NotAFile {
-        /// The path.
-        path: PathBuf,
-    },
-    /// A Git LFS pointer, a few lines of text, instead of the file it stands for.
-    #[error(
-        "{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in its folder, or download the file again"
-    )]
-    LfsPointer {
-        /// The pointer file.
-        path: PathBuf,
-    },
-    /// The folder has no tokenizer file.
-    #[error(
-        "{folder}: neither ice_text.model nor tokenizer.model is there; put the tokenizer file of the model into its folder"
-    )]
-    NoFile {
-        /// The folder searched.
-        folder: PathBuf,
-    },
-    /// A SentencePiece file is damaged.
-    #[error("{path}: {source}")]
-    File {
-        /// The file.
-        path: PathBuf,
-        /// The cause.
-        source: SentencePieceError,
-    },
-    /// `tokenizer_config.json` is damaged.
-    #[error("{path}: {problem}")]
-    Config {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong with it.
-        problem: String,
-    },
-    /// The file holds GLM-4's byte-level ranks.
-    #[error(
-        "{path}: this is a list of base64 tokens and ranks (GLM-4), not a SentencePiece model; GLM-4 is not supported"
-    )]
-    Tiktoken {
-        /// The file.
-        path: PathBuf,
-    },
-    /// A piece that the generation needs is not in the vocabulary.
-    #[error(
-        "the vocabulary has no piece `{piece}`, which {needed_by} needs: is it another model's?"
-    )]
-    MissingPiece {
-        /// The piece.
-        piece: String,
-        /// Who needs it.
-        needed_by: &'static str,
-    },
-    /// The tokenizer and the model do not belong together.
-    #[error(transparent)]
-    Era(#[from] EraError),
-    /// Ids or pieces that the model does not have.
-    #[error(transparent)]
-    SentencePiece(#[from] SentencePieceError),
-    /// An id beyond the vocabulary and its specials.
-    #[error(
-        "id {id} is beyond the tokenizer's {size} ids: mask the logits from {size} on, or check that model and tokenizer belong together"
-    )]
-    IdOutOfRange {
-        /// The id.
-        id: u32,
-        /// First id that is not in use.
-        size: u32,
-    },
-    /// Something that this generation does not define.
-    #[error("{what} is defined for {defined_for} only")]
-    NotInGeneration {
-        /// What was asked for.
-        what: &'static str,
-        /// Who has it.
-        defined_for: &'static str,
-    },
+/// Pieces or byte-level tokens.
+#[derive(Clone, Debug)]
+enum Vocabulary {
+    SentencePiece(Arc<SentencePiece>),
+    ByteLevel(Arc<ByteLevel>),
 }
 
 /// The tokenizer of one model.
 #[derive(Clone, Debug)]
 pub struct GlmTokenizer {
-    model: Arc<SentencePiece>,
+    vocabulary: Vocabulary,
     generation: Generation,
     num_image_tokens: u32,
     special: SpecialIds,
@@ -173,11 +108,11 @@ impl GlmTokenizer {
         };
         let special = SpecialIds::of_chatglm(&model, num_image_tokens)?;
         Ok(Self {
-            special_text: SpecialText::new(era, &model, num_image_tokens),
+            special_text: SpecialText::of_chatglm(era, &model, num_image_tokens),
             generation: Generation::ChatGlm(era),
             num_image_tokens,
             special,
-            model: Arc::new(model),
+            vocabulary: Vocabulary::SentencePiece(Arc::new(model)),
         })
     }
 
@@ -200,11 +135,39 @@ impl GlmTokenizer {
     fn numbered(proto: ModelProto, generation: Generation) -> Result<Self, TokenizerError> {
         let model = SentencePiece::new(proto)?;
         Ok(Self {
-            special: SpecialIds::numbered(&model, generation)?,
-            special_text: SpecialText::none(),
+            special: SpecialIds::of_chatglm2(&model, generation)?,
+            special_text: SpecialText::default(),
             generation,
             num_image_tokens: 0,
-            model: Arc::new(model),
+            vocabulary: Vocabulary::SentencePiece(Arc::new(model)),
+        })
+    }
+
+    /// The tokenizer of a generation that has a SentencePiece model.
+    fn of_proto(
+        proto: ModelProto,
+        generation: Generation,
+        num_image_tokens: u32,
+    ) -> Result<Self, TokenizerError> {
+        match generation {
+            Generation::ChatGlm(_) => Self::chatglm(proto, num_image_tokens),
+            _ => Self::numbered(proto, generation),
+        }
+    }
+
+    /// GLM-4's tokenizer from its `tokenizer.model` (tiktoken's ranks) or `tokenizer.json`.
+    ///
+    /// # Errors
+    /// [`TokenizerError::ByteLevel`] for tokens that make no vocabulary,
+    /// [`TokenizerError::MissingSpecial`] for a file that is not GLM-4's.
+    pub fn glm4(tokens: Tokens) -> Result<Self, TokenizerError> {
+        let special = SpecialIds::of_glm4(tokens.tokens.len() as u32, &tokens.specials)?;
+        Ok(Self {
+            special_text: SpecialText::of_glm4(&special),
+            special,
+            generation: Generation::Glm4,
+            num_image_tokens: 0,
+            vocabulary: Vocabulary::ByteLevel(Arc::new(ByteLevel::new(tokens)?)),
         })
     }
 
@@ -223,25 +186,45 @@ impl GlmTokenizer {
         &self.special
     }
 
-    /// The SentencePiece model inside.
-    pub fn sentence_piece(&self) -> &Arc<SentencePiece> {
-        &self.model
+    /// The SentencePiece model inside, but for GLM-4.
+    pub fn sentence_piece(&self) -> Option<&Arc<SentencePiece>> {
+        match &self.vocabulary {
+            Vocabulary::SentencePiece(model) => Some(model),
+            Vocabulary::ByteLevel(_) => None,
+        }
+    }
+
+    /// Bytes to tell vocabularies apart by.
+    pub fn vocabulary_bytes(&self) -> Vec<u8> {
+        match &self.vocabulary {
+            Vocabulary::SentencePiece(model) => model.proto().to_bytes(),
+            Vocabulary::ByteLevel(model) => model.tokens().to_bytes(),
+        }
+    }
+
+    /// Number of pieces or tokens, specials behind them not counted.
+    fn pieces(&self) -> u32 {
+        (match &self.vocabulary {
+            Vocabulary::SentencePiece(model) => model.proto().pieces.len(),
+            Vocabulary::ByteLevel(model) => model.tokens().tokens.len(),
+        }) as u32
     }
 
     /// First id above all that this tokenizer makes.
     pub fn size(&self) -> u32 {
-        self.num_image_tokens + self.model.proto().pieces.len() as u32 + self.special.numbered
+        self.num_image_tokens + self.pieces() + self.special.count()
     }
 
     /// The ids of `text`, no special tokens around them. Text that looks like one stays text.
     pub fn encode(&self, text: &str) -> Vec<u32> {
-        match self.generation {
-            Generation::ChatGlm(_) => {
-                let mut ids = self.model.encode(&text::to_pieces(text));
+        match (&self.vocabulary, self.generation) {
+            (Vocabulary::SentencePiece(model), Generation::ChatGlm(_)) => {
+                let mut ids = model.encode(&text::to_pieces(text));
                 self.shift(&mut ids);
                 ids
             }
-            Generation::ChatGlm2 | Generation::ChatGlm3 => self.model.encode(text),
+            (Vocabulary::SentencePiece(model), _) => model.encode(text),
+            (Vocabulary::ByteLevel(model), _) => model.encode(text),
         }
     }
 
@@ -265,20 +248,23 @@ impl GlmTokenizer {
     /// The ids of `text` as a continuation: without the space that is otherwise put in front.
     ///
     /// # Errors
-    /// [`TokenizerError::NotInGeneration`] unless it is ChatGLM-6B's.
+    /// [`TokenizerError::NotInGeneration`] for ChatGLM2 and 3.
     pub fn encode_without_dummy_prefix(&self, text: &str) -> Result<Vec<u32>, TokenizerError> {
-        let Generation::ChatGlm(_) = self.generation else {
-            return Err(TokenizerError::NotInGeneration {
+        match (&self.vocabulary, self.generation) {
+            (Vocabulary::SentencePiece(model), Generation::ChatGlm(_)) => {
+                let behind_newline = format!("{}{}", text::NEWLINE, text::to_pieces(text));
+                let mut ids = model.encode(&behind_newline);
+                // The dummy prefix and the newline piece.
+                ids.drain(..ids.len().min(2));
+                self.shift(&mut ids);
+                Ok(ids)
+            }
+            (Vocabulary::SentencePiece(_), _) => Err(TokenizerError::NotInGeneration {
                 what: "encoding without a dummy prefix",
-                defined_for: "ChatGLM-6B",
-            });
-        };
-        let behind_newline = format!("{}{}", text::NEWLINE, text::to_pieces(text));
-        let mut ids = self.model.encode(&behind_newline);
-        // The dummy prefix and the newline piece.
-        ids.drain(..ids.len().min(2));
-        self.shift(&mut ids);
-        Ok(ids)
+                defined_for: "ChatGLM-6B and GLM-4",
+            }),
+            (Vocabulary::ByteLevel(model), _) => Ok(model.encode(text)),
+        }
     }
 
     fn shift(&self, ids: &mut [u32]) {
@@ -296,16 +282,20 @@ impl GlmTokenizer {
         if let Some(&id) = ids.iter().find(|&&id| id >= size) {
             return Err(TokenizerError::IdOutOfRange { id, size });
         }
-        let pieces = self.model.proto().pieces.len() as u32;
+        let pieces = self.pieces();
         let text_ids: Vec<u32> = ids
             .iter()
             .filter_map(|id| id.checked_sub(self.num_image_tokens))
             .filter(|&id| id < pieces)
             .collect();
-        let text = self.model.decode(&text_ids)?;
-        Ok(match self.generation {
-            Generation::ChatGlm(_) => text::from_pieces(&text),
-            Generation::ChatGlm2 | Generation::ChatGlm3 => text,
+        Ok(match (&self.vocabulary, self.generation) {
+            (Vocabulary::SentencePiece(model), Generation::ChatGlm(_)) => {
+                text::from_pieces(&model.decode(&text_ids)?)
+            }
+            (Vocabulary::SentencePiece(model), _) => model.decode(&text_ids)?,
+            (Vocabulary::ByteLevel(model), _) => {
+                String::from_utf8_lossy(&model.decode(&text_ids)).into_owned()
+            }
         })
     }
 
@@ -323,7 +313,7 @@ impl GlmTokenizer {
                 self.decode(&kept)
             }
             Generation::ChatGlm(Era::C) => Ok(text::clean_up(&self.decode(ids)?)),
-            Generation::ChatGlm2 | Generation::ChatGlm3 => self.decode(ids),
+            Generation::ChatGlm2 | Generation::ChatGlm3 | Generation::Glm4 => self.decode(ids),
         }
     }
 
@@ -335,7 +325,11 @@ impl GlmTokenizer {
         if let Some(id) = self.special.numbered_id(token) {
             return Some(id);
         }
-        Some(self.model.piece_to_id(token)? + self.num_image_tokens)
+        let id = match &self.vocabulary {
+            Vocabulary::SentencePiece(model) => model.piece_to_id(token),
+            Vocabulary::ByteLevel(model) => model.token_to_id(token.as_bytes()),
+        };
+        Some(id? + self.num_image_tokens)
     }
 
     /// The name of an id: a piece, a special, or `<image_k>`.
@@ -343,9 +337,15 @@ impl GlmTokenizer {
         let Some(piece) = id.checked_sub(self.num_image_tokens) else {
             return Some(format!("<image_{id}>"));
         };
-        match self.model.id_to_piece(piece) {
-            Some(piece) => Some(piece.text.clone()),
-            None => self.special.numbered_name(id).map(str::to_owned),
+        if let Some(name) = self.special.numbered_name(id) {
+            return Some(name.to_owned());
+        }
+        match &self.vocabulary {
+            Vocabulary::SentencePiece(model) => Some(model.id_to_piece(piece)?.text.clone()),
+            Vocabulary::ByteLevel(model) => {
+                let token = model.tokens().tokens.get(piece as usize)?;
+                Some(String::from_utf8_lossy(token).into_owned())
+            }
         }
     }
 

@@ -14,13 +14,17 @@ pub struct AnswerText<'a> {
     lead: usize,
     /// Bytes of `text` given out, the lead included.
     given: usize,
+    /// Whether spaces and line breaks before the answer are none of it.
+    trims: bool,
 }
 
 /// Bytes of a character that can be there while its last is still missing.
 const MOST_PARTS: usize = 3;
 
 impl<'a> AnswerText<'a> {
-    /// An empty answer; `lead` are ids that it goes on with, as text to be continued does.
+    /// An empty answer; `lead` are ids that it goes on with, as text to be continued does. Where
+    /// messages have role tokens, an answer begins with a line for the name of a tool, empty in most,
+    /// which is not shown.
     ///
     /// # Errors
     /// Ids that the tokenizer does not have.
@@ -28,6 +32,7 @@ impl<'a> AnswerText<'a> {
         let text = tokenizer.decode(lead)?;
         Ok(Self {
             tokenizer,
+            trims: lead.is_empty() && tokenizer.generation().rounds().is_none(),
             ids: lead.to_vec(),
             lead: text.len(),
             given: text.len(),
@@ -42,6 +47,10 @@ impl<'a> AnswerText<'a> {
     pub fn push(&mut self, id: u32) -> Result<&str, TokenizerError> {
         self.ids.push(id);
         self.text = self.tokenizer.decode(&self.ids)?;
+        if self.trims && self.given == self.lead {
+            self.lead = self.text.len() - self.text.trim_start().len();
+            self.given = self.lead;
+        }
         let from = self.given;
         self.given = settled(&self.text).max(from);
         Ok(self.text.get(from..self.given).unwrap_or_default())
@@ -194,5 +203,74 @@ mod tests {
         assert_eq!((parts.concat().as_str(), whole.as_str()), (" b", " b"));
         let (_, alone) = grow(&tokenizer, &[], &ids[1..]);
         assert_eq!(alone, "b");
+    }
+
+    fn glm4() -> GlmTokenizer {
+        let ranks = include_bytes!("../../tests/tokenizer/glm4/tokenizer.model");
+        GlmTokenizer::glm4(crate::data::byte_level::Tokens::from_ranks(ranks).unwrap()).unwrap()
+    }
+
+    fn byte_token(tokenizer: &GlmTokenizer, byte: u8) -> u32 {
+        // Bytes are the first ranks of the stand-in, in their order.
+        assert_eq!(tokenizer.decode(&[u32::from(b'a')]).unwrap(), "a");
+        u32::from(byte)
+    }
+
+    #[test]
+    fn bytes_of_glm4_wait_for_their_character() {
+        let tokenizer = glm4();
+        for text in [
+            "a😀b",
+            "你好，世界！角ᚠ",
+            "\u{FFFD}\u{FFFD}\u{FFFD}\u{FFFD}x",
+            "👩\u{200d}👧",
+        ] {
+            // The worst cut: a token for each byte.
+            let ids: Vec<u32> = text
+                .bytes()
+                .map(|byte| byte_token(&tokenizer, byte))
+                .collect();
+            let (parts, whole) = grow(&tokenizer, &[], &ids);
+            assert_eq!(whole, text);
+            assert_eq!(parts.concat(), text, "{parts:?}");
+            let (parts, whole) = grow(&tokenizer, &[], &tokenizer.encode(text));
+            assert_eq!((parts.concat().as_str(), whole.as_str()), (text, text));
+        }
+        let ids: Vec<u32> = "😀"
+            .bytes()
+            .map(|byte| byte_token(&tokenizer, byte))
+            .collect();
+        let (parts, _) = grow(&tokenizer, &[], &ids);
+        assert_eq!(parts, ["", "", "", "😀", ""]);
+        for seed in 0..200 {
+            let key = crate::random::Key::new(seed, crate::random::Domain::Sampling);
+            let mut stream = key.stream();
+            let ids: Vec<u32> = (0..60)
+                .map(|_| match stream.below(2) {
+                    0 => byte_token(&tokenizer, stream.below(256) as u8),
+                    _ => stream.below(u64::from(tokenizer.size())) as u32,
+                })
+                .collect();
+            let (parts, whole) = grow(&tokenizer, &[], &ids);
+            assert_eq!(parts.concat(), whole, "seed {seed}");
+        }
+    }
+
+    #[test]
+    fn the_line_of_the_tool_is_shown_only_if_there_is_one() {
+        let two = include_bytes!("../../tests/tokenizer/v2.model");
+        let three = GlmTokenizer::chatglm3(ModelProto::parse(two).unwrap()).unwrap();
+        for tokenizer in [three, glm4()] {
+            let said = |metadata: &str, content: &str| {
+                let mut ids = tokenizer.encode(&format!("{metadata}\n"));
+                ids.extend(tokenizer.encode(content));
+                let (parts, whole) = grow(&tokenizer, &[], &ids);
+                assert_eq!(parts.concat(), whole, "{parts:?}");
+                whole
+            };
+            assert_eq!(said("", "你好 a\nb"), "你好 a\nb");
+            assert_eq!(said("", ""), "");
+            assert_eq!(said("tool", "{}").replace(' ', ""), "tool\n{}");
+        }
     }
 }

@@ -1,19 +1,13 @@
 //! The stages at work: prompts in, one token after another out.
 
 use std::ops::ControlFlow;
-use std::path::Path;
 use std::time::Duration;
 
 use super::GenerateError;
 use super::sampling::{self, Draw};
 use crate::adapter::{AdapterError, ParameterSpec, ParameterState, files};
-use crate::checkpoint::CheckpointError;
-use crate::checkpoint::adapter_files::LoraFiles;
-use crate::checkpoint::prefix_files::PrefixFiles;
 use crate::config::generate::{GenerateOptions, Sampling};
-use crate::config::run::{
-    AdapterSection, LoraSection, PrefixSection, Recompute, STALL_TIMEOUT, TransportKind,
-};
+use crate::config::run::{Recompute, STALL_TIMEOUT, TransportKind};
 use crate::data::batch::MicroBatch;
 use crate::data::rows::PromptRow;
 use crate::model::head::LogitsRows;
@@ -68,9 +62,22 @@ impl Generator {
         options: &GenerateOptions,
         longest: usize,
     ) -> Result<Self, GenerateError> {
+        Self::start_for(base, options, longest, 1)
+    }
+
+    /// Starts the stages, with room for `max_tokens` tokens in `max_sequences` sequences at a time.
+    ///
+    /// # Errors
+    /// As [`Generator::start`].
+    pub fn start_for(
+        base: &Base,
+        options: &GenerateOptions,
+        max_tokens: usize,
+        max_sequences: usize,
+    ) -> Result<Self, GenerateError> {
         let tied = base.head_source.tied;
         let section = match &options.adapter {
-            Some(folder) => Some(adapter_section(folder)?),
+            Some(folder) => Some(files::section_of(folder)?),
             None => None,
         };
         let trainables = match &section {
@@ -78,12 +85,7 @@ impl Generator {
             None => Trainables::none(tied),
         };
         let values = match (&section, &options.adapter) {
-            (Some(AdapterSection::Lora(lora)), Some(folder)) => {
-                files::read_lora(folder, lora, trainables.specs())?
-            }
-            (Some(AdapterSection::Prefix(prefix)), Some(folder)) => {
-                files::read_prefix(folder, prefix, trainables.specs())?
-            }
+            (Some(section), Some(folder)) => files::read(folder, section, trainables.specs())?,
             _ => Default::default(),
         };
         let head_cost = partition::head_cost(&base.config, 1.0, Recompute::None, false);
@@ -95,8 +97,8 @@ impl Generator {
             schedule: Schedule::one_forward_one_backward(stages.len(), 1),
             recompute: vec![Recompute::Block; stages.len()],
             stages,
-            max_rows: longest,
-            max_sequences: 1,
+            max_rows: max_tokens,
+            max_sequences,
             transport: TransportKind::Auto,
             threads: options.threads,
             stall_timeout: Duration::from_secs(STALL_TIMEOUT),
@@ -113,6 +115,14 @@ impl Generator {
             engine: base.start(&layout, trainables, Box::new(initial))?,
             positions: base.config.max_sequence_length,
         })
+    }
+
+    /// Sum of the losses of all targets of a micro-batch.
+    ///
+    /// # Errors
+    /// A stage failed.
+    pub fn loss(&mut self, batch: MicroBatch) -> Result<f32, GenerateError> {
+        Ok(self.engine.evaluate(batch)?)
     }
 
     /// Continues a prompt token by token. `emit` gets each new id and the logits `[V]` it was chosen
@@ -195,25 +205,4 @@ impl Generator {
         })?;
         Ok(())
     }
-}
-
-/// What kind of adapter a folder holds, by the file that says so.
-fn adapter_section(folder: &Path) -> Result<AdapterSection, CheckpointError> {
-    if folder.join("adapter_config.json").exists() {
-        let config = LoraFiles::read(folder)?.config;
-        return Ok(AdapterSection::Lora(LoraSection {
-            r: config.r,
-            lora_alpha: config.lora_alpha,
-            lora_dropout: 0.0,
-            target_modules: config.target_modules,
-            init_adapter: None,
-        }));
-    }
-    let prefix = PrefixFiles::read(folder)?;
-    Ok(AdapterSection::Prefix(PrefixSection {
-        pre_seq_len: prefix.pre_seq_len,
-        prefix_projection: prefix.prefix_projection,
-        prefix_dropout: 0.0,
-        init_adapter: None,
-    }))
 }

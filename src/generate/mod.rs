@@ -126,10 +126,14 @@ pub fn run(
             return Ok(Outcome::Interrupted);
         }
         let of_text = row.continued.and(wording.as_ref());
+        let stop_at = match (of_text, options.stops(&base.config)) {
+            (Some(words), stops @ [_, ..]) => words.stops(stops),
+            (_, stops) => stops.to_vec(),
+        };
         let request = Request {
             prompt: &row.prompt,
             max_new_tokens: options.max_new_tokens,
-            stop_at: options.stops(&base.config),
+            stop_at: &stop_at,
             sampling: &options.sampling,
             number: index as u64,
             usable_ids: of_text.map_or(usize::MAX, |words| words.tokenizer().size() as usize),
@@ -213,7 +217,7 @@ fn prepare(
                 let Worded {
                     input_ids,
                     continued,
-                } = wording.words(question);
+                } = wording.words(question)?;
                 (*line, raw_row(&input_ids), Some(continued))
             }
             (Input::Ids(prompt), _) => (prompt.line, raw_prompt(prompt), None),

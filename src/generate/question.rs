@@ -112,15 +112,19 @@ impl Question {
                 Template::Alpaca(alpaca) => vec![&alpaca.instruction],
                 Template::PromptResponse(pair) => vec![&pair.prompt],
                 Template::PlainText(plain) => plain.columns.iter().collect(),
+                // Their rows hold the answers too; questions are asked by the usual columns.
+                Template::Messages(_) | Template::ShareGpt(_) => Vec::new(),
             };
             if let Some(column) = asking.iter().find(|name| row.contains_key(name.as_str())) {
                 return match template {
                     Template::Alpaca(alpaca) => instruction(row, column, &alpaca.input),
                     Template::PromptResponse(pair) => conversation(row, column, &pair.history),
-                    Template::PlainText(_) => Ok(Question::Text {
-                        query: filled(row, column)?,
-                        history: Vec::new(),
-                    }),
+                    Template::PlainText(_) | Template::Messages(_) | Template::ShareGpt(_) => {
+                        Ok(Question::Text {
+                            query: filled(row, column)?,
+                            history: Vec::new(),
+                        })
+                    }
                 };
             }
             for name in asking {

@@ -43,6 +43,8 @@ impl Asking {
             TemplateKind::Alpaca => Template::Alpaca(Default::default()),
             TemplateKind::PromptResponse => Template::PromptResponse(Default::default()),
             TemplateKind::PlainText => Template::PlainText(Default::default()),
+            TemplateKind::Messages => Template::Messages(Default::default()),
+            TemplateKind::ShareGpt => Template::ShareGpt(Default::default()),
         };
         let notice = saved_kind.map(|saved| Notice::OtherTemplate {
             saved: name(saved),
@@ -89,6 +91,8 @@ pub fn kind(template: &Template) -> TemplateKind {
         Template::Alpaca(_) => TemplateKind::Alpaca,
         Template::PromptResponse(_) => TemplateKind::PromptResponse,
         Template::PlainText(_) => TemplateKind::PlainText,
+        Template::Messages(_) => TemplateKind::Messages,
+        Template::ShareGpt(_) => TemplateKind::ShareGpt,
     }
 }
 
@@ -98,6 +102,8 @@ pub(super) fn name(kind: TemplateKind) -> &'static str {
         TemplateKind::Alpaca => "alpaca",
         TemplateKind::PromptResponse => "prompt_response",
         TemplateKind::PlainText => "plain_text",
+        TemplateKind::Messages => "messages",
+        TemplateKind::ShareGpt => "sharegpt",
     }
 }
 

@@ -1,5 +1,6 @@
 //! Before any worker is started: model and data opened, stages laid out.
 
+use std::path::Path;
 use std::time::Duration;
 
 use super::advice::{NoRoom, RowLengths, Wish};
@@ -75,7 +76,7 @@ impl Prepared {
     ) -> Result<Self, StartError> {
         let base = Base::open(&config.model.path, config.model.quantization)?;
         let mut warnings: Vec<String> = base.head_source.warning.iter().cloned().collect();
-        let tokenizer = open_tokenizer(config, &base.config, &mut warnings)?;
+        let tokenizer = open_tokenizer(&config.model.path, &base.config, &mut warnings)?;
         let settings = data_settings(config);
         // What does not depend on the rows is refused before they are read.
         let trainables = Trainables::new(&base.config, &config.adapter, base.head_source.tied)?;
@@ -160,13 +161,16 @@ fn typical(config: &RunConfig, rows: &Rows) -> TypicalBatch {
     TypicalBatch::new(sequences, tokens, rows.target_share())
 }
 
-/// The tokenizer of the model's folder, if there is one: rows of token ids do without.
-fn open_tokenizer(
-    config: &RunConfig,
+/// The tokenizer of a model's folder, if there is one: rows of token ids do without.
+///
+/// # Errors
+/// A tokenizer that is damaged, or another model's.
+pub fn open_tokenizer(
+    folder: &Path,
     model: &ModelConfig,
     warnings: &mut Vec<String>,
 ) -> Result<Option<GlmTokenizer>, StartError> {
-    let files = match TokenizerFiles::read(&config.model.path) {
+    let files = match TokenizerFiles::read(folder) {
         Ok(files) => files,
         Err(TokenizerError::NoFile { .. }) => return Ok(None),
         Err(error) => return Err(error.into()),
@@ -174,7 +178,7 @@ fn open_tokenizer(
     let (tokenizer, era) = files
         .build(&ConfigIds::from(model), Some(model.vocab_size))
         .map_err(|source| StartError::TokenizerOf {
-            folder: config.model.path.clone(),
+            folder: folder.to_owned(),
             source,
         })?;
     warnings.extend(era.iter().map(ToString::to_string));

@@ -1,7 +1,9 @@
 //! From the `[data]` section to what text rows become.
 
-use crate::config::run::{DataSection, TemplateKind};
-use crate::data::template::{Alpaca, PlainText, PromptResponse, Template, TemplateSettings};
+use crate::config::run::{DataSection, TemplateKind, TrainedTurns};
+use crate::data::template::{
+    Alpaca, Messages, PlainText, PromptResponse, ShareGpt, Template, TemplateSettings, TrainOnTurns,
+};
 
 /// The template that a `[data]` section describes.
 pub fn template_settings(data: &DataSection) -> TemplateSettings {
@@ -31,8 +33,27 @@ pub fn template_settings(data: &DataSection) -> TemplateSettings {
                     Some(column) => vec![column.clone()],
                     None => usual.columns,
                 },
-                max_length: data.max_source_length + data.max_target_length,
+                max_length: data.max_length,
                 ..usual
+            })
+        }
+        TemplateKind::Messages => {
+            let usual = Messages::default();
+            Template::Messages(Messages {
+                messages: or(&data.messages_column, usual.messages),
+                role: or(&data.role_key, usual.role),
+                content: or(&data.content_key, usual.content),
+                max_length: data.max_length,
+            })
+        }
+        TemplateKind::ShareGpt => {
+            let usual = ShareGpt::default();
+            Template::ShareGpt(ShareGpt {
+                conversations: or(&data.messages_column, usual.conversations),
+                from: or(&data.role_key, usual.from),
+                value: or(&data.content_key, usual.value),
+                system: or(&data.system_column, usual.system),
+                max_length: data.max_length,
             })
         }
     };
@@ -41,6 +62,10 @@ pub fn template_settings(data: &DataSection) -> TemplateSettings {
         source_prefix: data.source_prefix.clone(),
         max_source_length: data.max_source_length,
         max_target_length: data.max_target_length,
+        train_on_turns: match data.train_on_turns {
+            TrainedTurns::Last => TrainOnTurns::Last,
+            TrainedTurns::All => TrainOnTurns::All,
+        },
         parse_special: data.parse_special,
     }
 }

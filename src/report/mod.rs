@@ -24,6 +24,8 @@ pub enum Event {
     Validation(ValidationReport),
     /// The data is being tokenised; nothing of it is seen where it comes from the cache.
     Tokenising(TokenisingReport),
+    /// Rows are being evaluated.
+    Evaluating(EvaluatingReport),
     /// A checkpoint is complete on disk.
     CheckpointSaved {
         /// The checkpoint's folder.
@@ -151,6 +153,19 @@ pub struct TokenisingReport {
     pub seconds: f64,
     /// Whether that was all.
     pub done: bool,
+}
+
+/// How far rows are evaluated.
+#[derive(Clone, Debug, PartialEq)]
+pub struct EvaluatingReport {
+    /// What is being made of them: `loss` or `answers`.
+    pub what: &'static str,
+    /// Rows so far.
+    pub rows: u64,
+    /// All rows.
+    pub total_rows: u64,
+    /// Wall time so far.
+    pub seconds: f64,
 }
 
 /// How a run ended that did all its steps.

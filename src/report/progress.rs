@@ -3,7 +3,9 @@
 use std::fmt::Write as _;
 use std::io::{IsTerminal, Write};
 
-use super::{Event, MemoryReport, RunFinished, RunStarted, StepReport, TokenisingReport};
+use super::{
+    EvaluatingReport, Event, MemoryReport, RunFinished, RunStarted, StepReport, TokenisingReport,
+};
 
 /// How progress is shown.
 #[derive(Clone, Copy, Debug, Default)]
@@ -30,6 +32,9 @@ impl Style {
         }
     }
 }
+
+/// Seconds within which nobody asks how far it is.
+const AT_ONCE: f64 = 0.5;
 
 /// Writes events as lines of text.
 #[derive(Debug)]
@@ -88,14 +93,35 @@ impl<W: Write> Progress<W> {
                 grouped(report.target_tokens)
             )),
             Event::Tokenising(report) => self.tokenising(report),
+            Event::Evaluating(report) => self.evaluating(report),
             Event::Memory(report) => self.line(&memory_use(report)),
             Event::Finished(run) => self.line(&finished(run)),
         }
     }
 
+    /// A live line for every row, and ten that stay.
+    fn evaluating(&mut self, report: &EvaluatingReport) {
+        if report.seconds < AT_ONCE {
+            return;
+        }
+        let (rows, total) = (report.rows, report.total_rows.max(1));
+        let left = total.saturating_sub(rows) as f64 / rows.max(1) as f64;
+        let text = format!(
+            "{}: {}/{} rows  eta {}",
+            report.what,
+            grouped(rows),
+            grouped(total),
+            duration(report.seconds * left),
+        );
+        let tenth = |rows: u64| rows.saturating_mul(10) / total;
+        match tenth(rows) > tenth(rows.saturating_sub(1)) {
+            true => self.line(&text),
+            false if self.style.live => self.live_line(&text),
+            false => {}
+        }
+    }
+
     fn tokenising(&mut self, report: &TokenisingReport) {
-        // Sooner than anybody could ask how far it is.
-        const AT_ONCE: f64 = 0.5;
         if report.seconds < AT_ONCE {
             return;
         }

@@ -16,26 +16,10 @@ pub(super) fn measure(
     step: u64,
 ) -> Result<ValidationReport, TrainError> {
     let (mut sum, mut targets) = (0.0f64, 0usize);
-    let mut pending: Vec<usize> = Vec::new();
-    let mut tokens = 0;
-    let mut finish = |pending: &mut Vec<usize>| -> Result<(), TrainError> {
-        if !pending.is_empty() {
-            let picked = pending.drain(..).filter_map(|index| rows.get(index));
-            let batch = MicroBatch::from_rows(picked);
-            targets += batch.targets.len();
-            sum += f64::from(engine.evaluate(batch)?);
-        }
-        Ok(())
-    };
-    for (index, len) in rows.lengths().enumerate() {
-        if tokens + len > max_tokens || pending.len() == max_sequences {
-            finish(&mut pending)?;
-            tokens = 0;
-        }
-        pending.push(index);
-        tokens += len;
+    for batch in MicroBatch::packed(rows, max_tokens, max_sequences) {
+        targets += batch.targets.len();
+        sum += f64::from(engine.evaluate(batch)?);
     }
-    finish(&mut pending)?;
     Ok(ValidationReport {
         step,
         loss: (sum / targets as f64) as f32,

@@ -10,8 +10,9 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use mp_train::config::model::ModelConfig;
+use mp_train::data::byte_level::ByteLevel;
 use mp_train::data::sentencepiece::SentencePiece;
-use mp_train::data::tokenizer::TokenizerFiles;
+use mp_train::data::tokenizer::{TokenizerFiles, VocabularyFile};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tempfile::tempdir;
 
@@ -80,7 +81,10 @@ fn read(folder: &Path) -> Result<(), String> {
         said(ModelConfig::from_json_file(&folder.join("config.json")))
     } else if has("tokenizer.model") {
         let files = TokenizerFiles::read(folder).map_err(|error| error.to_string())?;
-        said(SentencePiece::new(files.proto))
+        match files.vocabulary {
+            VocabularyFile::SentencePiece(proto) => said(SentencePiece::new(proto)),
+            VocabularyFile::ByteLevel(tokens) => said(ByteLevel::new(tokens)),
+        }
     } else {
         said(read_model(folder))
     }

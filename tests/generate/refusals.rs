@@ -140,13 +140,7 @@ fn damaged_templates_and_adapters_are_named() {
 #[test]
 fn weights_that_are_no_numbers_are_told_where_a_token_is_chosen() {
     let setup = Setup::new();
-    let path = setup.model.join("model.safetensors");
-    let source = mp_train::checkpoint::open_tensor_file(&path).unwrap();
-    let mut tensors = mp_train::checkpoint::read_all(source.as_ref()).unwrap();
-    drop(source);
-    let head = tensors.get_mut("lm_head.weight").unwrap();
-    head.bytes[..4].copy_from_slice(&f32::NAN.to_le_bytes());
-    mp_train::checkpoint::safetensors::write_safetensors(&path, &tensors).unwrap();
+    setup.spoil_the_head();
     let rows: [Value; 1] = [json!({ "prompt": "hi" })];
     let told = [
         "token 1 of the answer",

@@ -1,10 +1,12 @@
 //! The golden model with a small tokenizer of its own, and the program run on it.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-use mp_train::checkpoint::{open_tensor_file, read_all};
+use mp_train::checkpoint::safetensors::write_safetensors;
+use mp_train::checkpoint::{HostTensor, open_tensor_file, read_all};
 use mp_train::config::model::ModelConfig;
 use mp_train::data::sentencepiece::{ModelProto, ModelType, Piece, PieceKind};
 use mp_train::data::tokenizer::{ConfigIds, GlmTokenizer, TokenizerFiles};
@@ -47,6 +49,24 @@ impl Setup {
         let tokenizer_config = json!({ "num_image_tokens": 0 }).to_string();
         fs::write(model.join("tokenizer_config.json"), tokenizer_config).unwrap();
         Self { folder, model }
+    }
+
+    /// Rewrites the model's tensors.
+    pub fn change_tensors(&self, change: impl FnOnce(&mut BTreeMap<String, HostTensor>)) {
+        let path = self.model.join("model.safetensors");
+        let source = open_tensor_file(&path).unwrap();
+        let mut tensors = read_all(source.as_ref()).unwrap();
+        drop(source);
+        change(&mut tensors);
+        write_safetensors(&path, &tensors).unwrap();
+    }
+
+    /// Puts a number that is none into the head.
+    pub fn spoil_the_head(&self) {
+        self.change_tensors(|tensors| {
+            let head = tensors.get_mut("lm_head.weight").unwrap();
+            head.bytes[..4].copy_from_slice(&f32::NAN.to_le_bytes());
+        });
     }
 
     pub fn tokenizer(&self) -> GlmTokenizer {

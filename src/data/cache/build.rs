@@ -11,8 +11,9 @@ use super::writer::CacheWriter;
 use super::{RowKind, no_rows};
 use crate::config::model::ModelConfig;
 use crate::data::rows::{RawRow, RowBlock};
-use crate::data::template::RowText;
-use crate::data::text_rows::{BadRowLog, BadRows, RowEncoder, RowReport, TextRow, TextRows};
+use crate::data::text_rows::{
+    BadRowLog, BadRows, Cuts, Encoded, RowEncoder, RowReport, TextRow, TextRows,
+};
 use crate::data::{DataError, RowProblem};
 
 /// Where rows go.
@@ -47,8 +48,7 @@ struct Made {
     rows: RowBlock,
     /// Rows that cannot be used, each with the number of usable ones before it.
     bad: Vec<(usize, DataError)>,
-    prompts_cut: usize,
-    answers_cut: usize,
+    cuts: Cuts,
 }
 
 impl Made {
@@ -84,16 +84,15 @@ pub(super) fn rows(
             let encoder = RowEncoder::new(tokenizer, &settings.template)?;
             let mut rows = TextRows::open(files, settings)?;
             let collect = Collect::new(settings.bad_rows, rows.bytes(), rows.bytes_read());
-            let size = |row: &TextRow| match &row.text {
-                RowText::Pair { prompt, answer } => prompt.len() + answer.len(),
-                RowText::Document { text, .. } => text.len(),
-            };
+            let size = |row: &TextRow| row.text.bytes();
             let work = |batch| encoded(batch, encoder, model);
             let mut report = collect.run(&mut rows, size, threads, work, sink, meter)?;
             let read = rows.report();
             report.repeated_columns = read.repeated_columns;
             report.first_repeated.clone_from(&read.first_repeated);
             report.empty_files.clone_from(&read.empty_files);
+            report.unanswered = read.unanswered;
+            report.undefined_tools = read.undefined_tools;
             let made = std::mem::replace(&mut report.bad, read.bad.clone());
             report.bad.merge(made);
             checked(files, report)
@@ -122,15 +121,21 @@ fn checked(files: &[PathBuf], report: RowReport) -> Result<RowReport, DataError>
 fn encoded(batch: Vec<TextRow>, encoder: RowEncoder<'_>, model: &ModelConfig) -> Made {
     let mut made = Made::default();
     for row in batch {
-        let encoded = encoder.encode(&row.text);
-        made.prompts_cut += usize::from(encoded.prompt_ids_cut > 0);
-        made.answers_cut += usize::from(encoded.answer_ids_cut > 0);
-        for raw in &encoded.rows {
-            made.push(Ok(raw), model, |problem| DataError::Row {
-                path: row.file.to_path_buf(),
-                line: row.line,
-                problem,
-            });
+        let place = |problem| DataError::Row {
+            path: row.file.to_path_buf(),
+            line: row.line,
+            problem,
+        };
+        let Encoded { rows, cuts } = match encoder.encode(&row.text) {
+            Ok(encoded) => encoded,
+            Err(problem) => {
+                made.push(Err(problem.into()), model, place);
+                continue;
+            }
+        };
+        made.cuts.add(cuts);
+        for raw in &rows {
+            made.push(Ok(raw), model, place);
         }
     }
     made
@@ -188,8 +193,7 @@ impl Collect {
                 report.bad.reject(error, report.rows + before)?;
             }
             report.rows += made.rows.len();
-            report.prompts_cut += made.prompts_cut;
-            report.answers_cut += made.answers_cut;
+            report.cuts.add(made.cuts);
             sink.append(&made.rows)?;
             let tokens: u64 = made.rows.entries().map(|row| u64::from(row.tokens)).sum();
             meter.borrow_mut().update(|progress| {

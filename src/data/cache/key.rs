@@ -24,7 +24,7 @@ struct Manifest<'a> {
 }
 
 /// Changes with every change to how rows are made that is not seen in the settings.
-const VERSION: u64 = 1;
+const VERSION: u64 = 2;
 
 #[derive(Serialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
@@ -108,7 +108,7 @@ impl CacheKey {
                 } => Made::Text {
                     settings,
                     tokenizer: TokenizerFacts {
-                        model: digest(&tokenizer.sentence_piece().proto().to_bytes()),
+                        model: digest(&tokenizer.vocabulary_bytes()),
                         generation: format!("{:?}", tokenizer.generation()),
                         num_image_tokens: tokenizer.num_image_tokens(),
                     },

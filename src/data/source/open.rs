@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use flate2::bufread::MultiGzDecoder;
 
 use super::{NamedKind, is_named_gzip, problem};
-use crate::data::records::Format;
+use crate::data::records::{Format, PARQUET_MAGIC};
 use crate::data::text_error::Names;
 use crate::data::{DataError, FileProblem};
 
@@ -39,6 +39,7 @@ impl OpenFile {
         plain_text: bool,
         bytes_read: &Arc<AtomicU64>,
     ) -> Result<Self, DataError> {
+        let counted = bytes_read.load(Ordering::Relaxed);
         let file = File::open(path).map_err(|error| super::io(path, error))?;
         let mut file = BufReader::new(Counted {
             file,
@@ -63,6 +64,24 @@ impl OpenFile {
         })?;
         if head.starts_with(&[0xff, 0xfe]) || head.starts_with(&[0xfe, 0xff]) {
             return Err(problem(path, FileProblem::Utf16));
+        }
+        // Its pages are compressed by themselves, and read where they are wanted.
+        let parquet = (NamedKind::of(path), head.starts_with(&PARQUET_MAGIC));
+        if let Some(format) = match parquet {
+            (Some(NamedKind::Parquet), true) if !gzip => Some(Format::Parquet),
+            (Some(NamedKind::Parquet), _) if !head.is_empty() => {
+                return Err(problem(path, FileProblem::NotParquet));
+            }
+            (_, true) => return Err(problem(path, FileProblem::NamedOtherwise)),
+            _ => None,
+        } {
+            // Its reader counts from the start.
+            bytes_read.store(counted, Ordering::Relaxed);
+            return Ok(Self {
+                input: Input::new(Box::new(io::empty())),
+                format,
+                gzip,
+            });
         }
         if head.starts_with("\u{feff}".as_bytes()) {
             head.drain(..3);

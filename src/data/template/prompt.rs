@@ -1,6 +1,6 @@
 //! Prompts as ChatGLM-6B was asked: for training rows and for chats alike.
 
-use std::fmt::Write;
+use crate::data::tokenizer::RoundStyle;
 
 /// One earlier question with its answer.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -29,11 +29,7 @@ pub fn round_prompt(history: &[Turn], query: &str, round_for_empty_history: bool
     if history.is_empty() && !round_for_empty_history {
         return query.to_owned();
     }
-    let mut prompt = String::new();
-    // Writing to a String cannot fail.
-    for (round, Turn { query, answer }) in history.iter().enumerate() {
-        let _ = write!(prompt, "[Round {round}]\n问：{query}\n答：{answer}\n");
-    }
-    let _ = write!(prompt, "[Round {}]\n问：{query}\n答：", history.len());
-    prompt
+    let turns = history.iter();
+    let turns = turns.map(|turn| (turn.query.as_str(), turn.answer.as_str()));
+    RoundStyle::CHATGLM.prompt(turns, query)
 }

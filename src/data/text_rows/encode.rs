@@ -1,9 +1,13 @@
 //! Text to token ids and labels.
 
+use serde::{Deserialize, Serialize};
+
+use super::lengths::Lengths;
+use crate::data::TextProblem;
 use crate::data::rows::RawRow;
-use crate::data::template::{RowText, Template, TemplateSettings};
+use crate::data::template::{RowText, Template, TemplateSettings, TrainOnTurns};
 use crate::data::tokenizer::{
-    Generation, GlmTokenizer, InputRule, LiteralSpecials, TokenizerError,
+    ConversationIds, Generation, GlmTokenizer, LiteralSpecials, TokenizerError,
 };
 
 /// Why rows cannot be made with these settings.
@@ -19,7 +23,7 @@ pub enum EncodeError {
         /// What it takes.
         least: usize,
     },
-    /// A model whose rows look different.
+    /// A tokenizer without what rows are made of.
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
 }
@@ -27,20 +31,63 @@ pub enum EncodeError {
 /// The rows that one row of text becomes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Encoded {
-    /// One row of a pair, one or more of a document, none of a document that has no tokens.
+    /// One row of a conversation, or one for each turn that is trained on; one or more of a document,
+    /// none of a document that has no tokens.
     pub rows: Vec<RawRow>,
-    /// Ids of the prompt that were cut off.
-    pub prompt_ids_cut: usize,
-    /// Ids of the answer that were cut off.
-    pub answer_ids_cut: usize,
+    /// What did not fit.
+    pub cuts: Cuts,
 }
 
-/// Makes ChatGLM-6B's training rows. It holds no state: rows may be encoded in parallel.
+/// What did not fit into rows of token ids, as numbers of rows.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Cuts {
+    /// Rows whose prompt was cut.
+    pub prompts: usize,
+    /// Rows whose answer was cut.
+    pub answers: usize,
+    /// Rows whose oldest turns were dropped.
+    pub turns: usize,
+}
+
+impl Cuts {
+    /// Adds what did not fit elsewhere.
+    pub fn add(&mut self, other: Self) {
+        self.prompts += other.prompts;
+        self.answers += other.answers;
+        self.turns += other.turns;
+    }
+
+    /// What the user should know, a sentence each.
+    pub(super) fn notices(self) -> Vec<String> {
+        let counted = [
+            (
+                self.turns,
+                "conversations are too long; their oldest turns are dropped (max_length, or \
+                 max_source_length)",
+            ),
+            (
+                self.prompts,
+                "prompts are too long and are cut (max_source_length, of conversations max_length)",
+            ),
+            (
+                self.answers,
+                "answers are too long and are cut (max_target_length, of conversations max_length)",
+            ),
+        ];
+        let counted = counted.iter().filter(|(count, _)| *count > 0);
+        counted
+            .map(|(count, what)| format!("{count} {what}"))
+            .collect()
+    }
+}
+
+/// Makes training rows. It holds no state: rows may be encoded in parallel.
 #[derive(Clone, Copy, Debug)]
 pub struct RowEncoder<'a> {
-    tokenizer: &'a GlmTokenizer,
-    settings: &'a TemplateSettings,
-    literal: LiteralSpecials,
+    pub(super) tokenizer: &'a GlmTokenizer,
+    pub(super) settings: &'a TemplateSettings,
+    pub(super) literal: LiteralSpecials,
+    pub(super) lengths: Lengths,
 }
 
 const NO_TARGET: i64 = -100;
@@ -49,85 +96,82 @@ impl<'a> RowEncoder<'a> {
     /// An encoder by these settings.
     ///
     /// # Errors
-    /// Lengths that leave no place for text; a tokenizer that is not ChatGLM-6B's.
+    /// Lengths that leave no place for text.
     pub fn new(
         tokenizer: &'a GlmTokenizer,
         settings: &'a TemplateSettings,
     ) -> Result<Self, EncodeError> {
-        let Generation::ChatGlm(_) = tokenizer.generation() else {
-            return Err(EncodeError::Tokenizer(TokenizerError::NotInGeneration {
-                what: "making training rows of text",
-                defined_for: "ChatGLM-6B",
-            }));
+        let literal = match settings.parse_special {
+            true => LiteralSpecials::AsReference,
+            false => LiteralSpecials::AsText,
         };
-        // One id of text beside the special tokens.
-        let lengths = match &settings.template {
-            Template::PlainText(plain) => vec![("max_length", plain.max_length, 4)],
-            _ => vec![
-                ("max_source_length", settings.max_source_length, 2),
-                ("max_target_length", settings.max_target_length, 3),
-            ],
-        };
-        for (setting, value, least) in lengths {
-            if value < least {
-                return Err(EncodeError::TooShort {
-                    setting,
-                    value,
-                    least,
-                });
-            }
-        }
         Ok(Self {
+            lengths: Lengths::of(tokenizer, settings, literal)?,
             tokenizer,
             settings,
-            literal: match settings.parse_special {
-                true => LiteralSpecials::AsReference,
-                false => LiteralSpecials::AsText,
-            },
+            literal,
         })
     }
 
     /// The rows of one row of text.
-    pub fn encode(&self, text: &RowText) -> Encoded {
+    ///
+    /// # Errors
+    /// A conversation that the model's generation has no form for, or no room.
+    pub fn encode(&self, text: &RowText) -> Result<Encoded, TextProblem> {
         match text {
-            RowText::Pair { prompt, answer } => self.pair(prompt, answer),
-            RowText::Document { text, begins, ends } => Encoded {
+            RowText::Conversation(conversation) => match self.tokenizer.generation().rounds() {
+                Some(style) => self.in_rounds(style, conversation),
+                None => self.with_roles(conversation),
+            },
+            RowText::Document { text, begins, ends } => Ok(Encoded {
                 rows: self.document(text, *begins, *ends),
                 ..Encoded::default()
-            },
+            }),
         }
     }
 
-    /// prompt, `[gMASK]`, sop, answer, eop; from sop on every id is a target, but for padding.
-    fn pair(&self, prompt: &str, answer: &str) -> Encoded {
-        let prompt = format!("{}{prompt}", self.settings.source_prefix);
-        let mut prompt = self.tokenizer.encode_with(&prompt, self.literal);
-        let mut answer = self.tokenizer.encode_with(answer, self.literal);
-        let prompt_ids_cut = cut(&mut prompt, self.settings.max_source_length - 1);
-        let answer_ids_cut = cut(&mut answer, self.settings.max_target_length - 2);
-        // The form of training rows is the same in all eras, unlike that of prompts.
-        let ids = self
-            .tokenizer
-            .build_inputs_by(InputRule::Always, &prompt, Some(&answer));
-        let special = self.tokenizer.special();
-        let sop = ids.iter().position(|&id| id == special.sop);
-        let label = |(index, &id): (usize, &u32)| match sop {
-            Some(sop) if index >= sop && id != special.pad => i64::from(id),
-            _ => NO_TARGET,
-        };
-        Encoded {
-            rows: vec![RawRow {
-                labels: ids.iter().enumerate().map(label).collect(),
-                input_ids: ids.into_iter().map(i64::from).collect(),
-                ..RawRow::default()
-            }],
-            prompt_ids_cut,
-            answer_ids_cut,
+    pub(super) fn encode_text(&self, text: &str) -> Vec<u32> {
+        self.tokenizer.encode_with(text, self.literal)
+    }
+
+    pub(super) fn trains_all_turns(&self) -> bool {
+        self.settings.train_on_turns == TrainOnTurns::All
+    }
+
+    /// A row whose targets are what the model writes, where `trained` says so of the message. Padding
+    /// is no target, unless it is the id that closes a message.
+    pub(super) fn row(&self, written: &ConversationIds, trained: &[bool]) -> RawRow {
+        let ids = &written.ids;
+        let mut labels = vec![NO_TARGET; ids.len()];
+        for (range, _) in written.written.iter().zip(trained).filter(|(_, t)| **t) {
+            let mut range = range.clone();
+            if matches!(self.tokenizer.generation(), Generation::ChatGlm(_)) {
+                // Its code takes all from the first sop on, which is a target itself.
+                let sop = self.tokenizer.special().sop;
+                let first = ids.iter().position(|&id| id == sop);
+                range.start = first.unwrap_or(range.start);
+            }
+            let end = range.end;
+            for index in range {
+                labels[index] = self.target(ids[index], index + 1 == end);
+            }
+        }
+        RawRow {
+            labels,
+            input_ids: ids.iter().copied().map(i64::from).collect(),
+            ..RawRow::default()
         }
     }
 
-    /// Chunk by chunk: `[gMASK]`, sop, the chunk, and behind the last one eop; the ids of the chunk
-    /// and eop are targets.
+    fn target(&self, id: u32, closes: bool) -> i64 {
+        match id == self.tokenizer.special().pad && !closes {
+            true => NO_TARGET,
+            false => i64::from(id),
+        }
+    }
+
+    /// Chunk by chunk: `[gMASK]`, sop, the chunk, and behind the last one what closes a document; the
+    /// ids of the chunk and the closing one are targets.
     fn document(&self, text: &str, begins: bool, ends: bool) -> Vec<RawRow> {
         let ids = match (begins, self.literal) {
             // What goes on in the middle of a document has no space put in front.
@@ -135,7 +179,7 @@ impl<'a> RowEncoder<'a> {
                 .tokenizer
                 .encode_without_dummy_prefix(text)
                 .unwrap_or_else(|_| self.tokenizer.encode(text)),
-            _ => self.tokenizer.encode_with(text, self.literal),
+            _ => self.encode_text(text),
         };
         let Template::PlainText(plain) = &self.settings.template else {
             return Vec::new();
@@ -144,30 +188,21 @@ impl<'a> RowEncoder<'a> {
         let size = plain.max_length - 3;
         let chunks = ids.len().div_ceil(size);
         let row = |(index, chunk): (usize, &[u32])| {
-            let eop = (ends && index + 1 == chunks).then_some(special.eop);
-            let targets = || chunk.iter().copied().chain(eop);
-            let target = |id| match id == special.pad {
-                true => NO_TARGET,
-                false => i64::from(id),
-            };
-            let specials = [special.gmask, special.sop];
-            let ids = specials.into_iter().chain(targets());
+            let closing = self.tokenizer.end_of_document();
+            let closing = (ends && index + 1 == chunks).then_some(closing);
+            let targets = chunk.iter().map(|&id| self.target(id, false));
+            let ids = [special.gmask, special.sop].into_iter();
+            let ids = ids.chain(chunk.iter().copied()).chain(closing);
             RawRow {
                 input_ids: ids.map(i64::from).collect(),
                 labels: [NO_TARGET; 2]
                     .into_iter()
-                    .chain(targets().map(target))
+                    .chain(targets)
+                    .chain(closing.map(i64::from))
                     .collect(),
                 ..RawRow::default()
             }
         };
         ids.chunks(size).enumerate().map(row).collect()
     }
-}
-
-/// Cuts a list; by how much.
-fn cut(ids: &mut Vec<u32>, most: usize) -> usize {
-    let cut = ids.len().saturating_sub(most);
-    ids.truncate(most);
-    cut
 }

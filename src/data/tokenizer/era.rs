@@ -3,28 +3,61 @@
 //! ChatGLM-6B's ids moved by 20,000 in April 2023, and the mixture that hurts most raises no error
 //! anywhere: a new tokenizer on an old checkpoint makes every text id 20,000 too low.
 
-use super::Era;
+use std::fmt;
+
+use super::special::{GLM4_ROLES_FROM, ROLES_FROM, glm4_specials};
 use super::text::NEWLINE;
+use super::{Era, Generation};
+use crate::config::architecture::Naming;
 use crate::config::model::ModelConfig;
+use crate::data::byte_level::Tokens;
 use crate::data::sentencepiece::ModelProto;
 
 /// What the original code takes when `tokenizer_config.json` names no number.
 const DEFAULT_IMAGE_TOKENS: u32 = 20_000;
 /// More unused embedding rows than this mean that the parts do not belong together (real: 184 in
-/// ChatGLM-6B, 235 in ChatGLM2).
+/// ChatGLM-6B, 235 in ChatGLM2, 209 in GLM-4).
 const MAX_SPARE_ROWS: usize = 1024;
 /// Pieces that era A's code appends at load.
 const APPENDED_PIECES: usize = 344;
 
+/// `vocab_size` of the original ChatGLM2 and 3, which goes with no other tokenizer.
+const CHATGLM2_ROWS: usize = 65_024;
+/// `vocab_size` of the original GLM-4.
+const GLM4_ROWS: usize = 151_552;
+
+/// Tokenizers that share a file format and special tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Family {
+    /// SentencePiece with a newline piece.
+    ChatGlm,
+    /// SentencePiece with special tokens behind its pieces.
+    ChatGlm2,
+    /// Byte-level tokens.
+    Glm4,
+}
+
+impl fmt::Display for Family {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::ChatGlm => "ChatGLM-6B",
+            Self::ChatGlm2 => "ChatGLM2 or ChatGLM3",
+            Self::Glm4 => "GLM-4",
+        })
+    }
+}
+
 /// What the model's `config.json` says about ids.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ConfigIds {
+    /// Which tokenizers it may have; all if empty.
+    pub families: Vec<Family>,
     /// `vocab_size`; `padded_vocab_size` in ChatGLM2 and 3.
     pub vocab_size: usize,
     /// `bos_token_id`
     pub bos_token_id: Option<u32>,
-    /// `eos_token_id`
-    pub eos_token_id: Option<u32>,
+    /// `eos_token_id`, one or several.
+    pub eos_token_ids: Vec<u32>,
     /// `mask_token_id`
     pub mask_token_id: Option<u32>,
     /// `gmask_token_id`
@@ -35,10 +68,17 @@ pub struct ConfigIds {
 
 impl From<&ModelConfig> for ConfigIds {
     fn from(config: &ModelConfig) -> Self {
+        let families = match (config.architecture.naming, config.vocab_size) {
+            (Naming::ChatGlm, _) => vec![Family::ChatGlm],
+            (Naming::ChatGlm2, CHATGLM2_ROWS) => vec![Family::ChatGlm2],
+            (Naming::Glm, _) | (Naming::ChatGlm2, GLM4_ROWS) => vec![Family::Glm4],
+            (Naming::ChatGlm2, _) => vec![Family::ChatGlm2, Family::Glm4],
+        };
         Self {
+            families,
             vocab_size: config.vocab_size,
             bos_token_id: config.context_ids.map(|ids| ids.bos_token_id),
-            eos_token_id: config.eos_token_ids.first().copied(),
+            eos_token_ids: config.eos_token_ids.clone(),
             mask_token_id: config.context_ids.map(|ids| ids.mask_token_id),
             gmask_token_id: config.context_ids.map(|ids| ids.gmask_token_id),
             pad_token_id: config.pad_token_id,
@@ -49,17 +89,22 @@ impl From<&ModelConfig> for ConfigIds {
 /// What a tokenizer's files say about ids.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TokenizerFacts {
-    /// Number of pieces, those included that era A's code appends.
-    pub pieces: usize,
-    /// Whether it is ChatGLM-6B's: it has a newline piece.
-    pub is_chatglm: bool,
+    /// Which tokenizer it is.
+    pub family: Family,
+    /// Number of ids without any shift: those included that era A's code appends, and the specials
+    /// that are numbered behind the vocabulary.
+    pub ids: usize,
     /// Whether the specials are missing in the file and will be appended (era A).
     pub appends_pieces: bool,
     /// `num_image_tokens` of `tokenizer_config.json`, where given.
     pub num_image_tokens: Option<u32>,
-    /// Piece ids, without any shift, of the tokens whose ids `config.json` repeats: config key,
-    /// token, id.
+    /// Of ChatGLM2 and 3, which have the same file: whether anything beside it says that there are
+    /// role tokens.
+    pub has_roles: Option<bool>,
+    /// Ids, without any shift, of the tokens that `config.json` repeats: config key, token, id.
     tokens: Vec<(&'static str, &'static str, u32)>,
+    /// As `tokens`, of what may end an answer; any of these may stand in `eos_token_id`.
+    ends: Vec<(&'static str, u32)>,
 }
 
 /// The outcome of agreeing checks.
@@ -67,8 +112,8 @@ pub struct TokenizerFacts {
 pub struct EraVerdict {
     /// What to shift ids by.
     pub num_image_tokens: u32,
-    /// The era of ChatGLM-6B's tokenizer; `None` for ChatGLM2 and 3.
-    pub era: Option<Era>,
+    /// Which tokenizer to build.
+    pub generation: Generation,
     /// Worth a line to the user.
     pub warnings: Vec<EraWarning>,
 }
@@ -84,19 +129,28 @@ pub enum EraWarning {
         /// `vocab_size` of config.json.
         vocab_size: usize,
     },
+    /// The same file serves two generations, and nothing beside it tells which.
+    #[error(
+        "the tokenizer is that of ChatGLM2 or of ChatGLM3, which the files do not tell apart; ChatGLM2 is taken (for ChatGLM3 write `\"name_or_path\": \"THUDM/chatglm3-6b\"` into tokenizer_config.json, for ChatGLM2 `\"THUDM/chatglm2-6b\"` to silence this)"
+    )]
+    TakenForChatGlm2,
     /// config.json names no padding id.
-    #[error("config.json names no pad_token_id; the tokenizer's {tokenizer} (<pad>) is used")]
+    #[error("config.json names no pad_token_id; the tokenizer's {tokenizer} ({token}) is used")]
     PadMissing {
+        /// The token that pads.
+        token: &'static str,
         /// The tokenizer's id.
         tokenizer: u32,
     },
     /// config.json names another padding id.
     #[error(
-        "config.json names pad_token_id {config}, but the tokenizer's <pad> is {tokenizer}, which is used"
+        "config.json names pad_token_id {config}, but the tokenizer's {token} is {tokenizer}, which is used"
     )]
     PadDiffers {
         /// The id in config.json.
         config: u32,
+        /// The token that pads.
+        token: &'static str,
         /// The tokenizer's id.
         tokenizer: u32,
     },
@@ -137,6 +191,29 @@ pub enum EraError {
         /// The shift in the file.
         num_image_tokens: u32,
     },
+    /// The tokenizer of another generation.
+    #[error(
+        "the tokenizer is that of {tokenizer}, but config.json (vocab_size {vocab_size}) describes a model of {}: use the tokenizer files that belong to the checkpoint",
+        .models.iter().map(Family::to_string).collect::<Vec<_>>().join(" or ")
+    )]
+    Family {
+        /// Whose tokenizer it is.
+        tokenizer: Family,
+        /// Whose model it may be.
+        models: Vec<Family>,
+        /// `vocab_size` of config.json.
+        vocab_size: usize,
+    },
+    /// More ids than embedding rows, in a generation that has no eras.
+    #[error(
+        "the tokenizer has {tokenizer_size} ids, but the model only {vocab_size}: they are of different models; use the checkpoint's own tokenizer files"
+    )]
+    TooFewRows {
+        /// Ids of the tokenizer.
+        tokenizer_size: usize,
+        /// `vocab_size` of config.json.
+        vocab_size: usize,
+    },
     /// Far more embedding rows than ids.
     #[error(
         "the model has {vocab_size} ids, but the tokenizer only {tokenizer_size} (shift {num_image_tokens}): they are of different models; use the checkpoint's own tokenizer files"
@@ -151,7 +228,7 @@ pub enum EraError {
     },
     /// A special token has two ids.
     #[error(
-        "config.json says {key} {config}, but the tokenizer's {token} is {tokenizer}: config.json and tokenizer are of different eras; take both from one place"
+        "config.json says {key} {config}, but the tokenizer's {token} is {tokenizer}: config.json and tokenizer are of different models or eras; take both from one place"
     )]
     SpecialId {
         /// Key in config.json.
@@ -166,44 +243,87 @@ pub enum EraError {
 }
 
 impl TokenizerFacts {
-    /// Collects the facts from a SentencePiece file and the number in `tokenizer_config.json`.
-    pub fn new(proto: &ModelProto, num_image_tokens: Option<u32>) -> Self {
-        let find = |text: &str| proto.pieces.iter().position(|piece| piece.text == text);
-        let is_chatglm = find(NEWLINE).is_some();
-        let in_file = proto.pieces.len();
-        let appends_pieces = is_chatglm && find("[gMASK]").is_none();
-        let mut tokens = Vec::new();
-        let mut name = |key, token, id: Option<usize>| {
-            if let Some(id) = id {
-                tokens.push((key, token, id as u32));
-            }
+    /// Collects the facts from a SentencePiece file and what stands beside it.
+    pub fn new(proto: &ModelProto, num_image_tokens: Option<u32>, has_roles: Option<bool>) -> Self {
+        let find = |text: &str| {
+            let position = proto.pieces.iter().position(|piece| piece.text == text);
+            position.map(|id| id as u32)
         };
-        if is_chatglm {
-            let special = |text, index| {
-                if appends_pieces {
-                    Some(in_file + index)
-                } else {
-                    find(text)
-                }
-            };
-            name("mask_token_id", "[MASK]", special("[MASK]", 0));
-            name("gmask_token_id", "[gMASK]", special("[gMASK]", 1));
-            name("bos_token_id", "<sop>", special("<sop>", 4));
-            name("eos_token_id", "<eop>", special("<eop>", 5));
-            name("pad_token_id", "<pad>", find("<pad>"));
-        } else {
-            name("mask_token_id", "[MASK]", Some(in_file));
-            name("gmask_token_id", "[gMASK]", Some(in_file + 1));
-            name("bos_token_id", "<s>", find("<s>"));
-            name("eos_token_id", "</s>", find("</s>"));
-            name("pad_token_id", "<pad>", find("<unk>"));
+        let in_file = proto.pieces.len() as u32;
+        if find(NEWLINE).is_none() {
+            return Self::of_chatglm2(in_file, find, has_roles);
         }
+        let appends_pieces = find("[gMASK]").is_none();
+        let special = |text, index| match appends_pieces {
+            true => Some(in_file + index),
+            false => find(text),
+        };
+        let named = [
+            ("mask_token_id", "[MASK]", special("[MASK]", 0)),
+            ("gmask_token_id", "[gMASK]", special("[gMASK]", 1)),
+            ("bos_token_id", "<sop>", special("<sop>", 4)),
+            ("pad_token_id", "<pad>", find("<pad>")),
+        ];
+        let ends = special("<eop>", 5).map(|id| ("<eop>", id));
         Self {
-            pieces: in_file + if appends_pieces { APPENDED_PIECES } else { 0 },
-            is_chatglm,
+            family: Family::ChatGlm,
+            ids: proto.pieces.len() + if appends_pieces { APPENDED_PIECES } else { 0 },
             appends_pieces,
             num_image_tokens,
-            tokens,
+            has_roles: None,
+            tokens: present(named),
+            ends: ends.into_iter().collect(),
+        }
+    }
+
+    fn of_chatglm2(
+        pieces: u32,
+        find: impl Fn(&str) -> Option<u32>,
+        has_roles: Option<bool>,
+    ) -> Self {
+        let named = [
+            ("bos_token_id", "<s>", find("<s>")),
+            ("mask_token_id", "[MASK]", Some(pieces)),
+            ("gmask_token_id", "[gMASK]", Some(pieces + 1)),
+            ("pad_token_id", "<pad>", find("<unk>")),
+        ];
+        let roles = pieces + ROLES_FROM;
+        let ends = [
+            find("</s>").map(|id| ("</s>", id)),
+            Some(("<|user|>", roles + 1)),
+            Some(("<|observation|>", roles + 3)),
+        ];
+        Self {
+            family: Family::ChatGlm2,
+            // Whether ChatGLM3's four more are used is another question.
+            ids: roles as usize,
+            appends_pieces: false,
+            num_image_tokens: None,
+            has_roles,
+            tokens: present(named),
+            ends: ends.into_iter().flatten().collect(),
+        }
+    }
+
+    /// Collects the facts from GLM-4's tokens.
+    pub fn of_tokens(tokens: &Tokens) -> Self {
+        let first = tokens.tokens.len() as u32;
+        let specials = match tokens.specials.len() {
+            0 => glm4_specials(),
+            named => named,
+        };
+        Self {
+            family: Family::Glm4,
+            ids: tokens.tokens.len() + specials,
+            appends_pieces: false,
+            num_image_tokens: None,
+            has_roles: None,
+            tokens: vec![("pad_token_id", "<|endoftext|>", first)],
+            ends: vec![
+                ("<|endoftext|>", first),
+                ("<|user|>", first + GLM4_ROLES_FROM + 1),
+                ("<|observation|>", first + GLM4_ROLES_FROM + 3),
+            ],
         }
     }
 
@@ -224,6 +344,13 @@ impl TokenizerFacts {
                 vocab_size,
             });
         }
+        if !config.families.is_empty() && !config.families.contains(&self.family) {
+            return Err(EraError::Family {
+                tokenizer: self.family,
+                models: config.families.clone(),
+                vocab_size,
+            });
+        }
         let mut warnings = Vec::new();
         let shift = self.shift(vocab_size, &mut warnings)?;
         for &(key, token, id) in &self.tokens {
@@ -232,9 +359,8 @@ impl TokenizerFacts {
                 "mask_token_id" => config.mask_token_id,
                 "gmask_token_id" => config.gmask_token_id,
                 "bos_token_id" => config.bos_token_id,
-                "eos_token_id" => config.eos_token_id,
                 _ => {
-                    warnings.extend(pad_warning(config.pad_token_id, tokenizer));
+                    warnings.extend(pad_warning(token, config.pad_token_id, tokenizer));
                     continue;
                 }
             };
@@ -247,22 +373,62 @@ impl TokenizerFacts {
                 });
             }
         }
-        let era = match (shift, self.appends_pieces) {
-            (0, _) => Era::C,
-            (_, true) => Era::A,
-            (_, false) => Era::B,
+        self.check_ends(config, shift)?;
+        let generation = match self.family {
+            Family::ChatGlm => Generation::ChatGlm(match (shift, self.appends_pieces) {
+                (0, _) => Era::C,
+                (_, true) => Era::A,
+                (_, false) => Era::B,
+            }),
+            Family::ChatGlm2 => self.chatglm2_or_3(config, &mut warnings),
+            Family::Glm4 => Generation::Glm4,
         };
         Ok(EraVerdict {
             num_image_tokens: shift,
-            era: self.is_chatglm.then_some(era),
+            generation,
             warnings,
         })
     }
 
+    /// Every `eos_token_id` must be one of the tokens that may end an answer.
+    fn check_ends(&self, config: &ConfigIds, shift: u32) -> Result<(), EraError> {
+        let Some(&(token, first)) = self.ends.first() else {
+            return Ok(());
+        };
+        let ends = |id: u32| {
+            let mut ends = self.ends.iter();
+            ends.any(|(_, end)| end.saturating_add(shift) == id)
+        };
+        match config.eos_token_ids.iter().find(|&&id| !ends(id)) {
+            None => Ok(()),
+            Some(&config) => Err(EraError::SpecialId {
+                key: "eos_token_id",
+                config,
+                token,
+                tokenizer: first.saturating_add(shift),
+            }),
+        }
+    }
+
+    /// Role tokens that end an answer by `config.json`, or else what stands beside the file.
+    fn chatglm2_or_3(&self, config: &ConfigIds, warnings: &mut Vec<EraWarning>) -> Generation {
+        let mut roles = self.ends.iter().skip(1);
+        let ends_with_roles = roles.any(|(_, id)| config.eos_token_ids.contains(id));
+        match (ends_with_roles, self.has_roles) {
+            (true, _) | (_, Some(true)) => Generation::ChatGlm3,
+            (_, Some(false)) => Generation::ChatGlm2,
+            (_, None) => {
+                warnings.push(EraWarning::TakenForChatGlm2);
+                Generation::ChatGlm2
+            }
+        }
+    }
+
     /// The shift under which tokenizer and model fit each other.
     fn shift(&self, vocab_size: usize, warnings: &mut Vec<EraWarning>) -> Result<u32, EraError> {
+        let has_eras = self.family == Family::ChatGlm;
         let shift = match self.num_image_tokens {
-            _ if !self.is_chatglm => 0,
+            _ if !has_eras => 0,
             Some(given) => given,
             None if self.fits(0, vocab_size) => {
                 warnings.push(EraWarning::ImageTokensAssumedZero { vocab_size });
@@ -274,13 +440,18 @@ impl TokenizerFacts {
             return Ok(shift);
         }
         let size = self.size(shift);
-        Err(if size > vocab_size {
+        Err(if size > vocab_size && !has_eras {
+            EraError::TooFewRows {
+                tokenizer_size: size,
+                vocab_size,
+            }
+        } else if size > vocab_size {
             EraError::IdsBeyondVocabulary {
                 last_id: size as u64 - 1,
                 num_image_tokens: shift,
                 vocab_size,
             }
-        } else if self.is_chatglm && self.fits(DEFAULT_IMAGE_TOKENS, vocab_size) {
+        } else if has_eras && self.fits(DEFAULT_IMAGE_TOKENS, vocab_size) {
             EraError::ShiftMissing {
                 vocab_size,
                 num_image_tokens: shift,
@@ -295,10 +466,7 @@ impl TokenizerFacts {
     }
 
     fn size(&self, shift: u32) -> usize {
-        // ChatGLM2 has five specials behind its pieces; whether ChatGLM3's four more are used, the
-        // file does not tell.
-        let numbered = if self.is_chatglm { 0 } else { 5 };
-        self.pieces + numbered + shift as usize
+        self.ids + shift as usize
     }
 
     fn fits(&self, shift: u32, vocab_size: usize) -> bool {
@@ -308,10 +476,23 @@ impl TokenizerFacts {
     }
 }
 
-fn pad_warning(config: Option<u32>, tokenizer: u32) -> Option<EraWarning> {
+/// Those of the named tokens that the file has.
+fn present<const N: usize>(
+    named: [(&'static str, &'static str, Option<u32>); N],
+) -> Vec<(&'static str, &'static str, u32)> {
+    let named = named.into_iter();
+    let found = named.filter_map(|(key, token, id)| Some((key, token, id?)));
+    found.collect()
+}
+
+fn pad_warning(token: &'static str, config: Option<u32>, tokenizer: u32) -> Option<EraWarning> {
     match config {
-        None => Some(EraWarning::PadMissing { tokenizer }),
-        Some(config) if config != tokenizer => Some(EraWarning::PadDiffers { config, tokenizer }),
+        None => Some(EraWarning::PadMissing { token, tokenizer }),
+        Some(config) if config != tokenizer => Some(EraWarning::PadDiffers {
+            config,
+            token,
+            tokenizer,
+        }),
         Some(_) => None,
     }
 }
@@ -323,25 +504,27 @@ mod tests {
     /// ChatGLM-6B's file, with the numbers of the original.
     fn chatglm(appends_pieces: bool, num_image_tokens: Option<u32>) -> TokenizerFacts {
         TokenizerFacts {
-            pieces: 130_344,
-            is_chatglm: true,
+            family: Family::ChatGlm,
+            ids: 130_344,
             appends_pieces,
             num_image_tokens,
+            has_roles: None,
             tokens: vec![
                 ("mask_token_id", "[MASK]", 130_000),
                 ("gmask_token_id", "[gMASK]", 130_001),
                 ("bos_token_id", "<sop>", 130_004),
-                ("eos_token_id", "<eop>", 130_005),
                 ("pad_token_id", "<pad>", 3),
             ],
+            ends: vec![("<eop>", 130_005)],
         }
     }
 
     fn config(vocab_size: usize, first: u32, pad: u32) -> ConfigIds {
         ConfigIds {
+            families: vec![Family::ChatGlm],
             vocab_size,
             bos_token_id: Some(first + 4),
-            eos_token_id: Some(first + 5),
+            eos_token_ids: vec![first + 5],
             mask_token_id: Some(first),
             gmask_token_id: Some(first + 1),
             pad_token_id: Some(pad),
@@ -367,7 +550,7 @@ mod tests {
         for (facts, config, era, num_image_tokens) in cases {
             let verdict = EraVerdict {
                 num_image_tokens,
-                era: Some(era),
+                generation: Generation::ChatGlm(era),
                 warnings: vec![],
             };
             let rows = Some(config.vocab_size);
@@ -429,7 +612,7 @@ mod tests {
             ),
             (
                 new(),
-                with(|c| c.eos_token_id = Some(150_005)),
+                with(|c| c.eos_token_ids = vec![150_005]),
                 None,
                 "eos_token_id 150005, but the tokenizer's <eop> is 130005",
             ),
@@ -455,44 +638,125 @@ mod tests {
             EraWarning::ImageTokensAssumedZero {
                 vocab_size: 130_528,
             },
-            EraWarning::PadMissing { tokenizer: 3 },
+            EraWarning::PadMissing {
+                token: "<pad>",
+                tokenizer: 3,
+            },
         ];
         assert_eq!(verdict.map(|verdict| verdict.warnings), Ok(warnings));
         config.pad_token_id = Some(20_003);
         let verdict = chatglm(false, Some(0)).check(&config, None);
         let differs = EraWarning::PadDiffers {
             config: 20_003,
+            token: "<pad>",
             tokenizer: 3,
         };
         assert_eq!(verdict.map(|verdict| verdict.warnings), Ok(vec![differs]));
     }
 
-    #[test]
-    fn chatglm2_has_its_specials_behind_the_pieces() {
-        let facts = TokenizerFacts {
-            pieces: 64_789,
-            is_chatglm: false,
-            appends_pieces: false,
-            num_image_tokens: None,
-            tokens: vec![("eos_token_id", "</s>", 2), ("pad_token_id", "<pad>", 0)],
-        };
-        let mut config = ConfigIds {
-            vocab_size: 65_024,
-            eos_token_id: Some(2),
-            pad_token_id: Some(0),
+    /// The files of ChatGLM2 and 3, and of GLM-4, with the numbers of the originals.
+    fn chatglm2(has_roles: Option<bool>) -> TokenizerFacts {
+        let find = |text: &str| ["<unk>", "<s>", "</s>"].iter().position(|&t| t == text);
+        TokenizerFacts::of_chatglm2(64_789, |text| Some(find(text)? as u32), has_roles)
+    }
+
+    fn glm4() -> TokenizerFacts {
+        TokenizerFacts::of_tokens(&Tokens {
+            tokens: vec![vec![b'a']; 151_329],
+            merges: vec![],
+            whole_words: true,
+            specials: vec![],
+        })
+    }
+
+    fn later(families: &[Family], vocab_size: usize, eos: &[u32], pad: u32) -> ConfigIds {
+        ConfigIds {
+            families: families.to_vec(),
+            vocab_size,
+            eos_token_ids: eos.to_vec(),
+            pad_token_id: Some(pad),
             ..ConfigIds::default()
+        }
+    }
+
+    const GLM4_ENDS: [u32; 3] = [151_329, 151_336, 151_338];
+
+    #[test]
+    fn the_later_generations_are_recognised() {
+        let two = |eos: &[u32]| later(&[Family::ChatGlm2], 65_024, eos, 0);
+        let four = later(&[Family::Glm4], 151_552, &GLM4_ENDS, 151_329);
+        let doubt = vec![EraWarning::TakenForChatGlm2];
+        let (three, second) = (Generation::ChatGlm3, Generation::ChatGlm2);
+        for (facts, config, generation, warnings) in [
+            (chatglm2(Some(false)), two(&[2]), second, vec![]),
+            (chatglm2(Some(true)), two(&[2]), three, vec![]),
+            (chatglm2(None), two(&[2, 64_795, 64_797]), three, vec![]),
+            (chatglm2(None), two(&[2]), second, doubt),
+            (glm4(), four, Generation::Glm4, vec![]),
+        ] {
+            let verdict = EraVerdict {
+                num_image_tokens: 0,
+                generation,
+                warnings,
+            };
+            let rows = Some(config.vocab_size);
+            assert_eq!(facts.check(&config, rows), Ok(verdict));
+        }
+    }
+
+    #[test]
+    fn a_tokenizer_of_another_generation_is_refused() {
+        let all = [Family::ChatGlm, Family::ChatGlm2, Family::Glm4];
+        let facts = [chatglm(false, Some(0)), chatglm2(None), glm4()];
+        let models = [
+            slim(),
+            later(&[Family::ChatGlm2], 65_024, &[2], 0),
+            later(&[Family::Glm4], 151_552, &GLM4_ENDS, 151_329),
+        ];
+        for (i, facts) in facts.iter().enumerate() {
+            for (j, model) in models.iter().enumerate().filter(|(j, _)| *j != i) {
+                let told = facts.check(model, None).map_err(|error| error.to_string());
+                let expected = format!(
+                    "the tokenizer is that of {}, but config.json (vocab_size {}) describes a model of {}",
+                    all[i], model.vocab_size, all[j]
+                );
+                assert!(
+                    told.as_ref().is_err_and(|told| told.contains(&expected)),
+                    "{told:?}"
+                );
+                // Where config.json does not tell, the sizes or the ends of answers do.
+                let mut vague = model.clone();
+                vague.families = all.to_vec();
+                assert!(facts.check(&vague, None).is_err(), "{facts:?} on {model:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn ids_of_a_later_generation_that_differ_are_refused() {
+        let told = |facts: TokenizerFacts, config: &ConfigIds| match facts.check(config, None) {
+            Ok(verdict) => panic!("accepted: {verdict:?}"),
+            Err(error) => error.to_string(),
         };
-        let verdict = EraVerdict {
-            num_image_tokens: 0,
-            era: None,
-            warnings: vec![],
-        };
-        assert_eq!(facts.check(&config, Some(65_024)), Ok(verdict));
-        config.vocab_size = 150_528;
-        let refused = facts.check(&config, None);
+        let two = |vocab_size, eos| later(&[], vocab_size, &[eos], 0);
+        let small = told(chatglm2(None), &two(60_000, 2));
         assert!(
-            matches!(refused, Err(EraError::SpareRows { .. })),
-            "{refused:?}"
+            small.contains("has 64794 ids, but the model only 60000"),
+            "{small}"
+        );
+        let large = told(chatglm2(None), &two(150_528, 2));
+        assert!(large.contains("the model has 150528 ids"), "{large}");
+        let end = told(chatglm2(None), &two(65_024, 130_005));
+        assert!(
+            end.contains("eos_token_id 130005, but the tokenizer's </s> is 2"),
+            "{end}"
+        );
+        let mut ends = GLM4_ENDS.to_vec();
+        ends.push(151_337);
+        let end = told(glm4(), &later(&[], 151_552, &ends, 151_329));
+        assert!(
+            end.contains("eos_token_id 151337, but the tokenizer's <|endoftext|> is 151329"),
+            "{end}"
         );
     }
 }

@@ -1,6 +1,6 @@
-//! Special tokens around text: prompts, prompt and answer, chats.
+//! Special tokens around a prompt and its answer, as each generation's own code puts them.
 
-use super::{Era, Generation, GlmTokenizer, TokenizerError};
+use super::{Era, Generation, GlmTokenizer};
 
 /// How ChatGLM-6B's own code put special tokens around a prompt, over time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -11,30 +11,6 @@ pub enum InputRule {
     Between,
     /// Since 14 April 2023: `[gMASK] <sop>` behind the prompt, always.
     Always,
-}
-
-/// Who speaks in a ChatGLM3 chat.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ChatRole {
-    /// Instructions.
-    System,
-    /// The person.
-    User,
-    /// The model.
-    Assistant,
-    /// What a tool returned.
-    Observation,
-}
-
-/// One message of a ChatGLM3 chat.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ChatMessage<'a> {
-    /// Who speaks.
-    pub role: ChatRole,
-    /// The name of the tool called; otherwise empty.
-    pub metadata: &'a str,
-    /// What is said.
-    pub content: &'a str,
 }
 
 impl GlmTokenizer {
@@ -98,29 +74,5 @@ impl GlmTokenizer {
             ids.push(self.special.eos);
         }
         ids.push(self.special.sop);
-    }
-
-    /// The ids of a ChatGLM3 chat, up to where the assistant answers. Each part is encoded for
-    /// itself, so that text never becomes a role.
-    ///
-    /// # Errors
-    /// [`TokenizerError::NotInGeneration`] unless it is ChatGLM3's.
-    pub fn build_chat(&self, messages: &[ChatMessage<'_>]) -> Result<Vec<u32>, TokenizerError> {
-        let role_id = |role: ChatRole| {
-            self.special
-                .role(role as u32)
-                .ok_or(TokenizerError::NotInGeneration {
-                    what: "a chat with role tokens",
-                    defined_for: "ChatGLM3",
-                })
-        };
-        let mut ids = vec![self.special.gmask, self.special.sop];
-        for message in messages {
-            ids.push(role_id(message.role)?);
-            ids.extend(self.encode(&format!("{}\n", message.metadata)));
-            ids.extend(self.encode(message.content));
-        }
-        ids.push(role_id(ChatRole::Assistant)?);
-        Ok(ids)
     }
 }

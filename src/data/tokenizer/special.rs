@@ -1,11 +1,11 @@
 //! Special tokens: their ids, the pieces that the oldest file lacks, and text that names them.
 
 use super::text::{MAX_BLANK, NEWLINE, TAB, blank};
-use super::{Era, Generation, TokenizerError};
+use super::{ChatRole, Era, Generation, TokenizerError};
 use crate::data::sentencepiece::{ModelProto, Piece, PieceKind, SentencePiece, SentencePieceError};
 
 /// Specials of ChatGLM2 and 3, numbered from the end of the vocabulary.
-const NUMBERED: [&str; 9] = [
+const CHATGLM3: [&str; 9] = [
     "[MASK]",
     "[gMASK]",
     "[sMASK]",
@@ -16,6 +16,34 @@ const NUMBERED: [&str; 9] = [
     "<|assistant|>",
     "<|observation|>",
 ];
+/// How many of them ChatGLM2 has; behind them are the roles.
+pub(super) const ROLES_FROM: u32 = 5;
+
+/// Specials of GLM-4, numbered likewise. The last four, of images, only some of its files have.
+const GLM4: [&str; 14] = [
+    "<|endoftext|>",
+    "[MASK]",
+    "[gMASK]",
+    "[sMASK]",
+    "<sop>",
+    "<eop>",
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|observation|>",
+    "<|begin_of_image|>",
+    "<|end_of_image|>",
+    "<|begin_of_video|>",
+    "<|end_of_video|>",
+];
+/// Where its roles begin; all of its files name these, and what stands before them.
+pub(super) const GLM4_ROLES_FROM: u32 = 6;
+const GLM4_LEAST: usize = 10;
+
+/// How many specials GLM-4 has where the file does not say.
+pub(super) fn glm4_specials() -> usize {
+    GLM4.len()
+}
 
 /// The ids of the special tokens, as the model sees them.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -30,16 +58,14 @@ pub struct SpecialIds {
     pub sop: u32,
     /// `<eop>`: an answer ends (ChatGLM-6B).
     pub eop: u32,
-    /// `<unk>`
-    pub unk: u32,
-    /// `<pad>`
+    /// `<pad>`; `<unk>` in ChatGLM2 and 3, `<|endoftext|>` in GLM-4.
     pub pad: u32,
-    /// `</s>`: an answer ends (ChatGLM2 and 3).
+    /// `</s>`: an answer ends (ChatGLM2 and 3); `<|endoftext|>` in GLM-4.
     pub eos: u32,
-    /// Number of pieces, from which the specials of ChatGLM2 and 3 are numbered.
+    /// Number of pieces, from which the specials of all but ChatGLM-6B are numbered.
     first_numbered: u32,
-    /// How many specials are numbered behind the vocabulary: 0, 5 or 9.
-    pub(super) numbered: u32,
+    /// The names of those specials, in order.
+    numbered: Vec<String>,
 }
 
 impl SpecialIds {
@@ -60,53 +86,82 @@ impl SpecialIds {
             smask: id("[sMASK]")?,
             sop: id("<sop>")?,
             eop: id("<eop>")?,
-            unk: id("<unk>")?,
             pad: id("<pad>")?,
             eos: id("</s>")?,
             first_numbered,
-            numbered: 0,
+            numbered: Vec::new(),
         })
     }
 
     /// Those of ChatGLM2 and 3.
-    pub(super) fn numbered(
+    pub(super) fn of_chatglm2(
         model: &SentencePiece,
         generation: Generation,
     ) -> Result<Self, TokenizerError> {
         let first = model.proto().pieces.len() as u32;
-        let unk = piece_id(model, "<unk>", "ChatGLM2")?;
+        let count = match generation {
+            Generation::ChatGlm2 => ROLES_FROM as usize,
+            _ => CHATGLM3.len(),
+        };
         Ok(Self {
             mask: first,
             gmask: first + 1,
             smask: first + 2,
             sop: first + 3,
             eop: first + 4,
-            unk,
-            pad: unk,
+            pad: piece_id(model, "<unk>", "ChatGLM2")?,
             eos: piece_id(model, "</s>", "ChatGLM2")?,
             first_numbered: first,
-            numbered: if generation == Generation::ChatGlm3 {
-                9
-            } else {
-                5
-            },
+            numbered: CHATGLM3[..count].iter().map(|&name| name.into()).collect(),
         })
     }
 
-    /// The id of the `index`-th role (system, user, assistant, observation), in ChatGLM3.
-    pub(super) fn role(&self, index: u32) -> Option<u32> {
-        (5 + index < self.numbered).then(|| self.first_numbered + 5 + index)
+    /// GLM-4's, behind so many tokens; a file that names its specials must name these.
+    pub(super) fn of_glm4(first: u32, named: &[String]) -> Result<Self, TokenizerError> {
+        for (index, &name) in GLM4.iter().enumerate() {
+            let needed = index < GLM4_LEAST && !named.is_empty();
+            if needed && named.get(index).is_none_or(|found| found != name) {
+                return Err(TokenizerError::MissingSpecial {
+                    name,
+                    id: first + index as u32,
+                });
+            }
+        }
+        let numbered = match named {
+            [] => GLM4.iter().map(|&name| name.into()).collect(),
+            named => named.to_vec(),
+        };
+        Ok(Self {
+            eos: first,
+            pad: first,
+            mask: first + 1,
+            gmask: first + 2,
+            smask: first + 3,
+            sop: first + 4,
+            eop: first + 5,
+            first_numbered: first,
+            numbered,
+        })
+    }
+
+    /// How many specials are numbered behind the vocabulary.
+    pub(super) fn count(&self) -> u32 {
+        self.numbered.len() as u32
+    }
+
+    /// The id of a role's token, in the generations that have them.
+    pub(super) fn role(&self, role: ChatRole) -> Option<u32> {
+        self.numbered_id(&format!("<|{role}|>"))
     }
 
     pub(super) fn numbered_id(&self, token: &str) -> Option<u32> {
-        let used = NUMBERED.iter().take(self.numbered as usize);
-        let index = used.zip(0..).find(|(name, _)| **name == token)?.1;
-        Some(self.first_numbered + index)
+        let index = self.numbered.iter().position(|name| name == token)?;
+        Some(self.first_numbered + index as u32)
     }
 
-    pub(super) fn numbered_name(&self, id: u32) -> Option<&'static str> {
+    pub(super) fn numbered_name(&self, id: u32) -> Option<&str> {
         let index = id.checked_sub(self.first_numbered)?;
-        (index < self.numbered).then(|| NUMBERED[index as usize])
+        self.numbered.get(index as usize).map(String::as_str)
     }
 }
 
@@ -157,9 +212,14 @@ pub fn append_chatglm_pieces(proto: &mut ModelProto) -> Result<bool, SentencePie
     Ok(true)
 }
 
-/// The literals that the reference splits text at, with their ids.
-#[derive(Clone, Debug)]
-pub(super) struct SpecialText(Vec<(&'static str, u32)>);
+/// The literals that the reference splits text at.
+#[derive(Clone, Debug, Default)]
+pub(super) struct SpecialText {
+    /// With their ids.
+    literals: Vec<(String, u32)>,
+    /// Whether whitespace beside them vanishes.
+    strips: bool,
+}
 
 /// A stretch of text between, or at, literal special tokens.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -169,21 +229,33 @@ pub(super) enum Part<'a> {
 }
 
 impl SpecialText {
-    /// `[gMASK]` is in none of the lists: the reference leaves it to ordinary pieces.
-    pub(super) fn new(era: Era, model: &SentencePiece, shift: u32) -> Self {
+    /// ChatGLM-6B's. `[gMASK]` is in none of the lists: the reference leaves it to ordinary pieces.
+    pub(super) fn of_chatglm(era: Era, model: &SentencePiece, shift: u32) -> Self {
         let literals = match era {
             Era::A => ["<sop>", "</s>", "<unk>", "<pad>", "[MASK]"],
             Era::B | Era::C => ["<sop>", "<eop>", "<unk>", "<pad>", "[MASK]"],
         };
-        let with_id = |literal| Some((literal, model.piece_to_id(literal)? + shift));
-        Self(literals.into_iter().filter_map(with_id).collect())
+        let with_id = |literal: &str| Some((literal.into(), model.piece_to_id(literal)? + shift));
+        Self {
+            literals: literals.into_iter().filter_map(with_id).collect(),
+            strips: true,
+        }
     }
 
-    pub(super) fn none() -> Self {
-        Self(Vec::new())
+    /// GLM-4's: all of its specials.
+    pub(super) fn of_glm4(special: &SpecialIds) -> Self {
+        Self {
+            literals: special
+                .numbered
+                .iter()
+                .cloned()
+                .zip(special.first_numbered..)
+                .collect(),
+            strips: false,
+        }
     }
 
-    /// Cuts `text` at the literals; whitespace beside them is dropped, and what is then empty too.
+    /// Cuts `text` at the literals. What is empty between them is left out.
     pub(super) fn split<'a>(&self, text: &'a str) -> Vec<Part<'a>> {
         let mut parts = Vec::new();
         let mut rest = text;
@@ -194,15 +266,19 @@ impl SpecialText {
                 break;
             };
             at += skip;
-            let literal = self.0.iter().find(|(name, _)| rest[at..].starts_with(name));
-            let Some(&(name, id)) = literal else {
+            let is_here = |(name, _): &&(String, u32)| rest[at..].starts_with(name.as_str());
+            let Some((name, id)) = self.literals.iter().find(is_here) else {
                 at += 1;
                 continue;
             };
-            let before = rest[..at].trim_end_matches(is_python_space);
+            let mut before = &rest[..at];
+            rest = &rest[at + name.len()..];
+            if self.strips {
+                before = before.trim_end_matches(is_python_space);
+                rest = rest.trim_start_matches(is_python_space);
+            }
             parts.extend((!before.is_empty()).then_some(Part::Text(before)));
-            parts.push(Part::Special(id));
-            rest = rest[at + name.len()..].trim_start_matches(is_python_space);
+            parts.push(Part::Special(*id));
             at = 0;
         }
         parts.extend((!rest.is_empty()).then_some(Part::Text(rest)));
@@ -221,7 +297,10 @@ mod tests {
 
     #[test]
     fn splits_at_literals_and_strips_beside_them() {
-        let special = SpecialText(vec![("<sop>", 1), ("[MASK]", 2)]);
+        let mut special = SpecialText {
+            literals: vec![("<sop>".to_owned(), 1), ("[MASK]".to_owned(), 2)],
+            strips: true,
+        };
         assert_eq!(
             special.split(" a \u{1f}\u{3000}<sop>\n b[ <[MASK][MASK]  "),
             [
@@ -234,5 +313,10 @@ mod tests {
         );
         assert_eq!(special.split(" x "), [Part::Text(" x ")]);
         assert_eq!(special.split(""), []);
+        special.strips = false;
+        assert_eq!(
+            special.split("<sop> x \n[MASK]"),
+            [Part::Special(1), Part::Text(" x \n"), Part::Special(2)]
+        );
     }
 }
