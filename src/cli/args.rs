@@ -23,7 +23,7 @@ use crate::config::run::{
 use crate::export::{Format, TorchDtype};
 use crate::plan::PlanOptions;
 
-/// Model-parallel fine-tuning of ChatGLM-6B: LoRA, P-Tuning v2, whole model
+/// Model-parallel fine-tuning of ChatGLM and GLM-4: LoRA, P-Tuning v2, whole model
 #[derive(Debug, Parser)]
 #[command(
     name = "mp-train",
