@@ -155,7 +155,8 @@ run() {
   link_libraries "$work/links"
   LD_LIBRARY_PATH="$work/links:$(sort -u "$work/links/.folders" 2>/dev/null | paste -sd: -):${LD_LIBRARY_PATH:-}"
   export LD_LIBRARY_PATH MP_TRAIN_KERNEL_CACHE=$work/kernels MP_TRAIN_TEST_GPU=1
-  export GOLDEN_DIR=$root/tests/golden/chatglm-6b GOLDEN_BACKEND=cuda
+  local golden=$root/tests/golden
+  export GOLDEN_DIR=$golden/chatglm-6b:$golden/chatglm2-6b:$golden/glm-4-9b GOLDEN_BACKEND=cuda
   device=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1)
   driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1)
   if [ -z "$device" ]; then
@@ -184,6 +185,8 @@ run() {
     measure bench_lora_int4_1x512 --size chatglm-6b --quantization int4 --sequence-length 512
     measure bench_two_stages --size chatglm-6b --devices 0,0 --sequence-length 512 --recompute block
     measure bench_prefix_1x512 --size chatglm-6b --adapter prefix --sequence-length 512
+    measure bench_chatglm2_lora_4x1024 --size chatglm2-6b --micro-batch-size 4 --sequence-length 1024 --recompute block
+    measure bench_glm4_lora_1x512 --size glm-4-9b --sequence-length 512 --recompute block
   fi
   {
     printf '{\n "device": "%s",\n "driver": "%s",\n "commit": "%s",\n "date": "%s",\n "passed": %d,\n "failed": %d,\n "skipped": %d,\n "checks": [\n' \

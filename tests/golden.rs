@@ -1,13 +1,13 @@
-//! Every reference case of a family folder, by the engine, on every backend.
+//! Every reference case of every family, by the engine, on every backend.
 //!
-//! `GOLDEN_DIR=<folder> cargo test --release --test golden`; without it, tests/golden/chatglm-6b. The
-//! folder's README says what each case is; sizes, ids, ranks, lengths and steps are read from its
-//! files. One line per case and variant: `case max_error limit ok|FAIL`, with the tensor that comes
-//! closest to its limit.
+//! `GOLDEN_DIR=<folder> cargo test --release --test golden` runs the family of that folder, or of each of
+//! several, listed as in `PATH`; without it, the families of tests/golden. A folder's README says what each
+//! case is; sizes, ids, ranks, lengths and steps are read from its files. One line per case and variant:
+//! `case max_error limit ok|FAIL`, with the tensor that comes closest to its limit.
 //!
 //! `GOLDEN_BACKEND=cpu-f32 | cpu-f16 | cuda` runs one backend alone. `cuda` is an emulated GPU, and skipped
 //! on a machine without g++; with `MP_TRAIN_TEST_GPU=1` it is the first GPU of the machine.
-//! `GOLDEN_CASES=lora_qkv,rotary` runs these cases alone.
+//! `GOLDEN_CASES=lora_qkv,rotary` runs these cases alone, in the families that have them.
 #![allow(clippy::unwrap_used)]
 
 mod cuda_emulator;
@@ -26,15 +26,22 @@ use mp_train::checkpoint::safetensors::{SafetensorsFile, write_safetensors};
 use serde_json::{Value, json};
 
 use cuda_emulator::{Emulator, Order, on_this_gpu};
-use golden_cases::{Errors, Golden, Scope, Verdict, parity};
+use golden_cases::{Golden, Scope, Verdict, parity};
 
-/// The folder that comes with the crate.
-fn own_family() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/chatglm-6b")
+/// The families that come with the crate.
+const OWN: [&str; 3] = ["chatglm-6b", "chatglm2-6b", "glm-4-9b"];
+
+/// The folder of one of them.
+fn own_family(name: &str) -> PathBuf {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    root.join("tests/golden").join(name)
 }
 
-fn family() -> PathBuf {
-    std::env::var_os("GOLDEN_DIR").map_or_else(own_family, PathBuf::from)
+fn families() -> Vec<PathBuf> {
+    match std::env::var_os("GOLDEN_DIR") {
+        Some(folders) => std::env::split_paths(&folders).collect(),
+        None => OWN.map(own_family).to_vec(),
+    }
 }
 
 /// Whether a backend is to be run.
@@ -55,21 +62,30 @@ fn wanted<B: Golden>() -> bool {
 /// All cases on one backend.
 struct Run {
     lines: Vec<String>,
-    verdict: Verdict,
+    /// Of each family.
+    verdicts: Vec<Verdict>,
 }
 
 impl Run {
-    fn of<B: Golden>(cpu_errors: Option<&Errors>) -> Run {
+    /// Each family is held against the errors of another run, where there is one.
+    fn of<B: Golden>(cpu: Option<&Run>) -> Run {
         let mut lines = Vec::new();
         let mut say = |line: &str| lines.push(line.to_owned());
-        let (folder, cases) = (family(), std::env::var("GOLDEN_CASES").ok());
-        let scope = Scope {
-            folder: &folder,
-            cases: cases.as_deref(),
-            cpu_errors,
-        };
-        let verdict = golden_cases::run::<B>(scope, &mut say).unwrap();
-        Run { lines, verdict }
+        let cases = std::env::var("GOLDEN_CASES").ok();
+        let mut verdicts = Vec::new();
+        for (index, folder) in families().iter().enumerate() {
+            let scope = Scope {
+                folder,
+                cases: cases.as_deref(),
+                cpu_errors: cpu.map(|cpu| &cpu.verdicts[index].errors),
+            };
+            verdicts.push(golden_cases::run::<B>(scope, &mut say).unwrap());
+        }
+        for case in cases.iter().flat_map(|cases| cases.split(',')) {
+            let known = verdicts.iter().any(|family| family.ran(case));
+            assert!(known, "GOLDEN_CASES: no family has a case `{case}`");
+        }
+        Run { lines, verdicts }
     }
 
     /// The runs of one process are shared by its tests.
@@ -92,8 +108,7 @@ impl Run {
                 loaded.set("EMULATOR_ARCH", "80");
                 loaded.set_order(Order::Forward);
             }
-            let cpu_errors = &Run::on_cpu_f16().verdict.errors;
-            Some(Run::of::<Cuda>(Some(cpu_errors)))
+            Some(Run::of::<Cuda>(Some(Run::on_cpu_f16())))
         });
         run.as_ref()
     }
@@ -101,7 +116,8 @@ impl Run {
     /// Says how it went, past the capture of the test harness: the lines are the point.
     fn finish(&self) {
         writeln!(std::io::stdout().lock(), "{}", self.lines.join("\n")).unwrap();
-        let failed = &self.verdict.failed;
+        let failed = self.verdicts.iter().flat_map(|family| &family.failed);
+        let failed: Vec<&str> = failed.map(String::as_str).collect();
         assert!(failed.is_empty(), "failed: {}", failed.join(", "));
     }
 }
@@ -142,7 +158,12 @@ fn parity_page() {
         return;
     };
     let runs = [Run::on_cpu_f32(), Run::on_cpu_f16(), cuda];
-    let page = parity::page(&family(), runs.map(|run| &run.verdict.errors)).unwrap();
+    let mut sections = Vec::new();
+    for (index, folder) in families().iter().enumerate() {
+        let errors = runs.map(|run| &run.verdicts[index].errors);
+        sections.push(parity::section(folder, errors).unwrap());
+    }
+    let page = parity::page(&sections);
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/golden-parity.md");
     if std::env::var_os("UPDATE_SNAPSHOTS").is_some() {
         fs::write(&path, &page).unwrap();
@@ -158,11 +179,12 @@ fn tampered(change: impl FnOnce(&Path, &mut Value)) -> (Vec<String>, String) {
     for name in ["model", "cases"] {
         fs::create_dir(folder.path().join(name)).unwrap();
     }
-    let copy = |name: &str| fs::copy(own_family().join(name), folder.path().join(name)).unwrap();
+    let copy =
+        |name: &str| fs::copy(own_family(OWN[0]).join(name), folder.path().join(name)).unwrap();
     copy("model/config.json");
     copy("model/model.safetensors");
     copy("cases/rotary.safetensors");
-    let manifest = fs::read_to_string(own_family().join("cases/manifest.json")).unwrap();
+    let manifest = fs::read_to_string(own_family(OWN[0]).join("cases/manifest.json")).unwrap();
     let mut manifest: Value = serde_json::from_str(&manifest).unwrap();
     let rotary = manifest["cases"]["rotary"].take();
     manifest["cases"] = json!({ "rotary": rotary });
@@ -216,6 +238,15 @@ fn a_missing_file_and_a_file_of_no_case_fail() {
         .unwrap();
     });
     assert_eq!(failed, ["rotary", "stray.safetensors"], "{lines}");
+}
+
+#[test]
+fn a_folder_that_nothing_reads_fails() {
+    let (failed, lines) = tampered(|folder, _| {
+        fs::create_dir_all(folder.join("adapters/lora_lost")).unwrap();
+        fs::write(folder.join("adapters/lora_lost/adapter_config.json"), "{}").unwrap();
+    });
+    assert_eq!(failed, ["adapters/lora_lost/"], "{lines}");
 }
 
 #[test]

@@ -93,6 +93,14 @@ impl Trainables {
         }
     }
 
+    /// The same with weight decay on every tensor, as an optimiser with a single parameter group has it.
+    pub fn in_one_group(mut self) -> Self {
+        for spec in &mut self.specs {
+            spec.decay = true;
+        }
+        self
+    }
+
     /// All of them, in order.
     pub fn specs(&self) -> &[ParameterSpec] {
         &self.specs

@@ -8,10 +8,12 @@ use mp_train::adapter::{AdapterError, ParameterSpec, ParameterState};
 use mp_train::checkpoint::{HostTensor, LoraFiles, PrefixFiles, TensorSource};
 use mp_train::config::model::ModelConfig;
 use mp_train::config::run::{AdapterSection, FullSection, LoraSection, PrefixSection};
+use mp_train::model::names::Names;
 use mp_train::model::trainables::Trainables;
 use mp_train::model::weights::HeadSource;
 
 use super::Outcome;
+use super::case::Case;
 
 /// Trainable tensors and their first values.
 #[derive(Clone)]
@@ -26,7 +28,8 @@ enum Values {
     Files(Arc<BTreeMap<String, HostTensor>>),
     Model {
         source: Arc<dyn TensorSource>,
-        embedding: &'static str,
+        /// Where the values of the embedding stand that go by the first name.
+        embedding: [&'static str; 2],
     },
 }
 
@@ -54,6 +57,42 @@ impl Adapter {
         })
     }
 
+    /// The LoRA that a case begins with, without dropout.
+    pub fn lora_of(case: &Case) -> Outcome<Adapter> {
+        let mut tensors = BTreeMap::new();
+        for name in case.inputs_under("init.") {
+            tensors.insert(name["init.".len()..].to_owned(), case.input_values(name)?);
+        }
+        Ok(Adapter {
+            section: Some(AdapterSection::Lora(LoraSection {
+                r: case.hyper("rank")?,
+                lora_alpha: case.hyper("alpha")?,
+                lora_dropout: 0.0,
+                target_modules: case.hyper("adapter_targets")?,
+                init_adapter: None,
+            })),
+            values: Values::Files(Arc::new(tensors)),
+        })
+    }
+
+    /// The same adapter with other values.
+    pub fn with_values(&self, tensors: BTreeMap<String, HostTensor>) -> Adapter {
+        Adapter {
+            section: self.section.clone(),
+            values: Values::Files(Arc::new(tensors)),
+        }
+    }
+
+    /// Whether files hold the same adapter, to the bit.
+    pub fn is(&self, other: &Adapter) -> bool {
+        match (&self.values, &other.values) {
+            (Values::Files(ours), Values::Files(theirs)) => {
+                self.section == other.section && ours == theirs
+            }
+            _ => false,
+        }
+    }
+
     /// The prefix of a THUDM folder, without dropout.
     pub fn prefix(folder: &Path) -> Outcome<Adapter> {
         let files = PrefixFiles::read(folder)?;
@@ -69,12 +108,16 @@ impl Adapter {
     }
 
     /// Every tensor of the model.
-    pub fn full(source: &Arc<dyn TensorSource>, head_source: &HeadSource) -> Adapter {
+    pub fn full(
+        config: &ModelConfig,
+        source: &Arc<dyn TensorSource>,
+        head_source: &HeadSource,
+    ) -> Adapter {
         Adapter {
             section: Some(AdapterSection::Full(FullSection {})),
             values: Values::Model {
                 source: Arc::clone(source),
-                embedding: head_source.embedding,
+                embedding: [Names::of(config).word_embeddings, head_source.embedding],
             },
         }
     }
@@ -119,13 +162,12 @@ impl Adapter {
                 }
             },
             Values::Model { source, embedding } => {
-                let name = match spec.name.ends_with("embeddings.weight")
-                    || spec.name.ends_with("embed_tokens.weight")
-                {
-                    true => *embedding,
+                let [name, stored] = *embedding;
+                let stored = match spec.name == name {
+                    true => stored,
                     false => &spec.name,
                 };
-                source.read(name)?.to_f32()?
+                source.read(stored)?.to_f32()?
             }
         };
         Ok(ParameterState::fresh(spec.cut(&whole)))

@@ -1,5 +1,7 @@
 //! From padded inputs to the engine's flat tokens, and from flat results back to padded tensors.
 
+use std::ops::Range;
+
 use mp_train::backend::Span;
 use mp_train::data::batch::MicroBatch;
 use mp_train::data::positions::{Positions, settle};
@@ -8,13 +10,14 @@ use mp_train::data::rows::{NO_LABEL, Row};
 use super::Outcome;
 use super::case::{Case, Family};
 use super::compare::Found;
+use super::manifest::Form;
 
 /// What happens to padding on the right.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Padding {
     /// Fed as ordinary tokens, with the same position rule.
     Fed,
-    /// Cut off behind the last eop.
+    /// Cut off behind the last real token, or where a case does not tell it from padding, the last label.
     Removed,
 }
 
@@ -37,6 +40,8 @@ pub struct Batch {
     pub shape: [usize; 2],
     /// (row, column) of each token.
     pub places: Vec<(usize, usize)>,
+    /// Which tokens are real; what the reference has for others means nothing.
+    pub real: Vec<bool>,
 }
 
 /// A padded batch as it is stored.
@@ -45,6 +50,10 @@ pub struct Stored {
     seq: usize,
     ids: Vec<u32>,
     labels: Vec<u32>,
+    /// Which tokens are real, `[rows, seq]`, where the case says so.
+    mask: Option<Vec<bool>>,
+    /// Where the reference put them, `[rows, seq]`, in a family with one position per token.
+    positions: Option<Vec<i64>>,
 }
 
 impl Stored {
@@ -67,41 +76,111 @@ impl Stored {
                 .map(|&id| u32::try_from(id))
                 .collect::<Result<_, _>>()?,
             labels: labels.map(label).collect::<Result<_, _>>()?,
+            mask: None,
+            positions: None,
+        })
+    }
+
+    /// With a mask of ones and zeros, `[rows, seq]`.
+    pub fn with_mask(self, mask: &[i64]) -> Outcome<Stored> {
+        let known = mask.iter().all(|mark| [0, 1].contains(mark));
+        if mask.len() != self.ids.len() || !known {
+            return Err("the mask is not of ones and zeros, one for each id".into());
+        }
+        Ok(Stored {
+            mask: Some(mask.iter().map(|&mark| mark == 1).collect()),
+            ..self
         })
     }
 
     /// `input_ids` and `labels` of a case.
     pub fn of(case: &Case) -> Outcome<Stored> {
-        let (shape, ids) = case.input("input_ids")?;
-        let labels = match case.has("labels") {
-            true => Some(case.input("labels")?.1),
-            false => None,
-        };
-        Stored::new(&shape, &ids, labels.as_deref())
+        Stored::under(case, "")
     }
 
-    fn row(&self, row: usize, columns: std::ops::Range<usize>) -> (&[u32], &[u32]) {
+    /// The same under a lead; with a mask and positions where they are one for each token.
+    pub fn under(case: &Case, lead: &str) -> Outcome<Stored> {
+        let name = |name: &str| format!("{lead}{name}");
+        let (shape, ids) = case.input(&name("input_ids"))?;
+        let labels = case.input_if_any(&name("labels"))?;
+        let labels = labels.as_ref().map(|(_, labels)| &labels[..]);
+        let mut stored = Stored::new(&shape, &ids, labels)?;
+        if case.form == Form::Listed {
+            if let Some((_, mask)) = case.input_if_any(&name("attention_mask"))? {
+                stored = stored.with_mask(&mask)?;
+            }
+            let positions = case.input_if_any(&name("position_ids"))?;
+            stored.positions = positions.map(|(_, positions)| positions);
+        }
+        Ok(stored)
+    }
+
+    fn is_real(&self, row: usize, column: usize) -> bool {
+        let mask = self.mask.as_ref();
+        mask.is_none_or(|mask| mask[row * self.seq + column])
+    }
+
+    /// The columns of the real tokens of a row.
+    fn real(&self, row: usize) -> Outcome<Range<usize>> {
+        let mut columns = (0..self.seq).filter(|&column| self.is_real(row, column));
+        let first = columns.next().ok_or(format!("row {row} is all padding"))?;
+        let end = columns.next_back().unwrap_or(first) + 1;
+        match (first..end).all(|column| self.is_real(row, column)) {
+            true => Ok(first..end),
+            false => Err(format!("row {row} has padding inside").into()),
+        }
+    }
+
+    fn row(&self, row: usize, columns: Range<usize>) -> (&[u32], &[u32]) {
         let cells = row * self.seq + columns.start..row * self.seq + columns.end;
         (&self.ids[cells.clone()], &self.labels[cells])
     }
 
     /// Rows padded on the right, positions and context by the model's rule.
     pub fn right_padded(&self, family: &Family, padding: Padding) -> Outcome<Batch> {
+        let kept = |row: usize| -> Outcome<Range<usize>> {
+            let real = self.real(row)?;
+            match padding {
+                _ if real.start != 0 => Err(format!("row {row} is padded on the left").into()),
+                Padding::Fed => Ok(0..self.seq),
+                Padding::Removed if real.end < self.seq => Ok(real),
+                Padding::Removed => self.until_last_label(row),
+            }
+        };
+        let kept = (0..self.rows).map(kept).collect::<Outcome<Vec<_>>>()?;
+        self.by_rule(family, &kept)
+    }
+
+    /// Prompts padded on the left, without their padding.
+    pub fn left_padded(&self, family: &Family, case: &Case) -> Outcome<Batch> {
+        match case.form {
+            Form::Named => self.masked(case, &self.non_pad(case)?),
+            Form::Listed => {
+                let kept = (0..self.rows).map(|row| self.real(row));
+                self.by_rule(family, &kept.collect::<Outcome<Vec<_>>>()?)
+            }
+        }
+    }
+
+    /// Some columns of each row, with positions and context by the model's rule. It must be what the
+    /// reference did, where that is stored.
+    fn by_rule(&self, family: &Family, kept: &[Range<usize>]) -> Outcome<Batch> {
         let mut rows = Vec::new();
         let mut places = Vec::new();
-        for row in 0..self.rows {
-            let (ids, _) = self.row(row, 0..self.seq);
-            let eop = ids
-                .iter()
-                .rposition(|&id| id == family.config.eos_token_ids[0]);
-            let kept = match (padding, eop) {
-                (Padding::Fed, _) => self.seq,
-                (Padding::Removed, Some(eop)) => eop + 1,
-                (Padding::Removed, None) => return Err(format!("row {row} has no eop").into()),
-            };
-            let (input_ids, labels) = self.row(row, 0..kept);
+        for (row, columns) in kept.iter().enumerate() {
+            let (input_ids, labels) = self.row(row, columns.clone());
             let (context_length, positions) = settle(input_ids, None, None, &family.config)?;
-            places.extend((0..kept).map(|column| (row, column)));
+            for (index, column) in columns.clone().enumerate() {
+                let stored = self.positions.as_ref();
+                let stored = stored.map(|positions| positions[row * self.seq + column]);
+                let (ours, _) = positions.at(index);
+                if stored.is_some_and(|stored| stored != i64::from(ours)) {
+                    let why =
+                        format!("row {row}, column {column}: position {ours}, not {stored:?}");
+                    return Err(why.into());
+                }
+                places.push((row, column));
+            }
             rows.push(Row {
                 input_ids,
                 labels,
@@ -116,7 +195,7 @@ impl Stored {
     ///
     /// An engine without padding takes no mask: the context length is read off the first real query,
     /// and the mask that it gives must be the one passed in.
-    pub fn masked(&self, case: &Case, kept: &[std::ops::Range<usize>]) -> Outcome<Batch> {
+    pub fn masked(&self, case: &Case, kept: &[Range<usize>]) -> Outcome<Batch> {
         let (shape, mask) = case.input("attention_mask")?;
         if shape != [self.rows, 1, self.seq, self.seq] {
             return Err(format!("attention_mask of shape {shape:?}").into());
@@ -167,7 +246,7 @@ impl Stored {
     }
 
     /// The columns that `non_pad` marks, for each row.
-    pub fn non_pad(&self, case: &Case) -> Outcome<Vec<std::ops::Range<usize>>> {
+    fn non_pad(&self, case: &Case) -> Outcome<Vec<Range<usize>>> {
         let (_, marks) = case.input("non_pad")?;
         let rows = marks.chunks(self.seq).enumerate();
         rows.map(|(row, marks)| {
@@ -180,18 +259,28 @@ impl Stored {
         .collect()
     }
 
-    /// The columns up to the last counted label, for each row.
-    pub fn until_last_label(&self) -> Vec<std::ops::Range<usize>> {
-        let rows = (0..self.rows).map(|row| self.row(row, 0..self.seq).1);
-        let last = |labels: &[u32]| labels.iter().rposition(|&label| label != NO_LABEL);
-        rows.map(|labels| 0..last(labels).map_or(0, |last| last + 1))
+    /// The columns up to the last counted label of a row.
+    fn until_last_label(&self, row: usize) -> Outcome<Range<usize>> {
+        let (_, labels) = self.row(row, 0..self.seq);
+        let last = labels.iter().rposition(|&label| label != NO_LABEL);
+        Ok(0..last.ok_or(format!("row {row} has no label"))? + 1)
+    }
+
+    /// The same for each row.
+    pub fn until_last_labels(&self) -> Outcome<Vec<Range<usize>>> {
+        (0..self.rows)
+            .map(|row| self.until_last_label(row))
             .collect()
     }
 
     fn batch(&self, rows: Vec<Row<'_>>, places: Vec<(usize, usize)>) -> Batch {
+        let real = places
+            .iter()
+            .map(|&(row, column)| self.is_real(row, column));
         Batch {
             micro: MicroBatch::from_rows(rows),
             shape: [self.rows, self.seq],
+            real: real.collect(),
             places,
         }
     }
@@ -202,7 +291,8 @@ impl Batch {
     pub fn spread(&self, flat: &[f64], width: usize) -> Found {
         let [rows, seq] = self.shape;
         let mut values = vec![None; rows * seq * width];
-        for (&(row, column), flat) in self.places.iter().zip(flat.chunks_exact(width)) {
+        let places = self.places.iter().zip(flat.chunks_exact(width));
+        for ((&(row, column), flat), _) in places.zip(&self.real).filter(|(_, real)| **real) {
             let start = (row * seq + column) * width;
             for (value, &flat) in values[start..start + width].iter_mut().zip(flat) {
                 *value = Some(flat);

@@ -1,6 +1,6 @@
 //! Comparing, and the lines that say how it went.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use mp_train::config::run::Precision;
 
@@ -33,6 +33,22 @@ impl Found {
         Found::whole([], &[value])
     }
 
+    /// Forgets the entries that are not to be compared.
+    pub fn keep(&mut self, entries: &[bool]) -> Outcome<()> {
+        if entries.len() != self.values.len() {
+            return Err(format!("{} entries, not {}", self.values.len(), entries.len()).into());
+        }
+        for (value, _) in self
+            .values
+            .iter_mut()
+            .zip(entries)
+            .filter(|(_, kept)| !**kept)
+        {
+            *value = None;
+        }
+        Ok(())
+    }
+
     /// The same, worked out by the test.
     pub fn recomputed(self) -> Found {
         Found {
@@ -54,6 +70,19 @@ const OF_CPU: f64 = 4.0;
 pub struct Errors(BTreeMap<[String; 3], f64>);
 
 impl Errors {
+    /// These cases in their order, each with what it is called on other folders of the model.
+    pub fn cases<'a>(&self, names: impl Iterator<Item = &'a str>) -> Vec<String> {
+        let mut cases = Vec::new();
+        for name in names {
+            let titles: BTreeSet<&String> = self.0.keys().map(|[title, ..]| title).collect();
+            let lead = format!("{name}@");
+            let elsewhere = titles.into_iter().filter(|title| title.starts_with(&lead));
+            cases.push(name.to_owned());
+            cases.extend(elsewhere.cloned());
+        }
+        cases
+    }
+
     /// The largest error of a case among tensors of one kind.
     pub fn largest(&self, case: &str, kind: Kind) -> Option<f64> {
         let of_case = self.0.iter().filter(|([name, ..], _)| name == case);
@@ -123,6 +152,11 @@ impl<'a> Report<'a> {
         self.lines.push(format!("{} - - FAIL ({why})", self.case));
     }
 
+    /// Something that is not compared, and is said so.
+    pub fn note(&mut self, what: &str) {
+        self.lines.push(format!("{} - - ({what})", self.case));
+    }
+
     /// A comparison of numbers that must be the same bits: another way to the same result.
     pub fn same(&mut self, variant: &str, difference: Option<String>) {
         let (error, verdict, why) = match difference {
@@ -146,7 +180,11 @@ impl<'a> Report<'a> {
                 continue;
             }
             let kind = Kind::of(name).ok_or(format!("no limit is known for `{name}`"))?;
-            let limit = kind.limit(self.precision);
+            let limit = kind.limit(self.precision, case.form);
+            let limit = match self.precision {
+                Precision::F32 => limit.allowing(case.float64_gap(name)),
+                Precision::F16 => limit,
+            };
             let expected = case.expected(name)?;
             let error = largest_error(limit, &expected, found)
                 .map_err(|why| format!("{variant}: `{name}`: {why}"))?;
@@ -210,8 +248,13 @@ pub fn number(value: f64) -> String {
 
 /// The largest error over the values that both have; NaN where one of them is no number.
 fn largest_error(limit: Limit, expected: &Tensor, found: &Found) -> Result<f64, String> {
-    let (first, rest) = (expected.shape.first(), expected.shape.get(1..));
-    let fits = found.shape.get(1..) == rest && first <= found.shape.first();
+    // A scalar is stored without a dimension or with one.
+    let dimensions = |shape: &[usize]| match shape {
+        [] => (1, Vec::new()),
+        [first, rest @ ..] => (*first, rest.to_vec()),
+    };
+    let ((first, rest), (most, all)) = (dimensions(&expected.shape), dimensions(&found.shape));
+    let fits = rest == all && first <= most;
     if !fits || found.values.len() != found.shape.iter().product::<usize>() {
         return Err(format!(
             "stored is {:?}, the engine has {:?}",

@@ -7,6 +7,7 @@ use mp_train::adapter::{AdapterError, ParameterSpec, ParameterState};
 use mp_train::comm::in_process;
 use mp_train::config::run::{Device, Precision, Recompute, STALL_TIMEOUT, ScheduleKind};
 use mp_train::model::rotary::RotaryPrecision;
+use mp_train::model::trainables::Trainables;
 use mp_train::pipeline::launch::{Blueprint, Engine, launch};
 use mp_train::pipeline::partition;
 use mp_train::pipeline::schedule::Schedule;
@@ -69,14 +70,27 @@ pub fn stage_counts<B: Golden>(blocks: usize) -> std::ops::RangeInclusive<usize>
     1..=blocks.min(most)
 }
 
-/// Starts the stages.
+/// Starts the stages of a model as it is, adapter and all.
 pub fn start<B: Golden>(
     parts: &Parts<'_>,
     configuration: Configuration,
     room: Room,
     values: Values,
 ) -> Outcome<Engine> {
-    let config = &parts.config();
+    let tied = parts.head_source.tied;
+    let trainables = parts.adapter.trainables(&parts.config, tied)?;
+    start_training::<B>(parts, configuration, room, trainables, values)
+}
+
+/// Starts the stages of a run that trains these tensors.
+pub fn start_training<B: Golden>(
+    parts: &Parts<'_>,
+    configuration: Configuration,
+    room: Room,
+    trainables: Trainables,
+    values: Values,
+) -> Outcome<Engine> {
+    let config = &parts.config;
     let Configuration {
         stages,
         schedule,
@@ -88,7 +102,7 @@ pub fn start<B: Golden>(
         config: config.clone(),
         source: Arc::clone(&parts.source),
         head_source: parts.head_source.clone(),
-        trainables: parts.adapter.trainables(config, parts.head_source.tied)?,
+        trainables,
         initial: Box::new(move |spec| values(spec)),
         devices: vec![Device::Cpu; stages],
         stages: partition::by_cost(config.num_layers, stages, virtual_stages, 1.0)?,

@@ -18,19 +18,72 @@ use super::case::{Case, Family};
 use super::compare::{Found, FoundTensors, Report};
 use super::engine::{self, Configuration, Room};
 use super::limits::Kind;
+use super::manifest::Form;
 use super::single::Parts;
 use super::{Golden, Outcome};
 
-/// Each run that the case stores tokens of (`plain`, and one for each prefix), over every number of
-/// stages.
-pub fn run<B: Golden>(family: &Family, case: &Case, report: &mut Report<'_>) -> Outcome<()> {
-    let stored = Stored::of(case)?;
-    let prompts = stored.masked(case, &stored.non_pad(case)?)?.micro;
-    let names: Vec<String> = case.expected_names().map(str::to_owned).collect();
-    let runs = names
-        .iter()
-        .filter_map(|name| name.strip_suffix(".new_tokens"));
-    for run in runs {
+/// A run of greedy decoding that a case stores.
+struct Asked {
+    /// For the report.
+    name: String,
+    prompts: MicroBatch,
+    /// Of the adapter.
+    folder: Option<PathBuf>,
+    /// The reference's tokens, `[prompts, steps]`.
+    golden: Vec<u32>,
+    steps: usize,
+    one_by_one: Named,
+    together: Named,
+}
+
+/// What the reference calls tokens and logits.
+enum Named {
+    /// `{lead}{tokens}` and `{lead}step_logits`, of all prompts.
+    Whole { lead: String, tokens: &'static str },
+    /// `generated.{prompt}` and `step_logits.{prompt}`.
+    OfEach,
+}
+
+/// The runs of a case: `plain`, and one for each prefix; or the case is one run, whose prompts stand in
+/// it one by one and once more padded.
+fn asked(family: &Family, case: &Case) -> Outcome<Vec<Asked>> {
+    let whole = |lead: &str, tokens| Named::Whole {
+        lead: lead.to_owned(),
+        tokens,
+    };
+    let golden = |name: &str| -> Outcome<(Vec<u32>, usize)> {
+        let golden = case.expected(name)?;
+        match golden.shape[..] {
+            [_, steps] => Ok((golden.values.iter().map(|&id| id as u32).collect(), steps)),
+            _ => Err(format!("{name} is no table").into()),
+        }
+    };
+    if case.form == Form::Listed {
+        let prompts = Stored::under(case, "batch.")?
+            .left_padded(family, case)?
+            .micro;
+        for (index, sequence) in prompts.sequences.iter().enumerate() {
+            let (_, alone) = case.input(&format!("prompt.{index}"))?;
+            let ids = &prompts.input_ids[sequence.start..][..sequence.len];
+            if !ids.iter().map(|&id| i64::from(id)).eq(alone) {
+                return Err(format!("prompt.{index} is another in the batch").into());
+            }
+        }
+        let (golden, steps) = golden("batch.generated")?;
+        return Ok(vec![Asked {
+            name: "asked".to_owned(),
+            prompts,
+            folder: case.folders.first().cloned(),
+            golden,
+            steps,
+            one_by_one: Named::OfEach,
+            together: whole("batch.", "generated"),
+        }]);
+    }
+    let prompts = Stored::of(case)?.left_padded(family, case)?.micro;
+    let runs = case.expected_names();
+    let runs = runs.filter_map(|name| name.strip_suffix(".new_tokens"));
+    let run = |run: &str| {
         let folder = match run {
             "plain" => None,
             // `ptuning` is told from `ptuning_projection` by the folder's name.
@@ -41,37 +94,59 @@ pub fn run<B: Golden>(family: &Family, case: &Case, report: &mut Report<'_>) -> 
                 Some(folder.ok_or(format!("no folder for `{run}`"))?)
             }
         };
+        let (golden, steps) = golden(&format!("{run}.new_tokens"))?;
+        let lead = format!("{run}.");
+        Ok(Asked {
+            name: run.to_owned(),
+            prompts: prompts.clone(),
+            folder: folder.cloned(),
+            golden,
+            steps,
+            one_by_one: whole(&lead, "new_tokens"),
+            together: whole(&lead, "new_tokens"),
+        })
+    };
+    runs.map(run).collect()
+}
+
+/// Each run, over every number of stages.
+pub fn run<B: Golden>(family: &Family, case: &Case, report: &mut Report<'_>) -> Outcome<()> {
+    for asked in asked(family, case)? {
+        let Asked {
+            name,
+            prompts,
+            folder,
+            golden,
+            steps,
+            one_by_one,
+            together,
+        } = &asked;
         let adapter = match folder {
             None => Adapter::none(),
             Some(folder) => Adapter::prefix(folder)?,
         };
-        let golden = case.expected(&format!("{run}.new_tokens"))?;
-        let steps = match golden.shape[..] {
-            [_, steps] => steps,
-            _ => return Err("new_tokens is no table".into()),
-        };
-        let golden: Vec<u32> = golden.values.iter().map(|&id| id as u32).collect();
         // In f16 a near tie goes either way, so the reference's choice is what the next step is fed.
         let forced = match B::PRECISION {
             Precision::F32 => None,
             Precision::F16 => Some(&golden[..]),
         };
-        let alone = alone::<B>(family, folder, &prompts, steps)?;
-        let found = alone.found(run, family.config.vocab_size, forced);
-        report.compare(case, &format!("{run}/one_by_one"), &found)?;
+        let vocab_size = family.config.vocab_size;
+        let alone = alone::<B>(family, folder.as_ref(), prompts, *steps)?;
+        let found = alone.found(one_by_one, vocab_size, forced);
+        report.compare(case, &format!("{name}/one_by_one"), &found)?;
         let mut first: Option<Answers> = None;
         for stages in engine::stage_counts::<B>(family.config.num_layers) {
             let parts = Parts::new(family, &adapter);
-            let answers = greedy::<B>(&parts, &prompts, steps, stages, forced)?;
+            let answers = greedy::<B>(&parts, prompts, *steps, stages, forced)?;
             match &first {
                 None => {
-                    let found = answers.found(run, family.config.vocab_size, forced);
-                    report.compare(case, &format!("{run}/together"), &found)?;
+                    let found = answers.found(together, vocab_size, forced);
+                    report.compare(case, &format!("{name}/together"), &found)?;
                     first = Some(answers);
                 }
                 Some(first) => {
                     let differs = (first.logits != answers.logits).then(|| "logits".to_owned());
-                    report.same(&format!("{run}/bits/{stages}_stages"), differs);
+                    report.same(&format!("{name}/bits/{stages}_stages"), differs);
                 }
             }
         }
@@ -92,7 +167,7 @@ impl Answers {
     /// steps]`, where these were fed or ought to have been: logits behind another token than these are
     /// those of another text, and left out; and where the reference's token is as likely as any but for
     /// the error that logits may have, it counts as chosen.
-    fn found(&self, run: &str, vocab_size: usize, forced: Option<&[u32]>) -> FoundTensors {
+    fn found(&self, named: &Named, vocab_size: usize, forced: Option<&[u32]>) -> FoundTensors {
         let (prompts, steps) = (self.ids.first().map_or(0, Vec::len), self.ids.len());
         let (mut ids, mut logits) = (Vec::new(), Vec::new());
         for prompt in 0..prompts {
@@ -114,20 +189,29 @@ impl Answers {
                 same_text &= forced.is_none_or(|forced| forced == id);
             }
         }
-        let new_tokens = Found {
-            shape: vec![prompts, steps],
-            values: ids,
+        let found = |shape: &[usize], values: &[Option<f64>]| Found {
+            shape: shape.to_vec(),
+            values: values.to_vec(),
             recomputed: false,
         };
-        let step_logits = Found {
-            shape: vec![prompts, steps, vocab_size],
-            values: logits,
-            recomputed: false,
-        };
-        FoundTensors::from([
-            (format!("{run}.new_tokens"), new_tokens),
-            (format!("{run}.step_logits"), step_logits),
-        ])
+        match named {
+            Named::Whole { lead, tokens } => FoundTensors::from([
+                (format!("{lead}{tokens}"), found(&[prompts, steps], &ids)),
+                (
+                    format!("{lead}step_logits"),
+                    found(&[prompts, steps, vocab_size], &logits),
+                ),
+            ]),
+            Named::OfEach => {
+                let ids = ids.chunks(steps).enumerate();
+                let ids = ids.map(|(i, ids)| (format!("generated.{i}"), found(&[steps], ids)));
+                let logits = logits.chunks(steps * vocab_size).enumerate();
+                let shape = [steps, vocab_size];
+                let logits =
+                    logits.map(|(i, rows)| (format!("step_logits.{i}"), found(&shape, rows)));
+                ids.chain(logits).collect()
+            }
+        }
     }
 }
 
@@ -234,7 +318,7 @@ fn likeliest(logits: &[f32]) -> u32 {
 
 /// Whether an id's logit is the largest, but for the error that it and the largest may have in f16.
 fn nearly_likeliest(logits: &[f32], id: u32) -> bool {
-    let error = Kind::Logits.limit(Precision::F16).value();
+    let error = Kind::Logits.half().value();
     let behind = logits[likeliest(logits) as usize] - logits[id as usize];
     f64::from(behind) <= 2.0 * error
 }

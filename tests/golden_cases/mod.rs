@@ -9,11 +9,15 @@ mod forward;
 mod generate;
 mod gradients;
 pub mod limits;
+mod manifest;
+mod names;
 mod observed;
 pub mod parity;
 mod quantised;
 mod rotary;
+mod series;
 mod single;
+mod trained;
 mod training;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -23,9 +27,10 @@ use half::f16;
 use mp_train::backend::cpu::Cpu;
 use mp_train::backend::cuda::Cuda;
 use mp_train::backend::{Backend, BackendError};
+use mp_train::config::model::ModelConfig;
 use mp_train::config::run::{Device, Precision};
 
-use case::{Case, Family};
+use case::{Case, Family, Variant};
 pub use compare::Errors;
 use compare::Report;
 
@@ -89,28 +94,39 @@ type Procedure = fn(&Family, &Case, &mut Report<'_>) -> Outcome<()>;
 fn procedure<B: Golden>(case: &str) -> Option<Procedure> {
     Some(match case {
         "forward_gmask" | "forward_mask" => forward::right_padded::<B>,
+        "forward" | "forward_right_pad_masked" | "forward_rope_ratio" => forward::right_padded::<B>,
         "forward_left_pad" => forward::left_padded::<B>,
         "forward_explicit_mask" => forward::explicit_mask::<B>,
-        "lora_qkv" | "lora_all" => gradients::lora::<B>,
-        "ptuning" | "ptuning_projection" => gradients::prefix::<B>,
-        "full_finetune" => gradients::full::<B>,
-        "full_finetune_tied" => training::tied::<B>,
-        "lora_train" => training::lora::<B>,
-        "ptuning_train" | "ptuning_projection_train" => training::prefix::<B>,
-        "full_finetune_train" => training::full::<B>,
+        "layer_trace" => forward::unpadded::<B>,
+        "lora_qkv" | "lora_attn" | "lora_all" => trained::lora::<B>,
+        "lora_train" | "lora_train_all" => trained::lora::<B>,
+        "ptuning" | "ptuning_plain" | "ptuning_projection" => trained::prefix::<B>,
+        "ptuning_train" | "ptuning_projection_train" => trained::prefix::<B>,
+        "ptuning_train_plain" | "ptuning_train_projection" => trained::prefix::<B>,
+        "full_finetune" | "full_finetune_train" => trained::full::<B>,
+        "full_finetune_tied" => trained::tied::<B>,
         "quant_int8" | "quant_int4" => quantised::run::<B>,
-        "generate_greedy" => generate::run::<B>,
-        "rotary" => rotary::run,
+        "generate_greedy" | "generate_greedy_prefix" => generate::run::<B>,
+        "rotary" => rotary::two_dimensional,
+        "rope" => rotary::interleaved::<B>,
         _ => return None,
     })
 }
 
 /// How a folder's cases went on a backend.
 pub struct Verdict {
+    ran: Vec<String>,
     /// The names of the cases that failed.
     pub failed: Vec<String>,
     /// Of every tensor.
     pub errors: Errors,
+}
+
+impl Verdict {
+    /// Whether a case of this name was run.
+    pub fn ran(&self, case: &str) -> bool {
+        self.ran.iter().any(|ran| ran == case)
+    }
 }
 
 /// What is run, and against what.
@@ -131,44 +147,98 @@ pub fn run<B: Golden>(scope: Scope<'_>, say: &mut dyn FnMut(&str)) -> Outcome<Ve
         cases,
         cpu_errors,
     } = scope;
-    let mut family = Family::open(folder)?;
-    if let Some(cases) = cases {
-        family.cases = cases.split(',').map(str::to_owned).collect();
-    }
+    let family = Family::open(folder)?;
+    // Of cases that another family has, nothing is said here.
+    let asked: Option<Vec<&str>> = cases.map(|cases| cases.split(',').collect());
+    let wanted = |case: &&str| asked.as_ref().is_none_or(|asked| asked.contains(case));
+    let chosen: Vec<&str> = family.cases().filter(wanted).collect();
     say(&format!(
         "\n{}: {} cases on {}",
         folder.display(),
-        family.cases.len(),
+        chosen.len(),
         B::NAME
     ));
-    let report = |case: &str| Report::new(case, B::PRECISION, cpu_errors);
-    let (mut failed, mut errors) = (Vec::new(), Errors::default());
-    if family.cases.is_empty() {
-        say("FAIL: the manifest has no case");
-        failed.push("manifest".to_owned());
+    let mut run = Run {
+        cpu_errors,
+        failed: Vec::new(),
+        errors: Errors::default(),
+        say,
+    };
+    if family.cases().next().is_none() {
+        (run.say)("FAIL: the manifest has no case");
+        run.failed.push("manifest".to_owned());
     }
-    for name in &family.cases {
-        let mut report = report(name);
-        if let Err(error) = run_case::<B>(&family, name, &mut report) {
+    for name in &chosen {
+        run.case::<B>(&family, name, name);
+    }
+    for variant in family.variants()? {
+        run.variant::<B>(&family, &variant, &chosen)?;
+    }
+    if asked.is_none() {
+        for name in family.untouched()? {
+            (run.say)(&format!("{name} - - FAIL (nothing reads it)"));
+            run.failed.push(name);
+        }
+    }
+    let Run { failed, errors, .. } = run;
+    Ok(Verdict {
+        ran: chosen.into_iter().map(str::to_owned).collect(),
+        failed,
+        errors,
+    })
+}
+
+/// A run on its way.
+struct Run<'a> {
+    cpu_errors: Option<&'a Errors>,
+    failed: Vec<String>,
+    errors: Errors,
+    say: &'a mut dyn FnMut(&str),
+}
+
+impl Run<'_> {
+    /// A case on a model, reported under `title`.
+    fn case<B: Golden>(&mut self, family: &Family, name: &str, title: &str) {
+        let mut report = Report::new(title, B::PRECISION, self.cpu_errors);
+        if let Err(error) = run_case::<B>(family, name, &mut report) {
             report.fail(error.to_string());
         }
-        report.lines().iter().for_each(|line| say(line));
-        if report.failed() {
-            failed.push(name.clone());
+        self.finish(title, report);
+    }
+
+    /// The model from another folder: the same tensors; or where they go by other names, the same
+    /// results of all cases that train nothing.
+    fn variant<B: Golden>(
+        &mut self,
+        family: &Family,
+        variant: &Variant,
+        cases: &[&str],
+    ) -> Outcome<()> {
+        let naming = |config: &ModelConfig| config.architecture.naming;
+        if naming(&variant.config) == naming(&family.config) {
+            let mut report = Report::new(&variant.name, B::PRECISION, None);
+            report.same("as_model", family.difference(variant)?);
+            self.finish(&variant.name, report);
+            return Ok(());
         }
-        report.into_errors(&mut errors);
+        let renamed = family.with_model(variant)?;
+        let untrained = |case: &&&str| {
+            let kinds = ["forward", "layer_trace", "generate_greedy"];
+            kinds.iter().any(|kind| case.starts_with(kind))
+        };
+        for name in cases.iter().filter(untrained) {
+            self.case::<B>(&renamed, name, &format!("{name}@{}", variant.name));
+        }
+        Ok(())
     }
-    let mut report = report("model_bin");
-    report.same("as_model", family.model_bin_difference()?);
-    report.lines().iter().for_each(|line| say(line));
-    if report.failed() {
-        failed.push("model_bin".to_owned());
+
+    fn finish(&mut self, title: &str, report: Report<'_>) {
+        report.lines().iter().for_each(|line| (self.say)(line));
+        if report.failed() {
+            self.failed.push(title.to_owned());
+        }
+        report.into_errors(&mut self.errors);
     }
-    for file in family.stray_files()? {
-        say(&format!("{file} - - FAIL (no case of the manifest)"));
-        failed.push(file);
-    }
-    Ok(Verdict { failed, errors })
 }
 
 fn run_case<B: Golden>(family: &Family, name: &str, report: &mut Report<'_>) -> Outcome<()> {

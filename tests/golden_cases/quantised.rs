@@ -5,10 +5,11 @@ use std::sync::Arc;
 
 use half::f16;
 use mp_train::checkpoint::{CheckpointError, Dtype, HostTensor, TensorInfo, TensorSource};
+use mp_train::config::model::ModelConfig;
 use mp_train::config::run::Quantization;
 use mp_train::model::names::Names;
 use mp_train::model::quantised;
-use mp_train::model::weights::scale_name;
+use mp_train::model::weights::{is_block_matrix, scale_name};
 use mp_train::quant::{Bits, QuantisedMatrix};
 
 use super::adapter::Adapter;
@@ -16,7 +17,7 @@ use super::batch::{Padding, Stored};
 use super::case::{Case, Family};
 use super::compare::{Found, FoundTensors, Report};
 use super::single::Parts;
-use super::{Golden, Outcome, forward, gradients, training};
+use super::{Golden, Outcome, forward, gradients, manifest, trained, training};
 
 /// What stands in the model's files in place of the four linear layers of every block.
 #[derive(Clone, Copy, PartialEq)]
@@ -32,24 +33,23 @@ enum Form {
 /// The model's files with the four linear layers of every block quantised.
 struct Quantised {
     model: Arc<dyn TensorSource>,
+    config: ModelConfig,
     bits: Bits,
     form: Form,
 }
 
-/// The weight that a tensor of scales belongs to.
-fn weight_of(scale: &str) -> Option<&str> {
-    let weight = scale.strip_suffix("_scale")?;
-    (scale_name(weight) == scale && is_quantised(weight)).then_some(weight)
-}
-
-fn is_quantised(name: &str) -> bool {
-    let Some(module) = name.strip_suffix(".weight") else {
-        return false;
-    };
-    module.contains(".layers.") && !module.contains("layernorm")
-}
-
 impl Quantised {
+    /// The weight that a tensor of scales belongs to.
+    fn weight_of<'a>(&self, scale: &'a str) -> Option<&'a str> {
+        let weight = scale.strip_suffix("_scale")?;
+        (scale_name(weight) == scale && self.is_quantised(weight)).then_some(weight)
+    }
+
+    fn is_quantised(&self, name: &str) -> bool {
+        let info = self.model.info(name);
+        info.is_some_and(|info| is_block_matrix(&self.config, name, &info.shape))
+    }
+
     fn matrix(&self, name: &str) -> Result<QuantisedMatrix, CheckpointError> {
         let tensor = self.model.read(name)?;
         let (rows, cols) = (tensor.shape[0], tensor.shape[1]);
@@ -61,7 +61,7 @@ impl Quantised {
 impl TensorSource for Quantised {
     fn names(&self) -> Vec<String> {
         let names = self.model.names();
-        let scales = names.iter().filter(|name| is_quantised(name));
+        let scales = names.iter().filter(|name| self.is_quantised(name));
         let scales: Vec<String> = scales.map(|name| scale_name(name)).collect();
         match self.form {
             Form::Codes => names.into_iter().chain(scales).collect(),
@@ -70,7 +70,7 @@ impl TensorSource for Quantised {
     }
 
     fn info(&self, name: &str) -> Option<TensorInfo> {
-        let (name, scale) = match weight_of(name) {
+        let (name, scale) = match self.weight_of(name) {
             Some(weight) if self.form == Form::Codes => (weight, true),
             _ => (name, false),
         };
@@ -78,7 +78,7 @@ impl TensorSource for Quantised {
         if scale {
             info.shape.pop();
             info.dtype = Dtype::F16;
-        } else if self.form == Form::Codes && is_quantised(name) {
+        } else if self.form == Form::Codes && self.is_quantised(name) {
             info.shape[1] = self.bits.row_bytes(info.shape[1]);
             info.dtype = Dtype::I8;
         }
@@ -86,11 +86,11 @@ impl TensorSource for Quantised {
     }
 
     fn read(&self, name: &str) -> Result<HostTensor, CheckpointError> {
-        if let Some(weight) = weight_of(name).filter(|_| self.form == Form::Codes) {
+        if let Some(weight) = self.weight_of(name).filter(|_| self.form == Form::Codes) {
             let matrix = self.matrix(weight)?;
             return HostTensor::from_f16([matrix.rows], &matrix.scales);
         }
-        if !is_quantised(name) {
+        if !self.is_quantised(name) {
             return self.model.read(name);
         }
         let matrix = self.matrix(name)?;
@@ -117,6 +117,7 @@ pub fn run<B: Golden>(family: &Family, case: &Case, report: &mut Report<'_>) -> 
     let quantised = |form| {
         Arc::new(Quantised {
             model: Arc::clone(&family.model),
+            config: family.config.clone(),
             bits,
             form,
         })
@@ -135,11 +136,7 @@ pub fn run<B: Golden>(family: &Family, case: &Case, report: &mut Report<'_>) -> 
     for padding in Padding::BOTH {
         let batch = stored.right_padded(family, padding)?;
         let found = |source: &Arc<dyn TensorSource>, quantization| -> Outcome<FoundTensors> {
-            let parts = |adapter| Parts {
-                source: Arc::clone(source),
-                quantization,
-                ..Parts::new(family, adapter)
-            };
+            let parts = |adapter| Parts::new(family, adapter).held(source, quantization);
             let mut found = forward::found::<B>(&parts(&none), &batch)?;
             let with_prefix = gradients::found::<B>(&parts(&prefix), &batch)?;
             found.extend(under("ptuning", with_prefix));
@@ -154,27 +151,28 @@ pub fn run<B: Golden>(family: &Family, case: &Case, report: &mut Report<'_>) -> 
             let what = format!("bits/{}/{name}", padding.name());
             report.same(&what, difference(&first, other));
         }
-        let unrounded = Parts {
-            source: source(Form::Unrounded),
-            ..Parts::new(family, &none)
-        };
-        let unrounded = forward::found::<B>(&unrounded, &batch)?;
-        first.extend(under("unrounded", unrounded));
+        let unrounded = source(Form::Unrounded);
+        let parts = |adapter| Parts::new(family, adapter).held(&unrounded, Quantization::None);
+        first.extend(under(
+            "unrounded",
+            forward::found::<B>(&parts(&none), &batch)?,
+        ));
+        if case.expects("unrounded.ptuning.loss") {
+            let with_prefix = gradients::found::<B>(&parts(&prefix), &batch)?;
+            first.extend(under("unrounded.ptuning", with_prefix));
+        }
         report.compare(case, padding.name(), &first)?;
     }
 
-    for (name, adapter) in [
-        ("lora_train", Adapter::lora as fn(&_) -> _),
-        ("ptuning_train", Adapter::prefix),
-    ] {
+    let plain_prefix = match family.form() {
+        manifest::Form::Named => "ptuning_train",
+        manifest::Form::Listed => "ptuning_train_plain",
+    };
+    for name in ["lora_train", plain_prefix] {
         let case = family.case(name)?;
-        let adapter: Adapter = adapter(case.folder()?)?;
+        let adapter = trained::starting_adapter(&case)?;
         let parts = bases.iter().map(|(name, source, quantization)| {
-            let parts = Parts {
-                source: Arc::clone(source),
-                quantization: *quantization,
-                ..Parts::new(family, &adapter)
-            };
+            let parts = Parts::new(family, &adapter).held(source, *quantization);
             (*name, parts)
         });
         training::same_on_all::<B>(&parts.collect::<Vec<_>>(), &case, report)?;
@@ -204,8 +202,8 @@ fn under(run: &str, found: FoundTensors) -> impl Iterator<Item = (String, Found)
 /// Codes and scales as they are stored, and the dequantised weights.
 fn codes(family: &Family, case: &Case, quantised: &Quantised) -> Outcome<FoundTensors> {
     let mut found = FoundTensors::new();
+    let names = Names::of(&family.config);
     for layer in 0..family.config.num_layers {
-        let names = Names::of(&family.config);
         for site in names.linear_sites() {
             let name = format!("{}.weight", names.linear(site, layer));
             let matrix = quantised.matrix(&name)?;

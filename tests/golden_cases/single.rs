@@ -30,11 +30,11 @@ pub struct Single<B: Backend> {
 /// What the model is made from.
 pub struct Parts<'a> {
     pub family: &'a Family,
+    /// The model's configuration; `quantization` says how the linear layers are held.
+    pub config: ModelConfig,
     pub source: Arc<dyn TensorSource>,
     pub head_source: HeadSource,
     pub adapter: &'a Adapter,
-    /// How the linear layers are held.
-    pub quantization: Quantization,
 }
 
 impl<'a> Parts<'a> {
@@ -42,18 +42,22 @@ impl<'a> Parts<'a> {
     pub fn new(family: &'a Family, adapter: &'a Adapter) -> Parts<'a> {
         Parts {
             family,
+            config: family.config.clone(),
             source: Arc::clone(&family.model),
             head_source: family.head_source.clone(),
             adapter,
-            quantization: Quantization::None,
         }
     }
 
-    /// The family's model, held so.
-    pub fn config(&self) -> ModelConfig {
-        ModelConfig {
-            quantization: self.quantization,
-            ..self.family.config.clone()
+    /// The same model from other tensors, held so.
+    pub fn held(self, source: &Arc<dyn TensorSource>, quantization: Quantization) -> Parts<'a> {
+        Parts {
+            source: Arc::clone(source),
+            config: ModelConfig {
+                quantization,
+                ..self.config
+            },
+            ..self
         }
     }
 }
@@ -61,7 +65,7 @@ impl<'a> Parts<'a> {
 impl<B: Golden> Single<B> {
     /// Loads the model with room for one micro-batch.
     pub fn load(parts: &Parts<'_>, micro: &MicroBatch) -> Outcome<Single<B>> {
-        let config = &parts.config();
+        let config = &parts.config;
         let trainables = parts.adapter.trainables(config, parts.head_source.tied)?;
         let backend = B::open(1)?;
         let initial = |spec: &_| parts.adapter.initial(spec);

@@ -1,61 +1,57 @@
 //! Optimiser steps through the pipeline: near the reference, and the same bits however it is laid out.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use mp_train::adapter::{ParameterState, files};
-use mp_train::config::run::{
-    Device, LossNormalisation, LrSchedule, OptimizerSection, Precision, Recompute, ScheduleKind,
-};
+use mp_train::backend::cpu::Cpu;
+use mp_train::checkpoint::HostTensor;
+use mp_train::config::run::{Device, Precision, Recompute, ScheduleKind};
 use mp_train::data::batch::MicroBatch;
+use mp_train::model::trainables::Trainables;
 use mp_train::optim::curve::learning_rate;
 use mp_train::pipeline::messages::StepPlan;
 use mp_train::train::target_weights;
 
-use super::adapter::Adapter;
 use super::batch::{Padding, Stored};
-use super::case::{Case, Family};
+use super::case::Case;
 use super::compare::{Found, FoundTensors, Report};
 use super::engine::{self, Configuration, Room, Values};
+use super::limits::Kind;
+use super::series::{self, Series};
 use super::single::Parts;
-use super::{Golden, Outcome, gradients};
+use super::{Golden, Outcome, trained};
 
-/// From the LoRA of a PEFT folder.
-pub fn lora<B: Golden>(family: &Family, case: &Case, report: &mut Report<'_>) -> Outcome<()> {
-    let adapter = Adapter::lora(case.folder()?)?;
-    train::<B>(&Parts::new(family, &adapter), case, report)
+/// Every run of steps that a case stores.
+pub fn train<B: Golden>(parts: &Parts<'_>, case: &Case, report: &mut Report<'_>) -> Outcome<()> {
+    for series in series::of_case(case)? {
+        run_series::<B>(parts, case, &series, report)?;
+    }
+    Ok(())
 }
 
-/// From the prefix of a THUDM folder.
-pub fn prefix<B: Golden>(family: &Family, case: &Case, report: &mut Report<'_>) -> Outcome<()> {
-    let adapter = Adapter::prefix(case.folder()?)?;
-    train::<B>(&Parts::new(family, &adapter), case, report)
-}
-
-/// Every parameter, embedding and head apart.
-pub fn full<B: Golden>(family: &Family, case: &Case, report: &mut Report<'_>) -> Outcome<()> {
-    let adapter = Adapter::full(&family.model, &family.head_source);
-    train::<B>(&Parts::new(family, &adapter), case, report)
-}
-
-/// Every parameter, embedding and head being one: a gradient first, then steps.
-pub fn tied<B: Golden>(family: &Family, case: &Case, report: &mut Report<'_>) -> Outcome<()> {
-    gradients::tied::<B>(family, case, report)?;
-    let head_source = family.tied_to_embedding();
-    let adapter = Adapter::full(&family.model, &head_source);
-    let parts = Parts {
-        head_source,
-        ..Parts::new(family, &adapter)
-    };
-    train::<B>(&parts, case, report)
-}
-
-fn train<B: Golden>(parts: &Parts<'_>, case: &Case, report: &mut Report<'_>) -> Outcome<()> {
+fn run_series<B: Golden>(
+    parts: &Parts<'_>,
+    case: &Case,
+    series: &Series,
+    report: &mut Report<'_>,
+) -> Outcome<()> {
+    let lead = series.lead;
     let mut unpadded = None;
     for &padding in paddings::<B>() {
-        let job = Job::new(parts, case, padding)?;
+        let job = Job::new(parts, case, series, padding)?;
         let run = job.run::<B>(Configuration::PLAIN, None, job.steps.len())?;
-        let variant = format!("train/{}", padding.name());
-        report.compare(case, &variant, &job.found(&run)?)?;
+        let compared = match B::PRECISION == Precision::F16 && amplifies(case, lead) {
+            true => job.along::<B>()?,
+            false => run.clone(),
+        };
+        let variant = format!("{lead}/{}", padding.name());
+        report.compare(case, &variant, &job.found(case, lead, &compared)?)?;
+        if lead == "train" && case.expects("forward_loss_after") {
+            let adapter = parts.adapter.with_values(job.final_values(&compared)?);
+            let variant = format!("{variant}/loss_after");
+            trained::loss_after::<B>(parts.family, case, &adapter, &variant, report)?;
+        }
         unpadded = Some((job, run));
     }
     let (job, run) = unpadded.ok_or("no run")?;
@@ -81,7 +77,10 @@ fn train<B: Golden>(parts: &Parts<'_>, case: &Case, report: &mut Report<'_>) -> 
                 let difference = run.difference(&reference);
                 differs = differs.or(difference.map(|what| format!("{configuration:?}: {what}")));
             }
-            report.same(&format!("bits/{stages}_stages/{}", name(schedule)), differs);
+            report.same(
+                &format!("{lead}/bits/{stages}_stages/{}", name(schedule)),
+                differs,
+            );
         }
     }
     for stages in counts.clone() {
@@ -94,7 +93,7 @@ fn train<B: Golden>(parts: &Parts<'_>, case: &Case, report: &mut Report<'_>) -> 
         };
         let mut run = job.run::<B>(on(stages), None, half)?;
         run.then(job.run::<B>(on(other), Some((half, &run.states)), layouts.steps)?);
-        let variant = format!("bits/{stages}_then_{other}_stages");
+        let variant = format!("{lead}/bits/{stages}_then_{other}_stages");
         report.same(&variant, run.difference(&reference));
     }
     Ok(())
@@ -117,8 +116,9 @@ pub fn same_on_all<B: Golden>(
         ..Configuration::PLAIN
     };
     let mut reference: Option<Run> = None;
+    let series = &series::of_case(case)?[0];
     for (name, parts) in bases {
-        let job = Job::new(parts, case, Padding::Removed)?;
+        let job = Job::new(parts, case, series, Padding::Removed)?;
         let stages = 3.min(parts.family.config.num_layers);
         for configuration in [on(1, Recompute::None), on(stages, Recompute::Block)] {
             let run = job.run::<B>(configuration, None, steps)?;
@@ -203,14 +203,24 @@ impl Layouts {
 /// A training run of the reference.
 struct Job<'a> {
     parts: &'a Parts<'a>,
-    optimizer: OptimizerSection,
-    total_steps: u64,
+    series: &'a Series,
     /// The micro-batches of each step.
     steps: Vec<Vec<MicroBatch>>,
     room: Room,
 }
 
+/// Whether rounding grows in a run: even in float32 the trained weights end further from float64 than
+/// weights may be off. Half precision then goes another way within some steps.
+fn amplifies(case: &Case, lead: &str) -> bool {
+    let mut trained = case.expected_names();
+    let weights = trained.find(|name| name.starts_with(&format!("{lead}.final.")));
+    let gap = weights.and_then(|name| case.float64_gap(name));
+    let limit = Kind::FinalWeights.limit(Precision::F32, case.form);
+    gap.is_some_and(|gap| gap > limit.value())
+}
+
 /// What a run left.
+#[derive(Clone, Default)]
 struct Run {
     learning_rates: Vec<f64>,
     /// For each step the mean loss of each micro-batch.
@@ -221,51 +231,42 @@ struct Run {
 }
 
 impl<'a> Job<'a> {
-    fn new(parts: &'a Parts<'a>, case: &Case, padding: Padding) -> Outcome<Job<'a>> {
+    fn new(
+        parts: &'a Parts<'a>,
+        case: &Case,
+        series: &'a Series,
+        padding: Padding,
+    ) -> Outcome<Job<'a>> {
         let (shape, ids) = case.input("train.input_ids")?;
         let (_, labels) = case.input("train.labels")?;
+        let mask = case.input_if_any("train.attention_mask")?;
         let [entries, rows, seq] = shape[..] else {
             return Err(format!("train.input_ids of shape {shape:?}").into());
         };
         let entry = |entry: usize| {
             let cells = entry * rows * seq..(entry + 1) * rows * seq;
-            let stored = Stored::new(&[rows, seq], &ids[cells.clone()], Some(&labels[cells]))?;
+            let stored = Stored::new(
+                &[rows, seq],
+                &ids[cells.clone()],
+                Some(&labels[cells.clone()]),
+            )?;
+            let stored = match &mask {
+                Some((_, mask)) => stored.with_mask(&mask[cells])?,
+                None => stored,
+            };
             Ok(stored.right_padded(parts.family, padding)?.micro)
         };
         let entries: Vec<MicroBatch> = (0..entries).map(entry).collect::<Outcome<_>>()?;
-        let (shape, index) = case.input("train.micro_index")?;
-        let accumulation: usize = case.hyper("gradient_accumulation")?;
-        if shape != [case.hyper("steps")?, accumulation] {
-            return Err(format!("train.micro_index of shape {shape:?}").into());
-        }
-        let step = |step: &[i64]| {
-            let chosen = step
-                .iter()
-                .map(|&index| entries.get(usize::try_from(index).ok()?));
-            chosen.map(|entry| entry.cloned()).collect::<Option<_>>()
+        let step = |step: &Vec<usize>| {
+            let chosen = step.iter().map(|&index| entries.get(index).cloned());
+            chosen.collect::<Option<_>>()
         };
-        let steps = index
-            .chunks_exact(accumulation)
-            .map(step)
-            .collect::<Option<_>>();
-        let [beta1, beta2] = case.hyper("betas")?;
+        let steps = series.index.iter().map(step).collect::<Option<_>>();
+        let accumulation = series.index.first().ok_or("no step")?.len();
         Ok(Job {
             parts,
-            optimizer: OptimizerSection {
-                learning_rate: case.hyper("lr")?,
-                lr_schedule: lr_schedule(&case.hyper::<String>("schedule")?)?,
-                warmup_steps: case.hyper("warmup_steps")?,
-                weight_decay: case.hyper("weight_decay")?,
-                beta1,
-                beta2,
-                eps: case.hyper("eps")?,
-                max_grad_norm: case.hyper("max_grad_norm")?,
-                loss_normalisation: LossNormalisation::PerMicroBatch,
-                initial_loss_scale: 65_536.0,
-                max_skipped_steps: 1,
-            },
-            total_steps: case.hyper("total_steps")?,
-            steps: steps.ok_or("train.micro_index points outside")?,
+            series,
+            steps: steps.ok_or("a step takes a micro-batch that is not there")?,
             room: Room {
                 rows: entries.iter().map(MicroBatch::tokens).max().unwrap_or(0),
                 sequences: rows,
@@ -283,17 +284,15 @@ impl<'a> Job<'a> {
     ) -> Outcome<Run> {
         let begin = from.map_or(0, |(step, _)| step);
         let values = self.values(from.map(|(_, states)| states))?;
-        let mut engine = engine::start::<B>(self.parts, configuration, self.room, values)?;
-        let mut run = Run {
-            learning_rates: Vec::new(),
-            micro_losses: Vec::new(),
-            losses: Vec::new(),
-            grad_norms: Vec::new(),
-            states: Vec::new(),
-        };
-        let normalisation = self.optimizer.loss_normalisation;
+        let trainables = self.trainables()?;
+        let parts = self.parts;
+        let mut engine =
+            engine::start_training::<B>(parts, configuration, self.room, trainables, values)?;
+        let mut run = Run::default();
+        let optimizer = &self.series.optimizer;
+        let normalisation = optimizer.loss_normalisation;
         for (step, micro_batches) in self.steps.iter().enumerate().take(end).skip(begin) {
-            let rate = learning_rate(&self.optimizer, step as u64, self.total_steps);
+            let rate = learning_rate(optimizer, step as u64, self.series.total_steps);
             let weights = target_weights(normalisation, micro_batches);
             let outcome = engine.step(StepPlan {
                 step: step as u64,
@@ -302,7 +301,7 @@ impl<'a> Job<'a> {
                 loss_scale: B::loss_scale(),
                 micro_batches: micro_batches.clone(),
                 target_weights: weights.clone(),
-                optimizer: self.optimizer.clone(),
+                optimizer: optimizer.clone(),
                 seed: 0,
             })?;
             if !outcome.applied {
@@ -321,14 +320,27 @@ impl<'a> Job<'a> {
         Ok(run)
     }
 
+    /// Every step of the run, each from the weights and moments that f32 has come to by then: as the
+    /// reference's tokens are fed to a generation in f16.
+    fn along<B: Golden>(&self) -> Outcome<Run> {
+        let (mut run, mut before) = (Run::default(), Vec::new());
+        for step in 0..self.steps.len() {
+            let from = (step > 0).then_some((step, &before[..]));
+            run.then(self.run::<B>(Configuration::PLAIN, from, step + 1)?);
+            before = self
+                .run::<Cpu<f32>>(Configuration::PLAIN, from, step + 1)?
+                .states;
+        }
+        Ok(run)
+    }
+
     /// Values from the adapter's files, or values and moments from a snapshot.
     fn values(&self, states: Option<&[ParameterState]>) -> Outcome<Values> {
         let adapter = self.parts.adapter.clone();
         let Some(states) = states.map(<[_]>::to_vec) else {
             return Ok(Arc::new(move |spec| adapter.initial(spec)));
         };
-        let tied = self.parts.head_source.tied;
-        let trainables = adapter.trainables(&self.parts.family.config, tied)?;
+        let trainables = self.trainables()?;
         Ok(Arc::new(move |spec| {
             let start = spec.slice.map(|slice| slice.start);
             let (index, _) = trainables.find(&spec.name, start).unwrap();
@@ -336,32 +348,63 @@ impl<'a> Job<'a> {
         }))
     }
 
-    fn found(&self, run: &Run) -> Outcome<FoundTensors> {
+    /// What the run trains.
+    fn trainables(&self) -> Outcome<Trainables> {
+        let (config, tied) = (&self.parts.config, self.parts.head_source.tied);
+        let trainables = self.parts.adapter.trainables(config, tied)?;
+        Ok(match self.series.one_group {
+            true => trainables.in_one_group(),
+            false => trainables,
+        })
+    }
+
+    /// The trained tensors by name, parts put together.
+    fn final_values(&self, run: &Run) -> Outcome<BTreeMap<String, HostTensor>> {
+        let values = run.states.iter().map(|state| &state.values[..]);
+        Ok(files::put_together(self.trainables()?.specs(), values)?)
+    }
+
+    fn found(&self, case: &Case, lead: &str, run: &Run) -> Outcome<FoundTensors> {
         let (steps, micro_batches) = (self.steps.len(), self.room.micro_batches);
+        let total = self.series.total_steps;
+        let rate_after = |step| learning_rate(&self.series.optimizer, step, total);
+        let rates_after: Vec<f64> = (1..=steps as u64).map(rate_after).collect();
+        let named = |name: &str, tensor| (format!("{lead}.{name}"), tensor);
         let mut found = FoundTensors::from([
-            (
-                "train.lr".into(),
-                Found::whole([steps], &run.learning_rates),
+            named("lr", Found::whole([steps], &run.learning_rates)),
+            named(
+                "lr_reported_after_step",
+                Found::whole([steps], &rates_after),
             ),
-            (
-                "train.micro_loss".into(),
+            named(
+                "micro_loss",
                 Found::whole([steps, micro_batches], &run.micro_losses.concat()),
             ),
-            ("train.loss".into(), Found::whole([steps], &run.losses)),
-            (
-                "train.grad_norm".into(),
-                Found::whole([steps], &run.grad_norms),
-            ),
+            named("loss", Found::whole([steps], &run.losses)),
+            named("grad_norm", Found::whole([steps], &run.grad_norms)),
         ]);
-        let (config, tied) = (&self.parts.family.config, self.parts.head_source.tied);
-        let trainables = self.parts.adapter.trainables(config, tied)?;
-        let values = run.states.iter().map(|state| &state.values[..]);
-        for (name, tensor) in files::put_together(trainables.specs(), values)? {
-            let whole = Found::whole(tensor.shape.clone(), &tensor.to_f32()?);
-            found.insert(format!("final.{name}"), whole);
+        for (name, tensor) in self.final_values(run)? {
+            let mut whole = Found::whole(tensor.shape.clone(), &tensor.to_f32()?);
+            if let Some(live) = live_entries(case, &name)? {
+                whole.keep(&live)?;
+            }
+            found.insert(format!("{lead}.final.{name}"), whole);
         }
         Ok(found)
     }
+}
+
+/// Which entries of a bias can change a result, where a case says so (`k_proj_bias_is_live`): the
+/// gradient of the others is rounding noise, of which AdamW makes whole steps.
+fn live_entries(case: &Case, tensor: &str) -> Outcome<Option<Vec<bool>>> {
+    for input in case.inputs_under("") {
+        let module = input.strip_suffix("_bias_is_live");
+        if module.is_some_and(|module| tensor.ends_with(&format!(".{module}.bias"))) {
+            let (_, live) = case.input(input)?;
+            return Ok(Some(live.iter().map(|&entry| entry == 1).collect()));
+        }
+    }
+    Ok(None)
 }
 
 impl Run {
@@ -416,15 +459,5 @@ impl Run {
             }
         }
         None
-    }
-}
-
-/// From the manifest's words for it.
-fn lr_schedule(words: &str) -> Outcome<LrSchedule> {
-    match words {
-        "linear warmup then cosine to 0" => Ok(LrSchedule::Cosine),
-        "linear warmup then linear to 0" => Ok(LrSchedule::Linear),
-        "linear warmup then constant" => Ok(LrSchedule::Constant),
-        words => Err(format!("the schedule `{words}` is not known").into()),
     }
 }
