@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use mp_train::data::byte_level::{ByteLevelError, Tokens};
+use mp_train::data::byte_level::{ByteLevel, ByteLevelError, Tokens};
 use mp_train::data::tokenizer::{Generation, GlmTokenizer, LiteralSpecials, TokenizerFiles};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
@@ -177,7 +177,7 @@ fn rank_lines() -> Vec<String> {
 fn ranks_error(lines: &[String]) -> String {
     let file = lines.join("\n");
     let tokens = Tokens::from_ranks(file.as_bytes());
-    match tokens.and_then(|tokens| mp_train::data::byte_level::ByteLevel::new(tokens)) {
+    match tokens.and_then(ByteLevel::new) {
         Ok(_) => panic!("accepted"),
         Err(error) => error.to_string(),
     }
