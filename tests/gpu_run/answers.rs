@@ -71,45 +71,6 @@ fn greedy_ids_are_those_of_the_cpu() {
 }
 
 #[test]
-fn an_evaluation_is_that_of_the_cpu() {
-    let Some(emulator) = emulator() else { return };
-    let setup = text_setup::Setup::new();
-    // More rows than go through the stages at once.
-    let row = |n: usize| json!({ "prompt": "why ".repeat(1 + n % 6), "response": "ab".repeat(1 + n % 5) });
-    let rows: Vec<Value> = (0..19).map(row).collect();
-    let data = setup.rows("data.jsonl", &rows);
-    let summary = setup.folder.path().join("summary.json");
-    for adapter in [None, Some(golden("ptuning_checkpoint"))] {
-        let evaluate = |devices: &str, manner: Manner| {
-            let mut command = setup.command("eval");
-            command.args(["--quiet", "--max-new-tokens", "6", "--predictions", "-"]);
-            command
-                .arg("--data")
-                .arg(&data)
-                .arg("--output")
-                .arg(&summary);
-            if let Some(adapter) = &adapter {
-                command.arg("--adapter").arg(adapter);
-            }
-            let predictions = succeed(place(&mut command, &emulator, devices, manner)).stdout;
-            let summary = fs::read_to_string(&summary).unwrap();
-            let summary: Value = serde_json::from_str(&summary).unwrap();
-            (predictions, summary["loss"].as_f64().unwrap())
-        };
-        let (expected, expected_loss) = evaluate("cpu", PLAIN);
-        assert_eq!(expected.lines().count(), rows.len());
-        let one = evaluate("0", BACKWARDS);
-        assert_eq!(one.0, expected);
-        assert!(
-            (one.1 - expected_loss).abs() < 2e-3,
-            "{} {expected_loss}",
-            one.1
-        );
-        assert_eq!(evaluate("0,1", MIXED), one, "one GPU and two differ");
-    }
-}
-
-#[test]
 fn a_chat_is_that_of_the_cpu() {
     let Some(emulator) = emulator() else { return };
     let setup = text_setup::Setup::new();
