@@ -19,6 +19,8 @@ pub mod plan;
 
 pub mod bench;
 
+pub mod export;
+
 pub mod report;
 
 pub mod pipeline;

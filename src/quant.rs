@@ -69,6 +69,32 @@ impl Bits {
     }
 }
 
+impl Bits {
+    /// The weights that a row of codes stands for, `f16(code * scale)`; `out` has as many values as
+    /// the row has columns.
+    pub fn dequantise_row(self, out: &mut [f32], codes: &[i8], scale: f16) {
+        let scale = scale.to_f32();
+        let value = |code: i8| f16::from_f32(f32::from(code) * scale).to_f32();
+        match self {
+            Bits::Eight => {
+                let codes = out.iter_mut().zip(codes);
+                codes.for_each(|(out, &code)| *out = value(code));
+            }
+            Bits::Four => {
+                let codes = codes.iter().copied().flat_map(pair);
+                let codes = out.iter_mut().zip(codes);
+                codes.for_each(|(out, code)| *out = value(code));
+            }
+        }
+    }
+}
+
+/// The even and the odd column's code in a byte of int4. An arithmetic shift brings the sign of the high
+/// half down; the low half takes its own sign by being shifted up first.
+fn pair(byte: i8) -> [i8; 2] {
+    [byte >> 4, (byte << 4) >> 4]
+}
+
 /// A quantised matrix.
 #[derive(Clone, Debug, PartialEq)]
 pub struct QuantisedMatrix {
@@ -158,14 +184,7 @@ impl QuantisedMatrix {
     pub fn unpacked(&self) -> Vec<i8> {
         match self.bits {
             Bits::Eight => self.codes.clone(),
-            // An arithmetic shift brings the sign of the high half down; the low half takes its own
-            // sign by being shifted up first.
-            Bits::Four => {
-                let pairs = self.codes.iter();
-                pairs
-                    .flat_map(|&byte| [byte >> 4, (byte << 4) >> 4])
-                    .collect()
-            }
+            Bits::Four => self.codes.iter().copied().flat_map(pair).collect(),
         }
     }
 

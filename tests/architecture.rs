@@ -23,7 +23,7 @@ const ROOMS: &[(&[&str], May)] = &[
     (&["demo"], Below),
     // A chat generates, turn after turn; an evaluation generates what it scores.
     (&["chat", "eval"], Below),
-    (&["train", "generate", "plan", "bench"], Below),
+    (&["train", "generate", "plan", "bench", "export"], Below),
     (&["report"], Only(&[])),
     (
         &["pipeline"],

@@ -11,8 +11,14 @@ mod golden;
 mod hostile;
 #[path = "checkpoint/hostile_adapters.rs"]
 mod hostile_adapters;
+#[path = "checkpoint/hostile_bounded.rs"]
+mod hostile_bounded;
+#[path = "checkpoint/hostile_corpus.rs"]
+mod hostile_corpus;
 #[path = "checkpoint/killed.rs"]
 mod killed;
+#[path = "checkpoint/mutations.rs"]
+mod mutations;
 #[path = "checkpoint/run_state.rs"]
 mod run_state;
 #[path = "checkpoint/torch_bytes.rs"]

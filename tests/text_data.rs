@@ -28,6 +28,11 @@ use mp_train::data::{DataError, FileProblem, RowProblem, TextProblem};
 use serde::Deserialize;
 use tempfile::TempDir;
 
+#[path = "text_data/conversations.rs"]
+mod conversations;
+#[path = "text_data/parquet.rs"]
+mod parquet;
+
 const GMASK: u32 = 1657;
 const SOP: u32 = 1660;
 const EOP: u32 = 1661;
@@ -617,7 +622,7 @@ fn sources_are_files_folders_and_patterns_in_a_fixed_order() {
     assert!(
         error.ends_with(
             "/empty: no data file in this folder; looked for names that end in .json, .jsonl, \
-             .ndjson, .csv, .tsv, each also with .gz"
+             .ndjson, .csv, .tsv, each also with .gz, or in .parquet"
         ),
         "{error}"
     );
@@ -681,7 +686,7 @@ fn unknown_endings_are_told_by_contents() {
     assert_eq!(
         message("a.bin", b"\x7fELF", &settings(pairs())),
         "a.bin: neither JSON nor CSV with a column named `prompt`, `response`; name the file \
-         .json, .jsonl, .csv or .tsv, or use the plain text template for text"
+         .json, .jsonl, .csv, .tsv or .parquet, or use the plain text template for text"
     );
     let (_folder, path) = file("story", b"[Round 0] is text");
     assert_eq!(read(&[path], &settings(plain(Documents::File))).0.len(), 1);

@@ -84,6 +84,26 @@ fn prompt_response(count: usize) -> String {
     questions(count).into_iter().map(row).collect()
 }
 
+/// Conversations of three turns, a system message in front of every other one.
+fn sharegpt(count: usize) -> String {
+    let turns = questions(count * 3);
+    let row = |(number, turns): (usize, &[(String, String)])| {
+        let messages: Vec<_> = turns
+            .iter()
+            .flat_map(|(question, answer)| {
+                [
+                    json!({ "from": "human", "value": question }),
+                    json!({ "from": "gpt", "value": answer }),
+                ]
+            })
+            .collect();
+        let system = if number % 2 == 0 { "" } else { "Count." };
+        json!({ "conversations": messages, "system": system })
+    };
+    let rows: Vec<_> = turns.chunks(3).enumerate().map(row).collect();
+    serde_json::to_string_pretty(&rows).unwrap()
+}
+
 fn read_rows(path: &Path) -> Vec<Value> {
     let text = fs::read_to_string(path).unwrap();
     text.lines()
@@ -139,14 +159,21 @@ fn every_kind_of_file_is_trained_on() {
         .collect();
     let table = format!("\u{feff}sentence\r\n{table}");
     let packed = gzip(&prompt_response(12));
-    let files: [(&str, &[u8], &str); 4] = [
+    let chats = fs::read("tests/data/text/parquet/chats_zstd.parquet").unwrap();
+    let shared = sharegpt(6);
+    let files: [(&str, &[u8], &str); 6] = [
         ("alpaca.json", alpaca.as_bytes(), "alpaca"),
         ("turns.jsonl", turns.as_bytes(), "prompt_response"),
         ("table.csv", table.as_bytes(), "plain_text"),
         ("rows.jsonl.gz", &packed, "prompt_response"),
+        ("chats.parquet", &chats, "messages"),
+        ("sharegpt.json", shared.as_bytes(), "sharegpt"),
     ];
     for (name, bytes, template) in files {
-        let flags = format!("--template {template} --max-steps 3 --gradient-accumulation 4");
+        let flags = format!(
+            "--template {template} --max-steps 3 --gradient-accumulation 4 --bad-rows skip \
+             --max-length 128"
+        );
         let setup = Setup::new(name, bytes, &flags);
         let (_, output) = setup.train("output");
         let rows = metrics(&output);
@@ -157,6 +184,44 @@ fn every_kind_of_file_is_trained_on() {
         let template_file = fs::read_to_string(output.join("adapter/template.toml")).unwrap();
         assert!(template_file.contains(template), "{name}: {template_file}");
     }
+}
+
+#[test]
+fn all_turns_of_conversations_are_trained_on_or_the_last_alone() {
+    let flags = "--template sharegpt --epochs 2 --gradient-accumulation 1";
+    let setup = Setup::new("chats.json", sharegpt(4), flags);
+    let train = |name: &str, more: &[&str]| {
+        let output = setup.output(name);
+        (succeed(setup.command(&output).args(more)), output)
+    };
+    let (_, all) = train("all", &["--max-length", "150"]);
+    let losses = |output: &Path| -> Vec<f64> {
+        let rows = metrics(output);
+        rows.iter()
+            .map(|row| row["loss"].as_f64().unwrap())
+            .collect()
+    };
+    // A row for each of three turns, twice.
+    let trained = losses(&all);
+    assert_eq!(trained.len(), 24);
+    let mean = |losses: &[f64]| losses.iter().sum::<f64>() / losses.len() as f64;
+    assert!(mean(&trained[12..]) < mean(&trained[..12]), "{trained:?}");
+    let template = fs::read_to_string(all.join("adapter/template.toml")).unwrap();
+    for words in [
+        "kind = \"sharegpt\"",
+        "train_on_turns = \"all\"",
+        "max_length = 150",
+    ] {
+        assert!(template.contains(words), "{template}");
+    }
+
+    let (_, last) = train("last", &["--train-on-turns", "last"]);
+    assert_eq!(losses(&last).len(), 8);
+
+    // What did not fit is said.
+    let (ended, _) = train("short", &["--max-length", "60"]);
+    let told = "conversations are too long; their oldest turns are dropped";
+    assert!(ended.stderr.contains(told), "{}", ended.stderr);
 }
 
 /// The run left alone, and the run stopped in the middle of its second epoch whose cache is then

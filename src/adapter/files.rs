@@ -1,13 +1,13 @@
 //! Between tensors in files and trainable parameters: names, shapes and values are checked here.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use super::{AdapterError, ParameterSpec};
 use crate::checkpoint::HostTensor;
-use crate::checkpoint::adapter_files::LoraFiles;
+use crate::checkpoint::adapter_files::{CONFIG_FILE, LoraFiles};
 use crate::checkpoint::prefix_files::PrefixFiles;
-use crate::config::run::{LoraSection, PrefixSection};
+use crate::config::run::{AdapterSection, LoraSection, PrefixSection};
 
 /// Values of whole tensors, by name.
 pub type WholeTensors = BTreeMap<String, Vec<f32>>;
@@ -92,6 +92,46 @@ fn shortened<'a>(names: impl ExactSizeIterator<Item = &'a String>) -> String {
     }
 }
 
+/// What kind of adapter a folder holds and how it is set, by the file that says so; nothing is dropped.
+///
+/// # Errors
+/// The folder cannot be read.
+pub fn section_of(folder: &Path) -> Result<AdapterSection, AdapterError> {
+    if folder.join(CONFIG_FILE).symlink_metadata().is_ok() {
+        let config = LoraFiles::read(folder)?.config;
+        return Ok(AdapterSection::Lora(LoraSection {
+            r: config.r,
+            lora_alpha: config.lora_alpha,
+            lora_dropout: 0.0,
+            target_modules: config.target_modules,
+            init_adapter: None,
+        }));
+    }
+    let prefix = PrefixFiles::read(folder)?;
+    Ok(AdapterSection::Prefix(PrefixSection {
+        pre_seq_len: prefix.pre_seq_len,
+        prefix_projection: prefix.prefix_projection,
+        prefix_dropout: 0.0,
+        init_adapter: None,
+    }))
+}
+
+/// Reads the adapter in a folder whose settings must be those of `section`.
+///
+/// # Errors
+/// The folder cannot be read, or does not fit the settings or the model.
+pub fn read(
+    folder: &Path,
+    section: &AdapterSection,
+    specs: &[ParameterSpec],
+) -> Result<WholeTensors, AdapterError> {
+    match section {
+        AdapterSection::Lora(lora) => read_lora(folder, lora, specs),
+        AdapterSection::Prefix(prefix) => read_prefix(folder, prefix, specs),
+        AdapterSection::Full(_) => Ok(WholeTensors::new()),
+    }
+}
+
 /// Reads a PEFT folder whose settings must be those of the run.
 ///
 /// # Errors
@@ -115,13 +155,14 @@ pub fn read_lora(
             config.lora_alpha.to_string(),
             lora.lora_alpha.to_string(),
         ),
-        (
-            "target_modules",
-            sorted(&config.target_modules),
-            sorted(&lora.target_modules),
-        ),
     ];
     agree(folder, facts)?;
+    // Names can be said in many ways; what counts is which modules they are.
+    let expected: BTreeSet<&String> = specs.iter().map(|spec| &spec.name).collect();
+    if !read.tensors.keys().eq(expected) {
+        let (there, here) = (&config.target_modules, &lora.target_modules);
+        agree(folder, [("target_modules", sorted(there), sorted(here))])?;
+    }
     take(folder, specs, &read.tensors)
 }
 

@@ -1,42 +1,24 @@
-//! LoRA adapters as PEFT writes them: `adapter_config.json` and `adapter_model.safetensors`.
+//! LoRA adapters as PEFT writes them: `adapter_config.json` and `adapter_model.safetensors`, or `.bin`.
 //!
-//! A configuration is read field by field, and whatever would change the numbers without this program
-//! knowing how is refused by name. Written are the fields of PEFT 0.11, so that
-//! `PeftModel.from_pretrained` loads the folder.
+//! Whatever ranks and scales the modules of a folder have, in memory they have one rank and one scale:
+//! a smaller rank is filled up with zeros, which training leaves zero, and a smaller scale goes into B.
+//! Written are the fields of PEFT 0.11, so that `PeftModel.from_pretrained` loads the folder.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
-use serde_json::{Map, Value, json};
-
-use super::input_file::read_json;
+use super::adapter_config::{self, AdapterConfig, ModuleScale, Targets};
 use super::safetensors::write_safetensors;
 use super::{CheckpointError, HostTensor, durable, open_tensor_file, read_all};
 
-const CONFIG_FILE: &str = "adapter_config.json";
+/// The configuration of an adapter in PEFT's form.
+pub const CONFIG_FILE: &str = "adapter_config.json";
 const TENSOR_FILES: [&str; 2] = ["adapter_model.safetensors", "adapter_model.bin"];
 
-/// Fields that must be absent, null, false or empty, because anything else changes what the adapter
-/// computes in a way that is not implemented here.
-const UNSUPPORTED: [&str; 15] = [
-    "use_dora",
-    "use_rslora",
-    "use_qalora",
-    "lora_bias",
-    "fan_in_fan_out",
-    "rank_pattern",
-    "alpha_pattern",
-    "modules_to_save",
-    "layer_replication",
-    "layers_to_transform",
-    "enable_lora",
-    "megatron_config",
-    "target_parameters",
-    "trainable_token_indices",
-    "exclude_modules",
-];
+/// Most modules of an adapter: many times what the largest model has.
+const MAX_MODULES: usize = 16_384;
 
-/// What `adapter_config.json` says about a LoRA adapter.
+/// What a LoRA adapter is, the same for all its modules.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LoraFileConfig {
     /// Rank: rows of A, columns of B.
@@ -76,10 +58,7 @@ impl LoraFiles {
             });
         }
         let config_path = folder.join(CONFIG_FILE);
-        let fields = Fields {
-            path: &config_path,
-            map: read_json(&config_path)?,
-        };
+        let said = AdapterConfig::read(&config_path)?;
         let tensor_path = TENSOR_FILES
             .iter()
             .map(|name| folder.join(name))
@@ -88,13 +67,51 @@ impl LoraFiles {
                 path: folder.to_owned(),
                 looked_for: TENSOR_FILES.join(", "),
             })?;
-        let tensors = read_all(open_tensor_file(&tensor_path)?.as_ref())?;
-        let files = Self {
-            config: fields.into_config(&tensors)?,
-            tensors,
+        let mut tensors = BTreeMap::new();
+        for (name, tensor) in read_all(open_tensor_file(&tensor_path)?.as_ref())? {
+            let plain = without_adapter_name(&name);
+            if tensors.insert(plain, tensor).is_some() {
+                let reason = format!("'{name}' is there with and without '.default'");
+                return Err(CheckpointError::mismatch(&tensor_path, reason));
+            }
+        }
+        check_pairs(&tensor_path, &tensors)?;
+        let modules = modules(&tensors);
+        if modules.len() > MAX_MODULES {
+            let reason = format!("it has adapters for {} modules", modules.len());
+            return Err(CheckpointError::mismatch(&tensor_path, reason));
+        }
+        let mut scales = BTreeMap::new();
+        for module in modules {
+            if !said.wants(&module) {
+                let reason = format!(
+                    "it has tensors for '{module}', which the configuration (target_modules, \
+                     layers_to_transform) leaves out"
+                );
+                return Err(CheckpointError::mismatch(&tensor_path, reason));
+            }
+            let scale = said.scale_of(&config_path, &module)?;
+            scales.insert(module, scale);
+        }
+        check_ranks(&tensor_path, &tensors, |module| {
+            scales.get(module).map_or(0, |scale| scale.r)
+        })?;
+        let (r, lora_alpha) = make_uniform(&tensor_path, &mut tensors, &scales)?;
+        let target_modules = match said.targets {
+            Targets::Names(names) if !said.narrowed => names,
+            Targets::Names(_) | Targets::Pattern(_) => scales.into_keys().collect(),
         };
-        files.check(&tensor_path)?;
-        Ok(files)
+        Ok(Self {
+            config: LoraFileConfig {
+                r,
+                lora_alpha,
+                lora_dropout: said.lora_dropout,
+                target_modules,
+                base_model_name_or_path: said.base_model_name_or_path,
+                task_type: said.task_type,
+            },
+            tensors,
+        })
     }
 
     /// Writes an adapter folder, creating it if need be; the configuration comes last.
@@ -102,57 +119,176 @@ impl LoraFiles {
     /// # Errors
     /// Tensors and configuration do not fit together, or a file cannot be written.
     pub fn write(&self, folder: &Path) -> Result<(), CheckpointError> {
-        self.check(folder)?;
+        check_pairs(folder, &self.tensors)?;
+        check_ranks(folder, &self.tensors, |_| self.config.r)?;
+        for module in modules(&self.tensors) {
+            if !is_target(&self.config.target_modules, &module) {
+                let targets = &self.config.target_modules;
+                let reason =
+                    format!("'{module}' is a module that target_modules {targets:?} leaves out");
+                return Err(CheckpointError::mismatch(folder, reason));
+            }
+        }
         durable::create_folder(folder)?;
         write_safetensors(&folder.join(TENSOR_FILES[0]), &self.tensors)?;
-        durable::write_json(&folder.join(CONFIG_FILE), &self.config.to_peft())
+        adapter_config::write(&folder.join(CONFIG_FILE), &self.config)
     }
 
-    /// Each tensor must be half of an A and B pair of the rank in the configuration, on a module that
-    /// the configuration targets: PEFT would leave out what does not fit without a word.
-    fn check(&self, path: &Path) -> Result<(), CheckpointError> {
-        let wrong = |reason: String| Err(CheckpointError::mismatch(path, reason));
-        if self.tensors.is_empty() {
-            return wrong("it holds no tensors".to_owned());
-        }
-        let r = self.config.r;
-        for (name, tensor) in &self.tensors {
-            let Some((module, half)) = split_name(name) else {
-                return wrong(format!(
-                    "'{name}' is not the weight of a LoRA A or B of a linear layer"
-                ));
-            };
-            if !self.config.targets(module) {
-                return wrong(format!(
-                    "'{name}' is on a module that target_modules {:?} leaves out",
-                    self.config.target_modules
-                ));
-            }
-            let (rank, other) = match (half, tensor.shape.as_slice()) {
-                ('A', &[rank, _]) => (rank, 'B'),
-                ('B', &[_, rank]) => (rank, 'A'),
-                _ => return wrong(format!("'{name}' has shape {:?}", tensor.shape)),
-            };
-            if rank != r {
-                return wrong(format!(
-                    "'{name}' has rank {rank}, the configuration says {r}"
-                ));
-            }
-            if !tensor.dtype.is_float() {
-                return wrong(format!("'{name}' has element type {}", tensor.dtype));
-            }
-            let partner = tensor_name(module, other);
-            if !self.tensors.contains_key(&partner) {
-                return wrong(format!("'{name}' is there but not '{partner}'"));
-            }
-        }
-        Ok(())
+    /// The modules that carry an adapter, with A and B.
+    pub fn pairs(&self) -> impl Iterator<Item = (&str, &HostTensor, &HostTensor)> {
+        self.tensors.iter().filter_map(|(name, a)| {
+            let (module, half) = split_name(name)?;
+            let b = self.tensors.get(&tensor_name(module, 'B'))?;
+            (half == 'A').then_some((module, a, b))
+        })
     }
+}
+
+/// Whether `target_modules` names a module: by its whole name or by the last parts of it, as in PEFT.
+pub fn is_target(target_modules: &[String], module: &str) -> bool {
+    target_modules.iter().any(|target| {
+        let lead = module.strip_suffix(target.as_str());
+        lead.is_some_and(|lead| lead.is_empty() || lead.ends_with('.'))
+    })
+}
+
+/// Each tensor must be half of an A and B pair: PEFT would leave out what does not fit without a word.
+fn check_pairs(path: &Path, tensors: &BTreeMap<String, HostTensor>) -> Result<(), CheckpointError> {
+    let wrong = |reason: String| Err(CheckpointError::mismatch(path, reason));
+    if tensors.is_empty() {
+        return wrong("it holds no tensors".to_owned());
+    }
+    for (name, tensor) in tensors {
+        let Some((module, half)) = split_name(name) else {
+            return wrong(format!(
+                "'{name}' is not the weight of a LoRA A or B of a linear layer"
+            ));
+        };
+        if tensor.shape.len() != 2 || tensor.shape.contains(&0) {
+            return wrong(format!("'{name}' has shape {:?}", tensor.shape));
+        }
+        if !tensor.dtype.is_float() {
+            return wrong(format!("'{name}' has element type {}", tensor.dtype));
+        }
+        let partner = tensor_name(module, if half == 'A' { 'B' } else { 'A' });
+        if !tensors.contains_key(&partner) {
+            return wrong(format!("'{name}' is there but not '{partner}'"));
+        }
+    }
+    Ok(())
+}
+
+/// A and B of each module must have the rank that the configuration gives it.
+fn check_ranks(
+    path: &Path,
+    tensors: &BTreeMap<String, HostTensor>,
+    rank_of: impl Fn(&str) -> usize,
+) -> Result<(), CheckpointError> {
+    for (name, tensor) in tensors {
+        let Some((module, half)) = split_name(name) else {
+            continue;
+        };
+        let (found, said) = (tensor.shape[rank_axis(half)], rank_of(module));
+        if found != said {
+            let reason = format!("'{name}' has rank {found}, the configuration says {said}");
+            return Err(CheckpointError::mismatch(path, reason));
+        }
+    }
+    Ok(())
+}
+
+/// The most times that an adapter may grow when all modules get the largest rank.
+const MAX_GROWTH: usize = 64;
+
+/// Gives all modules the largest rank and the largest scale; returns rank and alpha.
+fn make_uniform(
+    path: &Path,
+    tensors: &mut BTreeMap<String, HostTensor>,
+    scales: &BTreeMap<String, ModuleScale>,
+) -> Result<(usize, f32), CheckpointError> {
+    let r = scales.values().map(|scale| scale.r).max().unwrap_or(1);
+    let by_size = |a: &f64, b: &f64| a.abs().total_cmp(&b.abs());
+    let scale = scales.values().map(|scale| scale.scale).max_by(by_size);
+    let scale = scale.unwrap_or(1.0);
+    let (mut elements, mut grown) = (0_usize, 0_usize);
+    for (name, tensor) in tensors.iter() {
+        let half = split_name(name).map_or('A', |(_, half)| half);
+        let other = tensor.shape[1 - rank_axis(half)];
+        elements = elements.saturating_add(other.saturating_mul(tensor.shape[rank_axis(half)]));
+        grown = grown.saturating_add(other.saturating_mul(r));
+    }
+    if grown > elements.saturating_mul(MAX_GROWTH) {
+        let reason = format!(
+            "with the largest rank, {r}, in all modules it would be more than {MAX_GROWTH} times as \
+             large"
+        );
+        return Err(CheckpointError::mismatch(path, reason));
+    }
+    for (name, tensor) in tensors {
+        let Some((module, half)) = split_name(name) else {
+            continue;
+        };
+        let Some(own) = scales.get(module) else {
+            continue;
+        };
+        let factor = match half == 'B' && own.scale != scale {
+            true => own.scale / scale,
+            false => 1.0,
+        };
+        if own.r == r && factor == 1.0 {
+            continue;
+        }
+        let values = tensor
+            .to_f32()
+            .map_err(|cause| cause.in_tensor(path, name))?;
+        let values: Vec<f32> = values
+            .into_iter()
+            .map(|value| (f64::from(value) * factor) as f32)
+            .collect();
+        let (shape, values) = match half {
+            'A' => (
+                vec![r, tensor.shape[1]],
+                widened(&values, values.len(), r * tensor.shape[1]),
+            ),
+            _ => (vec![tensor.shape[0], r], widened(&values, own.r, r)),
+        };
+        *tensor = HostTensor::from_f32(shape, &values)?;
+    }
+    Ok((r, (scale * r as f64) as f32))
+}
+
+/// Rows of `from` values, each filled up with zeros to `to`.
+fn widened(values: &[f32], from: usize, to: usize) -> Vec<f32> {
+    let zeros = || std::iter::repeat_n(0.0, to - from);
+    let rows = values.chunks_exact(from);
+    rows.flat_map(|row| row.iter().copied().chain(zeros()))
+        .collect()
+}
+
+/// The axis of A or B that is as long as the rank.
+fn rank_axis(half: char) -> usize {
+    usize::from(half == 'B')
 }
 
 /// `base_model.model.{module}.lora_{half}.weight`.
 fn tensor_name(module: &str, half: char) -> String {
     format!("base_model.model.{module}.lora_{half}.weight")
+}
+
+/// The name without that of the adapter, which a saved `state_dict()` has and PEFT's own files do not.
+fn without_adapter_name(name: &str) -> String {
+    match name.strip_suffix(".default.weight") {
+        Some(lead) if lead.ends_with(".lora_A") || lead.ends_with(".lora_B") => {
+            format!("{lead}.weight")
+        }
+        _ => name.to_owned(),
+    }
+}
+
+/// The modules that have tensors.
+fn modules(tensors: &BTreeMap<String, HostTensor>) -> BTreeSet<String> {
+    let module = |name: &String| Some(split_name(name)?.0.to_owned());
+    tensors.keys().filter_map(module).collect()
 }
 
 /// The module and the half, `A` or `B`, of a tensor name.
@@ -163,200 +299,4 @@ fn split_name(name: &str) -> Option<(&str, char)> {
         None => (rest.strip_suffix(".lora_B.weight")?, 'B'),
     };
     (!rest.is_empty()).then_some((rest, half))
-}
-
-impl LoraFileConfig {
-    /// Whether a module is among the targets: the last parts of its name are one of them.
-    fn targets(&self, module: &str) -> bool {
-        self.target_modules.iter().any(|target| {
-            let lead = module.strip_suffix(target.as_str());
-            lead.is_some_and(|lead| lead.is_empty() || lead.ends_with('.'))
-        })
-    }
-
-    /// The configuration as PEFT 0.11.1 writes it, keys and target modules sorted.
-    fn to_peft(&self) -> Value {
-        let targets: BTreeSet<&String> = self.target_modules.iter().collect();
-        json!({
-            "alpha_pattern": {},
-            "auto_mapping": null,
-            "base_model_name_or_path": self.base_model_name_or_path,
-            "bias": "none",
-            "fan_in_fan_out": false,
-            "inference_mode": true,
-            "init_lora_weights": true,
-            "layer_replication": null,
-            "layers_pattern": null,
-            "layers_to_transform": null,
-            "loftq_config": {},
-            "lora_alpha": shortest(self.lora_alpha),
-            "lora_dropout": decimal(self.lora_dropout),
-            "megatron_config": null,
-            "megatron_core": "megatron.core",
-            "modules_to_save": null,
-            "peft_type": "LORA",
-            "r": self.r,
-            "rank_pattern": {},
-            "revision": null,
-            "target_modules": targets,
-            "task_type": self.task_type,
-            "use_dora": false,
-            "use_rslora": false,
-        })
-    }
-}
-
-/// The `f64` whose decimal digits are those of the `f32`: 0.1 and not 0.10000000149.
-fn decimal(value: f32) -> f64 {
-    value
-        .to_string()
-        .parse()
-        .unwrap_or_else(|_| f64::from(value))
-}
-
-/// A whole number without a decimal point, as PEFT writes `lora_alpha`.
-fn shortest(value: f32) -> Value {
-    if value.fract() == 0.0 && value.abs() < 1.0e9 {
-        json!(value as i64)
-    } else {
-        json!(decimal(value))
-    }
-}
-
-/// The fields of an `adapter_config.json` and where they stand.
-struct Fields<'a> {
-    path: &'a Path,
-    map: Map<String, Value>,
-}
-
-impl Fields<'_> {
-    fn into_config(
-        self,
-        tensors: &BTreeMap<String, HostTensor>,
-    ) -> Result<LoraFileConfig, CheckpointError> {
-        self.must_be(
-            "peft_type",
-            &[json!("LORA")],
-            "Only LoRA adapters are read here",
-        )?;
-        self.must_be(
-            "bias",
-            &[json!("none"), Value::Null],
-            "Trained biases are not supported; train with bias = \"none\"",
-        )?;
-        self.must_be(
-            "init_lora_weights",
-            &[json!(true), json!(false), json!("gaussian"), Value::Null],
-            "Such an adapter belongs to a changed base model; convert it to a plain one with PEFT",
-        )?;
-        for field in UNSUPPORTED {
-            let remedy =
-                "This changes what the adapter computes and is not supported; train without it";
-            self.must_be(
-                field,
-                &[Value::Null, json!(false), json!({}), json!([]), json!("")],
-                remedy,
-            )?;
-        }
-        Ok(LoraFileConfig {
-            r: self.rank()?,
-            lora_alpha: self.number("lora_alpha", None, "a finite number", f32::is_finite)?,
-            lora_dropout: self.number(
-                "lora_dropout",
-                Some(0.0),
-                "a number from 0 to below 1",
-                |share| (0.0..1.0).contains(&share),
-            )?,
-            target_modules: self.target_modules(tensors)?,
-            base_model_name_or_path: self.text("base_model_name_or_path")?,
-            task_type: self.text("task_type")?,
-        })
-    }
-
-    /// The value of a field; an absent one counts as null.
-    fn get(&self, field: &str) -> &Value {
-        self.map.get(field).unwrap_or(&Value::Null)
-    }
-
-    fn refuse(&self, field: &'static str, remedy: impl Into<String>) -> CheckpointError {
-        let mut found = self.get(field).to_string();
-        if found.chars().count() > 80 {
-            found = found.chars().take(80).chain("...".chars()).collect();
-        }
-        CheckpointError::Setting {
-            path: self.path.to_owned(),
-            field,
-            found,
-            remedy: remedy.into(),
-        }
-    }
-
-    fn must_be(
-        &self,
-        field: &'static str,
-        allowed: &[Value],
-        remedy: &str,
-    ) -> Result<(), CheckpointError> {
-        if allowed.contains(self.get(field)) {
-            Ok(())
-        } else {
-            Err(self.refuse(field, remedy))
-        }
-    }
-
-    fn rank(&self) -> Result<usize, CheckpointError> {
-        self.get("r")
-            .as_u64()
-            .filter(|r| (1..=65_536).contains(r))
-            .and_then(|r| usize::try_from(r).ok())
-            .ok_or_else(|| self.refuse("r", "It must be a whole number from 1 to 65536"))
-    }
-
-    fn number(
-        &self,
-        field: &'static str,
-        default: Option<f32>,
-        wanted: &str,
-        valid: impl Fn(f32) -> bool,
-    ) -> Result<f32, CheckpointError> {
-        let value = match self.get(field) {
-            Value::Null => default,
-            value => value.as_f64().map(|value| value as f32),
-        };
-        value
-            .filter(|&value| valid(value))
-            .ok_or_else(|| self.refuse(field, format!("It must be {wanted}")))
-    }
-
-    fn text(&self, field: &'static str) -> Result<Option<String>, CheckpointError> {
-        match self.get(field) {
-            Value::Null => Ok(None),
-            Value::String(text) => Ok(Some(text.clone())),
-            _ => Err(self.refuse(field, "It must be a text or null")),
-        }
-    }
-
-    /// A list of names, or a single text. PEFT takes a text for a pattern over whole module names, so
-    /// then the modules that really carry tensors say what it meant.
-    fn target_modules(
-        &self,
-        tensors: &BTreeMap<String, HostTensor>,
-    ) -> Result<Vec<String>, CheckpointError> {
-        let remedy = "It must be a list of module names, or a text";
-        match self.get("target_modules") {
-            Value::String(_) => {
-                let last_part = |module: &str| module.rsplit('.').next().map(str::to_owned);
-                let names = tensors.keys().filter_map(|name| split_name(name));
-                let targets: BTreeSet<_> = names.filter_map(|(m, _)| last_part(m)).collect();
-                Ok(targets.into_iter().collect())
-            }
-            Value::Array(names) if !names.is_empty() => names
-                .iter()
-                .map(|name| name.as_str().filter(|name| !name.is_empty()))
-                .map(|name| name.map(str::to_owned))
-                .collect::<Option<_>>()
-                .ok_or_else(|| self.refuse("target_modules", remedy)),
-            _ => Err(self.refuse("target_modules", remedy)),
-        }
-    }
 }

@@ -66,7 +66,10 @@ pub(super) fn create_folder(path: &Path) -> Result<(), CheckpointError> {
 }
 
 /// Makes the names in a folder durable.
-pub(super) fn sync_folder(folder: &Path) -> Result<(), CheckpointError> {
+///
+/// # Errors
+/// The folder cannot be opened or synced.
+pub fn sync_folder(folder: &Path) -> Result<(), CheckpointError> {
     let synced = File::open(folder).and_then(|handle| handle.sync_all());
     match synced {
         // Some network file systems have no fsync for folders; renames there are durable themselves.

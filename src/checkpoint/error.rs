@@ -41,6 +41,17 @@ pub enum CheckpointError {
         /// The path.
         path: PathBuf,
     },
+    /// A link that leads out of the folder it stands in.
+    #[error(
+        "{path} is a link to {target}, outside of its folder. Put the file itself there, or give the \
+         folder that it lies in"
+    )]
+    Outside {
+        /// The link.
+        path: PathBuf,
+        /// Where it leads.
+        target: PathBuf,
+    },
     /// No weights under any of the known names.
     #[error(
         "{path} holds no weights: looked for {looked_for}. Download the weight files into this folder, \
@@ -133,6 +144,19 @@ pub enum CheckpointError {
         found: String,
         /// Why it is refused and what to do.
         remedy: String,
+    },
+    /// A field of an adapter's configuration that nobody here knows, and that says something.
+    #[error(
+        "{path}: {field} is {found}, a setting that this program does not know and that may change what \
+         the adapter computes. Remove it if it does not, or convert the adapter to a plain LoRA with PEFT"
+    )]
+    UnknownSetting {
+        /// The configuration file.
+        path: PathBuf,
+        /// The field.
+        field: String,
+        /// Its value.
+        found: String,
     },
     /// Tensors of an adapter that do not fit together or do not fit its configuration.
     #[error(
@@ -252,10 +276,10 @@ impl CheckpointError {
         move |cause| Self::Write { path, cause }
     }
 
-    pub(super) fn damaged(path: &Path, reason: impl Into<String>) -> Self {
+    pub(super) fn damaged(path: &Path, reason: impl AsRef<str>) -> Self {
         Self::Damaged {
             path: path.to_owned(),
-            reason: reason.into().trim_end_matches('.').to_owned(),
+            reason: printable(reason.as_ref().trim_end_matches('.')),
         }
     }
 
@@ -265,6 +289,18 @@ impl CheckpointError {
             reason: reason.into(),
         }
     }
+}
+
+/// A reason that may hold names out of the file: not longer than a person reads, and without the
+/// characters that a terminal would obey.
+fn printable(reason: &str) -> String {
+    const LONGEST: usize = 400;
+    let plain = |c: char| if c.is_control() { '\u{fffd}' } else { c };
+    let mut text: String = reason.chars().map(plain).take(LONGEST).collect();
+    if reason.chars().nth(LONGEST).is_some() {
+        text.push('…');
+    }
+    text
 }
 
 /// What to do about an error of the system.

@@ -1,8 +1,9 @@
-//! Opening files that somebody else wrote: plain files only, of a bounded size, no LFS pointers.
+//! Opening files that somebody else wrote: plain files only, of a bounded size, no LFS pointers, and no
+//! links that lead out of the folder.
 
 use std::fs::{self, File};
 use std::io::{Read, Seek};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::de::DeserializeOwned;
 
@@ -23,6 +24,12 @@ pub(super) fn open_plain(path: &Path) -> Result<(File, u64), CheckpointError> {
             path: path.to_owned(),
         });
     }
+    if let Some(target) = target_outside(path).map_err(CheckpointError::read(path))? {
+        return Err(CheckpointError::Outside {
+            path: path.to_owned(),
+            target,
+        });
+    }
     let mut file = File::open(path).map_err(CheckpointError::read(path))?;
     let mut lead = Vec::new();
     (&file)
@@ -36,6 +43,30 @@ pub(super) fn open_plain(path: &Path) -> Result<(File, u64), CheckpointError> {
         });
     }
     Ok((file, meta.len()))
+}
+
+/// Where a file lies, if it is a link that leads out of its folder. A folder that somebody made up must
+/// not have other files of this machine read as its own; but the links of Hugging Face's cache, which
+/// lead from `models--.../snapshots/...` (once from any folder) to `models--.../blobs`, are as good as
+/// files.
+fn target_outside(path: &Path) -> std::io::Result<Option<PathBuf>> {
+    if !path.symlink_metadata()?.is_symlink() {
+        return Ok(None);
+    }
+    let target = fs::canonicalize(path)?;
+    let folder = match path.parent() {
+        Some(folder) if folder != Path::new("") => fs::canonicalize(folder)?,
+        _ => fs::canonicalize(".")?,
+    };
+    let inside = target.starts_with(folder) || is_cache_blob(&target);
+    Ok((!inside).then_some(target))
+}
+
+/// Whether a file is one of `models--{owner}--{name}/blobs/`.
+fn is_cache_blob(target: &Path) -> bool {
+    let mut above = target.ancestors().skip(1);
+    let mut name = || above.next()?.file_name()?.to_str();
+    name() == Some("blobs") && name().is_some_and(|name| name.starts_with("models--"))
 }
 
 /// Reads a JSON file into `T`.

@@ -15,6 +15,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+mod adapter_config;
 pub mod adapter_files;
 mod durable;
 mod error;
@@ -30,6 +31,8 @@ mod tensor;
 pub mod torch_bin;
 mod torch_map;
 mod torch_pickle;
+pub mod torch_zip;
+mod zip_end;
 
 pub use adapter_files::{LoraFileConfig, LoraFiles};
 pub use error::CheckpointError;
@@ -37,6 +40,9 @@ pub use model_folder::ModelFolder;
 pub use pieces::OpenTensor;
 pub use prefix_files::PrefixFiles;
 pub use tensor::{Dtype, HostTensor};
+
+/// The most dimensions of a tensor in a file; models have two.
+const MAX_RANK: usize = 8;
 
 /// What a source knows about a tensor without reading it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -61,8 +67,8 @@ pub trait TensorSource: Send + Sync {
     /// There is no such tensor, or its file cannot be read or no longer holds what it said at first.
     fn read(&self, name: &str) -> Result<HostTensor, CheckpointError>;
 
-    /// Opens one tensor, to be taken piece by piece: from the file itself where it is mapped, else
-    /// from a copy of this one tensor.
+    /// Opens one tensor, to be taken piece by piece: from the file itself where it stands there in one
+    /// piece, else from a copy of this one tensor.
     ///
     /// # Errors
     /// As [`TensorSource::read`].

@@ -22,7 +22,6 @@ pub struct ModelFolder {
     shards: Vec<Box<dyn TensorSource>>,
     /// Tensor name to place in `shards`.
     shard_of: BTreeMap<String, usize>,
-    extra: Vec<(PathBuf, String)>,
 }
 
 /// The part of an index file that is used; the total size is often wrong after conversions.
@@ -37,8 +36,8 @@ impl ModelFolder {
     ///
     /// # Errors
     /// There is no such folder, no weights in it, an index that names files outside the folder, files
-    /// that are missing or tensors that are not in the file it says, or a weight file that cannot be
-    /// used.
+    /// that are missing or tensors that are not in the file it says, a tensor that the index does not
+    /// name or that stands in two files, or a weight file that cannot be used.
     pub fn open(folder: &Path) -> Result<Self, CheckpointError> {
         if !folder.is_dir() {
             return Err(CheckpointError::NotAFolder {
@@ -69,7 +68,6 @@ impl ModelFolder {
             path: folder.to_owned(),
             shard_of: shard.names().into_iter().map(|name| (name, 0)).collect(),
             shards: vec![shard],
-            extra: Vec::new(),
         })
     }
 
@@ -87,7 +85,6 @@ impl ModelFolder {
         }
 
         let mut shards = Vec::new();
-        let mut extra = Vec::new();
         for &file in &files {
             if !is_plain_name(file) {
                 return Err(wrong(format!(
@@ -99,13 +96,17 @@ impl ModelFolder {
                 return Err(wrong(format!("it names '{file}', which is missing")));
             }
             let shard = open_tensor_file(&path)?;
-            let unlisted = shard.names().into_iter().filter(|name| {
-                index
-                    .weight_map
-                    .get(name)
-                    .is_none_or(|listed| listed != file)
-            });
-            extra.extend(unlisted.map(|name| (path.clone(), name)));
+            for name in shard.names() {
+                let listed = index.weight_map.get(&name).map(String::as_str);
+                if listed != Some(file) {
+                    return Err(wrong(match listed {
+                        Some(other) => format!(
+                            "it places tensor '{name}' in '{other}', but it stands in '{file}' too"
+                        ),
+                        None => format!("it does not name tensor '{name}' of '{file}'"),
+                    }));
+                }
+            }
             shards.push(shard);
         }
 
@@ -123,18 +124,12 @@ impl ModelFolder {
             path: folder.to_owned(),
             shards,
             shard_of,
-            extra,
         })
     }
 
     /// The folder.
     pub fn path(&self) -> &Path {
         &self.path
-    }
-
-    /// Tensors that stand in a shard without the index saying so, with the shard; they are not read.
-    pub fn extra(&self) -> &[(PathBuf, String)] {
-        &self.extra
     }
 
     fn shard(&self, name: &str) -> Option<&dyn TensorSource> {

@@ -1,16 +1,21 @@
 //! Tensors taken piece by piece out of their file, so that a model is never in host memory as a whole.
 
 use std::borrow::Cow;
-use std::ops::Range;
+use std::fs::File;
+use std::io::ErrorKind;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
 
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
-use memmap2::Mmap;
 
 use super::{CheckpointError, Dtype, HostTensor, TensorSource};
 
 /// Elements that are converted at a time; both forms stay in the innermost cache.
 const BLOCK: usize = 1024;
+
+/// Elements that are taken out of a file at a time when they are not of the type asked for.
+const PIECE: usize = 16 * BLOCK;
 
 /// Bytes that two tensors are compared by at a time.
 const COMPARED: usize = 1 << 20;
@@ -22,34 +27,61 @@ pub struct OpenTensor<'a> {
     shape: Vec<usize>,
     /// Bytes of the whole tensor.
     len: usize,
-    /// The tensor's bytes; where they are fewer, they come again and again.
-    bytes: Cow<'a, [u8]>,
-    _pages: Option<Pages<'a>>,
+    bytes: Bytes<'a>,
 }
 
-/// Pages of a mapped file, which the process gives up with the tensor that stands there: so that a model
-/// that was loaded does not count as the program's memory. They stay in the system's cache of the file.
 #[derive(Debug)]
-struct Pages<'a> {
-    map: &'a Mmap,
-    range: Range<usize>,
+enum Bytes<'a> {
+    /// In memory; where they are fewer than the tensor has, they come again and again.
+    Memory(Cow<'a, [u8]>),
+    File(Stretch<'a>),
 }
 
-#[cfg(unix)]
-impl Drop for Pages<'_> {
-    fn drop(&mut self) {
-        let (start, len) = (self.range.start, self.range.len());
-        let advice = memmap2::UncheckedAdvice::DontNeed;
-        // SAFETY: the map is of a file and never written to, so that pages given up are read from the
-        // file again by whoever looks at them next.
-        let advised = unsafe { self.map.unchecked_advise_range(advice, start, len) };
-        // Without it, everything is the same but for the figure of the program's memory.
-        let _ = advised;
+/// A stretch of a file. It is read by position and not mapped: when somebody shortens a file that is
+/// mapped, whoever looks at it is killed by a signal; here it is an error like any other.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Stretch<'a> {
+    /// For messages.
+    pub path: &'a Path,
+    pub file: &'a File,
+    /// Where it begins.
+    pub start: u64,
+}
+
+impl Stretch<'_> {
+    /// Bytes from `place` on.
+    ///
+    /// # Errors
+    /// The file was shortened since it was opened, or the system refuses.
+    pub fn read(&self, place: usize, out: &mut [u8]) -> Result<(), CheckpointError> {
+        let at = self.start.saturating_add(place as u64);
+        let read = self.file.read_exact_at(out, at);
+        read.map_err(|cause| match cause.kind() {
+            ErrorKind::UnexpectedEof => {
+                CheckpointError::damaged(self.path, "it was shortened while it was being read")
+            }
+            _ => CheckpointError::read(self.path)(cause),
+        })
+    }
+
+    /// CRC-32 of the next `len` bytes.
+    ///
+    /// # Errors
+    /// As [`Stretch::read`].
+    pub fn crc32(&self, len: usize) -> Result<u32, CheckpointError> {
+        let mut hasher = crc32fast::Hasher::new();
+        let mut room = vec![0; len.min(COMPARED)];
+        for start in (0..len).step_by(COMPARED) {
+            let room = &mut room[..(len - start).min(COMPARED)];
+            self.read(start, room)?;
+            hasher.update(room);
+        }
+        Ok(hasher.finalize())
     }
 }
 
 impl<'a> OpenTensor<'a> {
-    /// A tensor whose bytes, contiguous and little-endian, lie in a mapped file or in memory.
+    /// A tensor whose bytes, contiguous and little-endian, lie in memory.
     ///
     /// # Errors
     /// `bytes` is not what `dtype` and `shape` need.
@@ -59,38 +91,41 @@ impl<'a> OpenTensor<'a> {
         bytes: impl Into<Cow<'a, [u8]>>,
     ) -> Result<Self, CheckpointError> {
         let bytes = bytes.into();
-        match dtype.bytes_of(&shape) {
-            Some(len) if len == bytes.len() => Ok(OpenTensor {
-                dtype,
-                shape,
-                len,
-                bytes,
-                _pages: None,
-            }),
-            _ => Err(CheckpointError::Shape {
-                dtype,
-                shape,
-                bytes: bytes.len(),
-            }),
-        }
+        let len = bytes.len();
+        Self::of(dtype, shape, len, Bytes::Memory(bytes))
     }
 
-    /// A tensor that is `range` of a mapped file.
+    /// A tensor that is the next `len` bytes of a file.
     ///
     /// # Errors
-    /// `range` is not of the length that `dtype` and `shape` need.
-    pub(super) fn mapped(
+    /// `len` is not what `dtype` and `shape` need.
+    pub(super) fn in_file(
         dtype: Dtype,
         shape: Vec<usize>,
-        map: &'a Mmap,
-        range: Range<usize>,
+        len: usize,
+        stretch: Stretch<'a>,
     ) -> Result<Self, CheckpointError> {
+        Self::of(dtype, shape, len, Bytes::File(stretch))
+    }
+
+    fn of(
+        dtype: Dtype,
+        shape: Vec<usize>,
+        len: usize,
+        bytes: Bytes<'a>,
+    ) -> Result<Self, CheckpointError> {
+        if dtype.bytes_of(&shape) != Some(len) {
+            return Err(CheckpointError::Shape {
+                dtype,
+                shape,
+                bytes: len,
+            });
+        }
         Ok(OpenTensor {
-            _pages: Some(Pages {
-                map,
-                range: range.clone(),
-            }),
-            ..OpenTensor::new(dtype, shape, &map[range])?
+            dtype,
+            shape,
+            len,
+            bytes,
         })
     }
 
@@ -108,8 +143,7 @@ impl<'a> OpenTensor<'a> {
                 dtype,
                 shape,
                 len,
-                bytes: Cow::Borrowed(&pattern[..pattern.len().min(len)]),
-                _pages: None,
+                bytes: Bytes::Memory(Cow::Borrowed(&pattern[..pattern.len().min(len)])),
             }),
             _ => Err(CheckpointError::Shape {
                 dtype,
@@ -135,56 +169,114 @@ impl<'a> OpenTensor<'a> {
     }
 
     /// The whole tensor in memory.
-    pub(super) fn into_bytes(self) -> Vec<u8> {
-        match self.bytes.len() == self.len {
-            true => self.bytes.into_owned(),
-            false => self.bytes.iter().copied().cycle().take(self.len).collect(),
+    ///
+    /// # Errors
+    /// Its file cannot be read.
+    pub(super) fn into_bytes(self) -> Result<Vec<u8>, CheckpointError> {
+        match self.bytes {
+            Bytes::Memory(bytes) if bytes.len() == self.len => Ok(bytes.into_owned()),
+            _ => {
+                let mut bytes = vec![0; self.len];
+                self.fill(0, &mut bytes)?;
+                Ok(bytes)
+            }
         }
     }
 
-    fn range(&self, range: Range<usize>) -> Result<Cow<'_, [u8]>, CheckpointError> {
-        if range.end > self.len {
+    /// Copies the bytes from `start` on, of which there must be so many.
+    fn fill(&self, start: usize, out: &mut [u8]) -> Result<(), CheckpointError> {
+        match &self.bytes {
+            Bytes::File(stretch) => stretch.read(start, out)?,
+            Bytes::Memory(bytes) => match bytes.get(start..start + out.len()) {
+                Some(bytes) => out.copy_from_slice(bytes),
+                None => {
+                    let from = bytes.iter().cycle().skip(start % bytes.len());
+                    out.iter_mut()
+                        .zip(from)
+                        .for_each(|(out, &byte)| *out = byte);
+                }
+            },
+        }
+        Ok(())
+    }
+
+    /// The bytes from `start` on: where they are in memory, or copied into `room`.
+    fn bytes<'b>(
+        &'b self,
+        start: usize,
+        len: usize,
+        room: &'b mut Vec<u8>,
+    ) -> Result<&'b [u8], CheckpointError> {
+        if let Bytes::Memory(bytes) = &self.bytes
+            && let Some(bytes) = bytes.get(start..start + len)
+        {
+            return Ok(bytes);
+        }
+        room.resize(len, 0);
+        self.fill(start, room)?;
+        Ok(room)
+    }
+
+    /// Where `count` elements from `start` on begin, in bytes.
+    fn place(&self, start: usize, count: usize) -> Result<usize, CheckpointError> {
+        let size = self.dtype.size();
+        let end = start
+            .checked_add(count)
+            .and_then(|end| end.checked_mul(size));
+        if end.is_none_or(|end| end > self.len) {
             return Err(CheckpointError::Shape {
                 dtype: self.dtype,
                 shape: self.shape.clone(),
-                bytes: range.end,
+                bytes: end.unwrap_or(usize::MAX),
             });
         }
-        Ok(match self.bytes.get(range.clone()) {
-            Some(bytes) => Cow::Borrowed(bytes),
-            None => {
-                let from = self.bytes.iter().copied().cycle();
-                let skipped = range.start % self.bytes.len();
-                Cow::Owned(from.skip(skipped).take(range.len()).collect())
-            }
-        })
+        Ok(start * size)
     }
 
-    fn elements(&self, start: usize, count: usize) -> Result<Cow<'_, [u8]>, CheckpointError> {
+    /// Converts the elements from `start` on, piece by piece.
+    fn convert<T>(
+        &self,
+        start: usize,
+        out: &mut [T],
+        convert: impl Fn(&mut [T], Dtype, &[u8]) -> Result<(), CheckpointError>,
+    ) -> Result<(), CheckpointError> {
         let size = self.dtype.size();
-        self.range(start * size..(start + count) * size)
+        let mut place = self.place(start, out.len())?;
+        let mut room = Vec::new();
+        for out in out.chunks_mut(PIECE) {
+            let len = out.len() * size;
+            convert(out, self.dtype, self.bytes(place, len, &mut room)?)?;
+            place += len;
+        }
+        Ok(())
     }
 
     /// The elements from `start` on as `f32`; only F64 is rounded.
     ///
     /// # Errors
-    /// There are not so many, or they are no floating-point numbers.
+    /// There are not so many, they are no floating-point numbers, or their file cannot be read.
     pub fn read_f32(&self, start: usize, out: &mut [f32]) -> Result<(), CheckpointError> {
-        to_f32(out, self.dtype, &self.elements(start, out.len())?)
+        match self.dtype {
+            Dtype::F32 => self.fill(self.place(start, out.len())?, bytemuck::cast_slice_mut(out)),
+            _ => self.convert(start, out, to_f32),
+        }
     }
 
     /// The elements from `start` on as `f16`, rounded to nearest even once.
     ///
     /// # Errors
-    /// There are not so many, or they are no floating-point numbers.
+    /// There are not so many, they are no floating-point numbers, or their file cannot be read.
     pub fn read_f16(&self, start: usize, out: &mut [f16]) -> Result<(), CheckpointError> {
-        to_f16(out, self.dtype, &self.elements(start, out.len())?)
+        match self.dtype {
+            Dtype::F16 => self.fill(self.place(start, out.len())?, bytemuck::cast_slice_mut(out)),
+            _ => self.convert(start, out, to_f16),
+        }
     }
 
     /// The I8 elements from `start` on.
     ///
     /// # Errors
-    /// There are not so many, or they are of another type.
+    /// There are not so many, they are of another type, or their file cannot be read.
     pub fn read_i8(&self, start: usize, out: &mut [i8]) -> Result<(), CheckpointError> {
         if self.dtype != Dtype::I8 {
             return Err(CheckpointError::Elements {
@@ -192,9 +284,7 @@ impl<'a> OpenTensor<'a> {
                 wanted: "I8 codes",
             });
         }
-        let elements = self.elements(start, out.len())?;
-        bytemuck::cast_slice_mut(out).copy_from_slice(&elements);
-        Ok(())
+        self.fill(self.place(start, out.len())?, bytemuck::cast_slice_mut(out))
     }
 }
 
@@ -212,7 +302,7 @@ impl TryFrom<HostTensor> for OpenTensor<'_> {
 }
 
 /// Whether two tensors of a source are the same: type, shape and every byte. Neither is taken into
-/// memory as a whole where its file is mapped.
+/// memory as a whole where it stands in its file in one piece.
 ///
 /// # Errors
 /// One of them cannot be read.
@@ -225,9 +315,11 @@ pub fn same_tensor(
     if (one.dtype, &one.shape) != (other.dtype, &other.shape) {
         return Ok(false);
     }
+    let (mut room, mut other_room) = (Vec::new(), Vec::new());
     for start in (0..one.len).step_by(COMPARED) {
-        let range = start..(start + COMPARED).min(one.len);
-        if one.range(range.clone())? != other.range(range)? {
+        let len = (one.len - start).min(COMPARED);
+        let bytes = one.bytes(start, len, &mut room)?;
+        if bytes != other.bytes(start, len, &mut other_room)? {
             return Ok(false);
         }
     }
@@ -373,9 +465,9 @@ mod tests {
         let mut out = [0; 7];
         open.read_i8(4, &mut out).unwrap();
         assert_eq!(out, [5, 1, 2, 3, 4, 5, 1]);
-        assert_eq!(open.into_bytes().len(), 12);
+        assert_eq!(open.into_bytes().unwrap().len(), 12);
         assert!(OpenTensor::repeating(Dtype::I8, vec![2], &[]).is_err());
         let short = OpenTensor::repeating(Dtype::I8, vec![2], &pattern).unwrap();
-        assert_eq!(short.into_bytes(), [1, 2]);
+        assert_eq!(short.into_bytes().unwrap(), [1, 2]);
     }
 }

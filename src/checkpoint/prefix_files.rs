@@ -1,5 +1,8 @@
-//! P-Tuning v2 prefixes as THUDM's ptuning leaves them: the tensors `transformer.prefix_encoder.*`
-//! and, in `config.json`, `pre_seq_len` and `prefix_projection`.
+//! P-Tuning v2 prefixes as THUDM's ptuning leaves them: the tensors `transformer.prefix_encoder.*` in
+//! `pytorch_model.bin` and, in `config.json`, `pre_seq_len` and `prefix_projection`.
+//!
+//! Written are both `pytorch_model.bin`, which THUDM's code loads, and `prefix.safetensors`, which this
+//! program reads where it is there.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -8,11 +11,13 @@ use serde_json::{Map, Value, json};
 
 use super::input_file::read_json;
 use super::safetensors::{SafetensorsFile, write_safetensors};
+use super::torch_zip::write_torch;
 use super::{CheckpointError, HostTensor, ModelFolder, TensorSource, durable};
 
 const LEAD: &str = "transformer.prefix_encoder.";
 const BARE_LEAD: &str = "prefix_encoder.";
 const PREFIX_FILE: &str = "prefix.safetensors";
+const TORCH_FILE: &str = "pytorch_model.bin";
 const CONFIG_FILE: &str = "config.json";
 
 /// A prefix checkpoint in memory.
@@ -77,8 +82,8 @@ impl PrefixFiles {
         Ok(files)
     }
 
-    /// Writes `prefix.safetensors` and a `config.json` of `base_config` with `pre_seq_len` and
-    /// `prefix_projection` set, creating the folder if need be.
+    /// Writes `prefix.safetensors`, the same as `pytorch_model.bin`, and a `config.json` of
+    /// `base_config` with `pre_seq_len` and `prefix_projection` set, creating the folder if need be.
     ///
     /// # Errors
     /// The tensors do not fit together or contradict the two fields, or a file cannot be written.
@@ -98,6 +103,7 @@ impl PrefixFiles {
         }
         durable::create_folder(folder)?;
         write_safetensors(&folder.join(PREFIX_FILE), &self.tensors)?;
+        write_torch(&folder.join(TORCH_FILE), &self.tensors)?;
         base_config.insert("pre_seq_len".to_owned(), json!(self.pre_seq_len));
         base_config.insert(
             "prefix_projection".to_owned(),

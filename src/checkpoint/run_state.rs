@@ -25,7 +25,7 @@ use rustix::fs::{FlockOperation, flock};
 use super::safetensors::{SafetensorsFile, write_safetensors};
 use super::{CheckpointError, HostTensor, durable, manifest, read_all};
 
-pub use super::durable::write_json;
+pub use super::durable::{sync_folder, write_json};
 pub use super::input_file::read_json;
 pub use super::manifest::{Manifest, ManifestFile};
 

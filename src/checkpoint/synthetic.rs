@@ -50,7 +50,7 @@ impl TensorSource for SyntheticTensors {
     fn read(&self, name: &str) -> Result<HostTensor, CheckpointError> {
         let tensor = self.open(name)?;
         let (dtype, shape) = (tensor.dtype(), tensor.shape().to_vec());
-        HostTensor::new(dtype, shape, tensor.into_bytes())
+        HostTensor::new(dtype, shape, tensor.into_bytes()?)
     }
 
     fn open(&self, name: &str) -> Result<OpenTensor<'_>, CheckpointError> {

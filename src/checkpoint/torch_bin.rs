@@ -1,23 +1,24 @@
 //! PyTorch `.bin` files, the zip kind and the older stream kind, read without running their pickles.
 //!
-//! The parsing is the `pytorch-reader` crate's. What is added here: limits that follow from the size
-//! of the file, a list of element types, an error where the crate is content with no tensors, and the
-//! place of a tensor in the file, so that it need not be taken into memory as a whole.
+//! Two readers look at each file and must agree about it. Ours ([`torch_map`](super::torch_map)) goes
+//! first: it knows only what a dictionary of tensors needs and refuses the rest by name. Then the
+//! `pytorch-reader` crate, whose values are used for tensors that are not in one piece. Added here are
+//! limits that follow from the size of the file and a list of element types.
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use pytorch_reader::{DType as FileDtype, FileFormat, PytorchReader, Tensor};
+use pytorch_reader::{DType as FileDtype, PytorchReader, Tensor};
 
 use super::input_file::open_plain;
-use super::torch_map::{Said, TorchMap};
+use super::pieces::Stretch;
+use super::torch_map::{Mapped, TorchMap};
+use super::torch_pickle::Place;
 use super::{CheckpointError, Dtype, HostTensor, OpenTensor, TensorInfo, TensorSource};
 
 /// The most bytes of one file: five times ChatGLM-6B in float32.
 const MAX_FILE_BYTES: u64 = 128 << 30;
-
-/// The most tensors of one file: two hundred times those of ChatGLM-6B.
-const MAX_TENSORS: usize = 100_000;
 
 /// How often the tensors of a file together may repeat its bytes; tied weights repeat some once.
 const MAX_SHARING: u64 = 16;
@@ -26,9 +27,10 @@ const MAX_SHARING: u64 = 16;
 #[derive(Debug)]
 pub struct TorchBinFile {
     path: PathBuf,
+    file: File,
     tensors: BTreeMap<String, (Dtype, Tensor)>,
-    /// Nothing for the older stream kind.
-    map: Option<TorchMap>,
+    /// Where those stand that are in one piece.
+    mapped: BTreeMap<String, Mapped>,
 }
 
 impl TorchBinFile {
@@ -36,10 +38,10 @@ impl TorchBinFile {
     ///
     /// # Errors
     /// The file cannot be read, is a Git LFS pointer, is no PyTorch file or a damaged one, holds no
-    /// tensors, has a tensor of an unsupported element type or one that claims more bytes than the
-    /// file has.
+    /// tensors or anything beside tensors, has a tensor of an unsupported element type or one that
+    /// claims more bytes than the file has.
     pub fn open(path: &Path) -> Result<Self, CheckpointError> {
-        let (_, size) = open_plain(path)?;
+        let (file, size) = open_plain(path)?;
         if size > MAX_FILE_BYTES {
             return Err(CheckpointError::TooLarge {
                 path: path.to_owned(),
@@ -49,55 +51,81 @@ impl TorchBinFile {
             });
         }
         let damaged = |reason: String| CheckpointError::damaged(path, reason);
+        let map = TorchMap::read(&file, size).map_err(damaged)?;
+        check_sizes(&map.places, size).map_err(damaged)?;
         let reader = PytorchReader::new(path).map_err(|cause| damaged(cause.to_string()))?;
-        let format = &reader.metadata().format_type;
-        if !matches!(format, FileFormat::Zip | FileFormat::Legacy) {
-            return Err(damaged(format!(
-                "it is a {format:?} file, not one that torch.save writes"
-            )));
-        }
-        let mut tensors = BTreeMap::new();
-        for (name, tensor) in reader.into_tensors() {
-            let Some(dtype) = allowed(tensor.dtype()) else {
-                return Err(CheckpointError::UnsupportedDtype {
-                    path: path.to_owned(),
-                    tensor: name,
-                    found: format!("{:?}", tensor.dtype()),
-                });
-            };
-            tensors.insert(name, (dtype, tensor));
-        }
-        check_sizes(&tensors, size).map_err(damaged)?;
-        let said = tensors.iter().map(|(name, tensor)| said(name, tensor));
+        let tensors = agreed(&map.places, reader).map_err(damaged)?;
         Ok(Self {
             path: path.to_owned(),
-            map: TorchMap::open(path, said),
+            file,
             tensors,
+            mapped: map.mapped,
         })
+    }
+
+    /// A tensor where it lies in the file, if it is in one piece there.
+    ///
+    /// # Errors
+    /// The file was shortened since it was opened, or its bytes are not those that were written.
+    fn in_file(
+        &self,
+        name: &str,
+        (dtype, tensor): &(Dtype, Tensor),
+    ) -> Option<Result<OpenTensor<'_>, CheckpointError>> {
+        let mapped = self.mapped.get(name)?;
+        let stretch = Stretch {
+            path: &self.path,
+            file: &self.file,
+            start: mapped.start,
+        };
+        let checked = || {
+            if let Some(crc32) = mapped.crc32
+                && stretch.crc32(mapped.len)? != crc32
+            {
+                let reason = format!("the bytes of tensor '{name}' have another checksum");
+                return Err(CheckpointError::damaged(&self.path, reason));
+            }
+            OpenTensor::in_file(*dtype, tensor.shape().to_vec(), mapped.len, stretch)
+        };
+        Some(checked())
     }
 }
 
-fn said<'a>(name: &'a str, (dtype, tensor): &'a (Dtype, Tensor)) -> Said<'a> {
-    Said {
-        name,
-        dtype: *dtype,
-        shape: tensor.shape(),
+/// The tensors of the crate's reading, if it is ours as well.
+fn agreed(
+    places: &BTreeMap<String, Place>,
+    reader: PytorchReader,
+) -> Result<BTreeMap<String, (Dtype, Tensor)>, String> {
+    let mut tensors = BTreeMap::new();
+    for (name, tensor) in reader.into_tensors() {
+        let place = places.get(&name);
+        let same = place.filter(|place| {
+            file_dtype(place.dtype) == tensor.dtype() && place.shape == tensor.shape()
+        });
+        let Some(place) = same else {
+            return Err(format!("tensor '{name}' can be read in two ways"));
+        };
+        tensors.insert(name, (place.dtype, tensor));
+    }
+    match places.keys().find(|name| !tensors.contains_key(*name)) {
+        Some(name) => Err(format!("tensor '{name}' can be read in two ways")),
+        None => Ok(tensors),
     }
 }
 
 /// A view can repeat its storage without end, so a file of a few bytes can ask for any amount of
 /// memory; real weights are stored in full.
-fn check_sizes(tensors: &BTreeMap<String, (Dtype, Tensor)>, file_bytes: u64) -> Result<(), String> {
-    if tensors.is_empty() {
+fn check_sizes(places: &BTreeMap<String, Place>, file_bytes: u64) -> Result<(), String> {
+    if places.is_empty() {
         return Err("it holds no tensors".to_owned());
     }
-    if tensors.len() > MAX_TENSORS {
-        return Err(format!("it holds {} tensors", tensors.len()));
-    }
     let mut total = 0_u64;
-    for (name, (dtype, tensor)) in tensors {
-        let shape = tensor.shape();
-        let bytes = dtype.bytes_of(shape).map_or(u64::MAX, |bytes| bytes as u64);
+    for (name, place) in places {
+        let shape = &place.shape;
+        let bytes = place
+            .dtype
+            .bytes_of(shape)
+            .map_or(u64::MAX, |bytes| bytes as u64);
         total = total.saturating_add(bytes);
         if bytes > file_bytes || total / MAX_SHARING > file_bytes {
             return Err(format!(
@@ -136,28 +164,27 @@ impl TensorSource for TorchBinFile {
     }
 
     fn open(&self, name: &str) -> Result<OpenTensor<'_>, CheckpointError> {
-        let mapped = self.tensors.get(name).and_then(|tensor| {
-            let map = self.map.as_ref()?;
-            map.tensor(&self.path, &said(name, tensor))
-        });
-        mapped.unwrap_or_else(|| self.read(name)?.try_into())
+        let in_file = self
+            .tensors
+            .get(name)
+            .and_then(|tensor| self.in_file(name, tensor));
+        in_file.unwrap_or_else(|| self.read(name)?.try_into())
     }
 }
 
-fn allowed(dtype: FileDtype) -> Option<Dtype> {
-    Some(match dtype {
-        FileDtype::F16 => Dtype::F16,
-        FileDtype::BF16 => Dtype::Bf16,
-        FileDtype::F32 => Dtype::F32,
-        FileDtype::F64 => Dtype::F64,
-        FileDtype::I8 => Dtype::I8,
-        FileDtype::U8 => Dtype::U8,
-        FileDtype::I16 => Dtype::I16,
-        FileDtype::I32 => Dtype::I32,
-        FileDtype::I64 => Dtype::I64,
-        FileDtype::Bool => Dtype::Bool,
-        FileDtype::U16 | FileDtype::U32 | FileDtype::U64 => return None,
-    })
+fn file_dtype(dtype: Dtype) -> FileDtype {
+    match dtype {
+        Dtype::F16 => FileDtype::F16,
+        Dtype::Bf16 => FileDtype::BF16,
+        Dtype::F32 => FileDtype::F32,
+        Dtype::F64 => FileDtype::F64,
+        Dtype::I8 => FileDtype::I8,
+        Dtype::U8 => FileDtype::U8,
+        Dtype::I16 => FileDtype::I16,
+        Dtype::I32 => FileDtype::I32,
+        Dtype::I64 => FileDtype::I64,
+        Dtype::Bool => FileDtype::Bool,
+    }
 }
 
 #[cfg(test)]
@@ -166,7 +193,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_torch_saves_is_mapped_tensor_by_tensor() {
+    fn what_torch_saves_is_in_one_piece_tensor_by_tensor() {
         let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/chatglm-6b");
         for file in [
             "model_bin/pytorch_model-00001-of-00002.bin",
@@ -175,14 +202,12 @@ mod tests {
         ] {
             let path = golden.join(file);
             let opened = TorchBinFile::open(&path).unwrap();
-            let map = opened.map.as_ref().unwrap();
             for name in opened.names() {
-                let mapped = map.tensor(&path, &said(&name, &opened.tensors[&name]));
-                let mapped = mapped.unwrap_or_else(|| panic!("{file}: {name} is not mapped"));
+                let in_file = opened.in_file(&name, &opened.tensors[&name]);
+                let in_file =
+                    in_file.unwrap_or_else(|| panic!("{file}: {name} is not in one piece"));
                 let read = opened.read(&name).unwrap();
-                assert!(mapped.unwrap().into_bytes() == read.bytes);
-                // The pages that were given up come back.
-                assert!(opened.open(&name).unwrap().into_bytes() == read.bytes);
+                assert!(in_file.unwrap().into_bytes().unwrap() == read.bytes);
             }
         }
     }

@@ -9,6 +9,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::config::byte_size::ByteSize;
 use crate::config::error::ConfigError;
 use crate::config::file::ConfigFile;
 use crate::config::layers::Layers;
@@ -19,9 +20,10 @@ use crate::config::run::{
     BadRowPolicy, Device, Precision, Quantization, Recompute, RotaryPrecision, RunConfig,
     ScheduleKind, TemplateKind, TransportKind,
 };
+use crate::export::{Format, TorchDtype};
 use crate::plan::PlanOptions;
 
-/// Model-parallel fine-tuning of ChatGLM-6B: LoRA, P-Tuning v2, whole model
+/// Model-parallel fine-tuning of ChatGLM and GLM-4: LoRA, P-Tuning v2, whole model
 #[derive(Debug, Parser)]
 #[command(
     name = "mp-train",
@@ -74,6 +76,13 @@ pub(super) enum Command {
                       temperature 0.95, top-k 50, top-p 0.7."
     )]
     Chat(ChatArgs),
+    /// Make a folder that other programs load: a merged model, a PEFT adapter, a THUDM prefix
+    #[command(
+        after_help = "A LoRA adapter is added into the weights in f32, which are rounded once. A prefix \
+                      (P-Tuning v2) cannot be: it is written as THUDM's ptuning does. Of a quantised \
+                      folder the weights become float16 again, unless --quantization is given."
+    )]
+    Export(ExportArgs),
     /// Teach a tiny model who it is, from nothing, in about a minute
     Demo(DemoArgs),
     /// Measure tokens per second and memory with made-up weights of a named size
@@ -120,8 +129,8 @@ impl ConfigArgs {
         self.resolve_with(|_, _| {})
     }
 
-    /// As [`ConfigArgs::resolve`], after `fill` has put into the flags (the first) what neither they nor
-    /// the file (the second) say.
+    /// As [`ConfigArgs::resolve`], after `fill`, and then the adapter to start from, have put into the
+    /// flags (the first) what neither they nor the file (the second) say.
     fn resolve_with(
         &self,
         fill: impl FnOnce(&mut RawConfig, Option<&RawConfig>),
@@ -130,6 +139,7 @@ impl ConfigArgs {
         let mut flags = self.flags.clone();
         let in_file = file.as_ref().map(|file| &file.raw);
         fill(&mut flags, in_file);
+        super::adapter_settings::fill(&mut flags, in_file);
         if flags.pipeline.devices.is_none()
             && in_file.is_none_or(|raw| raw.pipeline.devices.is_none())
         {
@@ -305,7 +315,7 @@ pub(super) struct EvalArgs {
     #[arg(long, value_name = "N",
         value_parser = clap::value_parser!(u32).range(1..=MAX_ANSWER))]
     pub max_new_tokens: Option<u32>,
-    /// Question or instruction [that of the training]
+    /// Question, instruction or conversation [that of the training]
     #[arg(long, value_name = "NAME", help_heading = "Columns")]
     pub prompt_column: Option<String>,
     /// Alpaca's input [that of the training]
@@ -449,6 +459,45 @@ pub(super) struct BenchArgs {
     /// Print one line of JSON
     #[arg(long)]
     pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct ExportArgs {
+    /// Model folder: config.json, weights and, for the result, tokenizer and code
+    #[arg(long, value_name = "DIR")]
+    pub model: PathBuf,
+    /// Adapter folder (PEFT LoRA or prefix)
+    #[arg(long, value_name = "DIR")]
+    pub adapter: Option<PathBuf>,
+    /// Folder to make; a new or an empty one
+    #[arg(long, value_name = "DIR")]
+    pub output: PathBuf,
+    /// merged, peft or thudm [thudm for a prefix, else merged]
+    #[arg(long, value_name = "FORM", hide_possible_values = true)]
+    pub format: Option<Format>,
+    /// Storage of a merged model: float32, float16 or bfloat16 [that of the folder]
+    #[arg(long, value_name = "TYPE", hide_possible_values = true)]
+    pub dtype: Option<TorchDtype>,
+    /// Linear layers of a merged model as codes: none, int8 or int4
+    #[arg(
+        long,
+        value_name = "WHAT",
+        default_value = "none",
+        hide_possible_values = true
+    )]
+    pub quantization: Quantization,
+    /// Most bytes of a file of a merged model
+    #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = some_bytes)]
+    pub max_shard_size: ByteSize,
+}
+
+/// Parses a number of bytes above 0.
+fn some_bytes(text: &str) -> Result<ByteSize, String> {
+    let bytes: ByteSize = text.parse()?;
+    match bytes.0 {
+        0 => Err("expected 1 byte or more".to_owned()),
+        _ => Ok(bytes),
+    }
 }
 
 #[derive(Debug, Args)]

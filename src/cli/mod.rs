@@ -11,12 +11,14 @@ use failure::{Failure, FailureClass};
 
 use crate::backend::{any_left_behind, cuda};
 
+mod adapter_settings;
 mod args;
 mod bench;
 mod chat;
 mod demo;
 mod devices;
 mod eval;
+mod export;
 pub mod failure;
 mod generate;
 mod plan;
@@ -53,6 +55,7 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Some(Command::Chat(args)) => chat::run(&args),
         Some(Command::Demo(args)) => demo::run(&args),
         Some(Command::Bench(args)) => bench::run(&args),
+        Some(Command::Export(args)) => export::run(&args),
         Some(Command::Devices) => devices::run(),
         Some(Command::Probe { pairs }) => devices::probe(&pairs),
     };

@@ -72,15 +72,29 @@ impl ModelConfig {
     /// Reads and checks `config.json` of any generation. The error names the key, what was found, and
     /// the model when it is none of them.
     pub fn from_json_file(path: &Path) -> Result<Self, ConfigError> {
-        let text = read_text(path, MAX_BYTES)?;
-        Self::from_json(&text).map_err(|message| ConfigError::Model {
+        let failed = |message| ConfigError::Model {
             path: path.to_owned(),
             message,
-        })
+        };
+        // Opening a pipe waits for a writer for ever.
+        if path.metadata().is_ok_and(|meta| !meta.is_file()) {
+            return Err(failed(
+                "not a plain file; put the real file there".to_owned(),
+            ));
+        }
+        let text = read_text(path, MAX_BYTES)?;
+        Self::from_json(&text).map_err(failed)
     }
 
     /// The same for text that is already in memory; the error is the message without the file.
     pub fn from_json(text: &str) -> Result<Self, String> {
+        if text.starts_with("version https://git-lfs") {
+            return Err(
+                "a Git LFS pointer, not the file itself; run `git lfs pull` in its folder, or \
+                        download the file again"
+                    .to_owned(),
+            );
+        }
         let json: Map<String, Value> =
             serde_json::from_str(text).map_err(|error| format!("not a JSON object: {error}"))?;
         let keys = Keys(&json);

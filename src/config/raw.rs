@@ -102,7 +102,7 @@ pub struct RawAdapter {
     /// Prefix: dropout on keys and values [0.1]
     #[arg(long, value_name = "P", value_parser = number::<f32>)]
     pub prefix_dropout: Option<f32>,
-    /// LoRA, prefix: adapter folder to start from
+    /// LoRA, prefix: adapter folder to start from, with its settings
     #[arg(long, value_name = "DIR")]
     pub init_adapter: Option<PathBuf>,
 }
@@ -124,7 +124,7 @@ pub struct RawData {
     /// Share of the rows set aside for it [0]
     #[arg(long, value_name = "X", value_parser = number::<f64>)]
     pub validation_split: Option<f64>,
-    /// alpaca, prompt_response, messages, sharegpt or plain_text [alpaca]
+    /// Form of rows, such as messages or sharegpt [alpaca]
     #[arg(long, value_name = "KIND", hide_possible_values = true)]
     pub template: Option<TemplateKind>,
     /// Question or instruction [by template]

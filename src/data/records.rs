@@ -16,8 +16,8 @@ mod json_lines;
 mod parquet;
 mod plain_text;
 
-pub(super) use columns::history_turns;
 pub use columns::{Columns, Field};
+pub(super) use columns::{history_turns, parser_error};
 use csv::Csv;
 use json_array::JsonArray;
 use json_lines::JsonLines;

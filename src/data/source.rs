@@ -105,7 +105,8 @@ fn in_folder(folder: &Path, plain_text: bool) -> Result<Vec<PathBuf>, DataError>
         }
     }
     if files.is_empty() {
-        let looked_for = ENDINGS.iter().filter(|&&(_, kind)| wanted(kind));
+        let packed = |kind| wanted(kind) && kind != NamedKind::Parquet;
+        let looked_for = ENDINGS.iter().filter(|&&(_, kind)| packed(kind));
         let endings = looked_for.map(|&(ending, _)| ending).collect();
         return Err(problem(folder, FileProblem::EmptyFolder { endings }));
     }

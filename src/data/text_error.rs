@@ -21,7 +21,8 @@ pub enum FileProblem {
     NoMatch,
     /// A folder without data.
     #[error(
-        "no data file in this folder; looked for names that end in .{}, each also with .gz",
+        "no data file in this folder; looked for names that end in .{}, each also with .gz, or in \
+         .parquet",
         .endings.join(", .")
     )]
     EmptyFolder {
@@ -191,6 +192,11 @@ pub enum TextProblem {
         /// What it said.
         message: String,
     },
+    /// A conversation without a turn to train on.
+    #[error(
+        "nothing to learn: no answer that is trained on (train_on_turns) has a `weight` other than 0"
+    )]
+    NotTrained,
     /// A turn that leaves no room for what is asked and answered.
     #[error(
         "the system message and the calls of tools alone have {tokens} tokens; with {limit} \

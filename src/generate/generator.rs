@@ -1,19 +1,13 @@
 //! The stages at work: prompts in, one token after another out.
 
 use std::ops::ControlFlow;
-use std::path::Path;
 use std::time::Duration;
 
 use super::GenerateError;
 use super::sampling::{self, Draw};
 use crate::adapter::{AdapterError, ParameterSpec, ParameterState, files};
-use crate::checkpoint::CheckpointError;
-use crate::checkpoint::adapter_files::LoraFiles;
-use crate::checkpoint::prefix_files::PrefixFiles;
 use crate::config::generate::{GenerateOptions, Sampling};
-use crate::config::run::{
-    AdapterSection, LoraSection, PrefixSection, Recompute, STALL_TIMEOUT, TransportKind,
-};
+use crate::config::run::{Recompute, STALL_TIMEOUT, TransportKind};
 use crate::data::batch::MicroBatch;
 use crate::data::rows::PromptRow;
 use crate::model::head::LogitsRows;
@@ -83,7 +77,7 @@ impl Generator {
     ) -> Result<Self, GenerateError> {
         let tied = base.head_source.tied;
         let section = match &options.adapter {
-            Some(folder) => Some(adapter_section(folder)?),
+            Some(folder) => Some(files::section_of(folder)?),
             None => None,
         };
         let trainables = match &section {
@@ -91,12 +85,7 @@ impl Generator {
             None => Trainables::none(tied),
         };
         let values = match (&section, &options.adapter) {
-            (Some(AdapterSection::Lora(lora)), Some(folder)) => {
-                files::read_lora(folder, lora, trainables.specs())?
-            }
-            (Some(AdapterSection::Prefix(prefix)), Some(folder)) => {
-                files::read_prefix(folder, prefix, trainables.specs())?
-            }
+            (Some(section), Some(folder)) => files::read(folder, section, trainables.specs())?,
             _ => Default::default(),
         };
         let head_cost = partition::head_cost(&base.config, 1.0, Recompute::None, false);
@@ -216,25 +205,4 @@ impl Generator {
         })?;
         Ok(())
     }
-}
-
-/// What kind of adapter a folder holds, by the file that says so.
-fn adapter_section(folder: &Path) -> Result<AdapterSection, CheckpointError> {
-    if folder.join("adapter_config.json").exists() {
-        let config = LoraFiles::read(folder)?.config;
-        return Ok(AdapterSection::Lora(LoraSection {
-            r: config.r,
-            lora_alpha: config.lora_alpha,
-            lora_dropout: 0.0,
-            target_modules: config.target_modules,
-            init_adapter: None,
-        }));
-    }
-    let prefix = PrefixFiles::read(folder)?;
-    Ok(AdapterSection::Prefix(PrefixSection {
-        pre_seq_len: prefix.pre_seq_len,
-        prefix_projection: prefix.prefix_projection,
-        prefix_dropout: 0.0,
-        init_adapter: None,
-    }))
 }

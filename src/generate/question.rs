@@ -79,8 +79,8 @@ pub enum QuestionProblem {
     },
     /// Text for a model without a tokenizer.
     #[error(
-        "text, but {folder} has no tokenizer: put the model's ice_text.model and \
-         tokenizer_config.json there, or give input_ids"
+        "text, but {folder} has no tokenizer: put the model's tokenizer files (ice_text.model, \
+         tokenizer.model or tokenizer.json, and tokenizer_config.json) there, or give input_ids"
     )]
     NoTokenizer {
         /// The model's folder.

@@ -17,7 +17,7 @@ const MAX_BYTES: u64 = 1 << 20;
 pub struct Asking {
     /// The template.
     pub settings: TemplateSettings,
-    /// Whether training or the user named it; otherwise it is ChatGLM-6B's own form.
+    /// Whether training or the user named it; otherwise it is the model's own form.
     pub known: bool,
 }
 

@@ -7,6 +7,7 @@ use super::weights;
 use super::{ModelError, quantised};
 use crate::adapter::prefix::PrefixShape;
 use crate::adapter::{ParameterSpec, Role, Slice};
+use crate::checkpoint::adapter_files::is_target;
 use crate::config::architecture::{Naming, NormKind};
 use crate::config::model::ModelConfig;
 use crate::config::run::{AdapterSection, PrefixSection, Quantization};
@@ -62,10 +63,8 @@ impl Trainables {
         let mut adapter = adapter.clone();
         let specs = match &mut adapter {
             AdapterSection::Lora(lora) => {
-                let targets = targets(Names::of(config), &lora.target_modules)?;
-                let names = targets.iter().map(|&site| Names::of(config).target(site));
-                lora.target_modules = names.map(str::to_owned).collect();
-                lora_specs(config, lora.r, &targets)
+                lora.target_modules = targets(config, &lora.target_modules)?;
+                lora_specs(config, lora.r, &lora.target_modules)
             }
             AdapterSection::Prefix(_) if Names::of(config).prefix_encoder.is_none() => {
                 return Err(ModelError::NoPrefixEncoder);
@@ -133,37 +132,49 @@ const ALL_LINEAR: &str = "all-linear";
 /// they have layers of their own.
 const FUSED_TARGET: &str = "query_key_value";
 
-/// The sites that `target_modules` names, in the order of the forward pass.
+/// `target_modules` in the model's own names: those of layers in the order of the forward pass, then those
+/// of single modules.
 ///
 /// # Errors
-/// A name that is none of them.
-fn targets(names: &Names, target_modules: &[String]) -> Result<Vec<LinearSite>, ModelError> {
+/// A name that no linear layer of the model has.
+fn targets(config: &ModelConfig, target_modules: &[String]) -> Result<Vec<String>, ModelError> {
+    let names = Names::of(config);
     let split = [LinearSite::Query, LinearSite::Key, LinearSite::Value];
     let stands_for = |name: &str, site: LinearSite| match name {
         ALL_LINEAR => true,
         FUSED_TARGET if names.splits_qkv() => split.contains(&site),
         name => name == names.target(site),
     };
-    let is_known = |name: &&String| names.linear_sites().any(|site| stands_for(name, site));
-    if let Some(name) = target_modules.iter().find(|name| !is_known(name)) {
-        let known: Vec<&str> = names
-            .linear_sites()
-            .map(|site| names.target(site))
-            .collect();
-        return Err(ModelError::UnknownTarget {
-            name: name.clone(),
-            known: known.join(", "),
-        });
-    }
     let wanted = |site: &LinearSite| target_modules.iter().any(|name| stands_for(name, *site));
-    Ok(names.linear_sites().filter(wanted).collect())
+    let sites = names.linear_sites().filter(wanted);
+    let mut own: Vec<String> = sites.map(|site| names.target(site).to_owned()).collect();
+    for name in target_modules {
+        if names.linear_sites().any(|site| stands_for(name, site)) {
+            continue;
+        }
+        let one = std::slice::from_ref(name);
+        let named = |layer| move |site| is_target(one, &names.linear(site, layer));
+        if !(0..config.num_layers).any(|layer| names.linear_sites().any(named(layer))) {
+            let known: Vec<&str> = names
+                .linear_sites()
+                .map(|site| names.target(site))
+                .collect();
+            return Err(ModelError::UnknownTarget {
+                name: name.clone(),
+                known: known.join(", "),
+            });
+        }
+        own.push(name.clone());
+    }
+    Ok(own)
 }
 
-fn lora_specs(config: &ModelConfig, rank: usize, targets: &[LinearSite]) -> Vec<ParameterSpec> {
+fn lora_specs(config: &ModelConfig, rank: usize, targets: &[String]) -> Vec<ParameterSpec> {
     let names = Names::of(config);
+    let wanted = |site: &LinearSite, layer| is_target(targets, &names.linear(*site, layer));
     let mut specs = Vec::new();
     for layer in 0..config.num_layers {
-        for &site in targets {
+        for site in names.linear_sites().filter(|site| wanted(site, layer)) {
             let (in_features, out_features) = site.features(config);
             for (matrix, role, shape) in [
                 ("lora_A", Role::LoraA, vec![rank, in_features]),

@@ -125,9 +125,13 @@ fn stored_tensors(config: &ModelConfig) -> Vec<Stored> {
     stored
 }
 
-/// Refuses codes where numbers should be, and the other way round.
+/// Refuses codes where numbers should be, the other way round, and integers that are neither.
 fn check_elements(expected: &Stored, info: &TensorInfo) -> Result<(), ModelError> {
-    if expected.codes == (info.dtype == Dtype::I8) {
+    let fits = match expected.codes {
+        true => info.dtype == Dtype::I8,
+        false => info.dtype.is_float(),
+    };
+    if fits {
         return Ok(());
     }
     Err(ModelError::WrongElements {

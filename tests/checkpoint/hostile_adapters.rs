@@ -29,6 +29,12 @@ fn adapter() -> (TempDir, PathBuf, Map<String, Value>) {
     (folder, config, fields)
 }
 
+/// A pattern for each of very many modules, to be compiled one by one.
+fn many_patterns() -> Value {
+    let entry = |i| (format!("a{i}.*b{i}.*c"), json!(1));
+    Value::Object((0..5_000).map(entry).collect())
+}
+
 #[test]
 fn settings_that_would_change_results_are_refused_by_name() {
     let (folder, config, fields) = adapter();
@@ -38,13 +44,21 @@ fn settings_that_would_change_results_are_refused_by_name() {
         ("peft_type", json!("PREFIX_TUNING")),
         ("peft_type", Value::Null),
         ("use_dora", json!(true)),
-        ("use_rslora", json!(true)),
-        ("rank_pattern", json!({"query_key_value": 4})),
-        ("alpha_pattern", json!({"query_key_value": 4})),
+        ("use_rslora", json!("yes")),
+        ("rank_pattern", json!({"query_key_value": 0})),
+        ("rank_pattern", json!({"query_key_value(": 8})),
+        ("rank_pattern", json!(8)),
+        ("alpha_pattern", json!({"query_key_value": "4"})),
         ("modules_to_save", json!(["lm_head"])),
-        ("layers_to_transform", json!([0])),
+        ("layers_to_transform", json!([-1])),
+        ("layers_to_transform", json!("0")),
+        ("exclude_modules", json!([0])),
+        ("target_modules", json!(vec!["query_key_value"; 20_000])),
+        ("alpha_pattern", many_patterns()),
         ("layer_replication", json!([[0, 4]])),
-        ("fan_in_fan_out", json!(true)),
+        ("fan_in_fan_out", json!(1)),
+        ("alora_invocation_tokens", json!([5])),
+        ("of_a_later_version", json!(3)),
         ("enable_lora", json!([true, false, true])),
         ("init_lora_weights", json!("pissa")),
         ("r", json!(0)),

@@ -64,36 +64,96 @@ pub fn zip(pickled: &Pickled) -> Vec<u8> {
     ])
 }
 
+/// An entry of a zip archive, as its headers describe it.
+#[derive(Clone, Copy)]
+pub struct Entry<'a> {
+    pub name: &'a str,
+    pub data: &'a [u8],
+    /// 0 stored, 8 deflated.
+    pub method: u16,
+    /// 1 encrypted.
+    pub flags: u16,
+    /// What it is said to have unpacked, and in the file.
+    pub size: u32,
+    pub stored_size: u32,
+}
+
+impl<'a> Entry<'a> {
+    pub fn stored(name: &'a str, data: &'a [u8]) -> Self {
+        Self {
+            name,
+            data,
+            method: 0,
+            flags: 0,
+            size: data.len() as u32,
+            stored_size: data.len() as u32,
+        }
+    }
+}
+
 /// A zip archive of stored entries.
 pub fn zip_of(entries: &[(&str, &[u8])]) -> Vec<u8> {
+    let stored = entries.iter().map(|(name, data)| Entry::stored(name, data));
+    archive(&stored.collect::<Vec<_>>())
+}
+
+/// A zip archive.
+pub fn archive(entries: &[Entry<'_>]) -> Vec<u8> {
     let mut file = Vec::new();
     let mut directory = Vec::new();
-    for (name, data) in entries {
+    for entry in entries {
         let offset = file.len() as u32;
-        let mut common = vec![20, 0, 0, 0, 0, 0, 0, 0, 33, 0];
-        common.extend(crc32fast::hash(data).to_le_bytes());
-        common.extend((data.len() as u32).to_le_bytes());
-        common.extend((data.len() as u32).to_le_bytes());
-        common.extend((name.len() as u16).to_le_bytes());
+        let mut common = vec![20, 0];
+        common.extend(entry.flags.to_le_bytes());
+        common.extend(entry.method.to_le_bytes());
+        common.extend([0, 0, 33, 0]);
+        common.extend(crc32fast::hash(entry.data).to_le_bytes());
+        common.extend(entry.stored_size.to_le_bytes());
+        common.extend(entry.size.to_le_bytes());
+        common.extend((entry.name.len() as u16).to_le_bytes());
         common.extend([0, 0]);
         file.extend(b"PK\x03\x04");
         file.extend(&common);
-        file.extend(name.as_bytes());
-        file.extend(*data);
+        file.extend(entry.name.as_bytes());
+        file.extend(entry.data);
         directory.extend(b"PK\x01\x02\x14\x00");
         directory.extend(&common);
         directory.extend([0; 10]);
         directory.extend(offset.to_le_bytes());
-        directory.extend(name.as_bytes());
+        directory.extend(entry.name.as_bytes());
     }
     let start = file.len() as u32;
     file.extend(&directory);
-    file.extend(b"PK\x05\x06\0\0\0\0");
-    file.extend((entries.len() as u16).to_le_bytes());
-    file.extend((entries.len() as u16).to_le_bytes());
-    file.extend((directory.len() as u32).to_le_bytes());
-    file.extend(start.to_le_bytes());
-    file.extend([0, 0]);
+    file.extend(end(entries.len() as u16, directory.len() as u32, start));
+    file
+}
+
+/// The record that an archive ends in.
+fn end(entries: u16, directory_bytes: u32, directory_at: u32) -> Vec<u8> {
+    let mut end = b"PK\x05\x06\0\0\0\0".to_vec();
+    end.extend(entries.to_le_bytes());
+    end.extend(entries.to_le_bytes());
+    end.extend(directory_bytes.to_le_bytes());
+    end.extend(directory_at.to_le_bytes());
+    end.extend([0, 0]);
+    end
+}
+
+/// The end of an archive of `size` bytes, with a 64-bit record that claims `entries` entries from the
+/// first gibibyte on.
+pub fn end_64(size: u64, entries: u64) -> Vec<u8> {
+    let record_at = size - (56 + 20 + 22);
+    let mut file = b"PK\x06\x06".to_vec();
+    file.extend(44_u64.to_le_bytes());
+    file.extend([45, 0, 45, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+    file.extend(entries.to_le_bytes());
+    file.extend(entries.to_le_bytes());
+    file.extend((46 * entries).to_le_bytes());
+    file.extend((1_u64 << 30).to_le_bytes());
+    file.extend(b"PK\x06\x07\0\0\0\0");
+    file.extend(record_at.to_le_bytes());
+    file.extend([1, 0, 0, 0]);
+    file.extend(end(u16::MAX, u32::MAX, u32::MAX));
     file
 }
 

@@ -3,8 +3,11 @@
 //! `GLM4_TOKENIZER_DIR=<folder>` reads another folder that the script wrote.
 
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
-use mp_train::data::byte_level::{ByteLevelError, Tokens};
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use mp_train::data::byte_level::{ByteLevel, ByteLevelError, Tokens};
 use mp_train::data::tokenizer::{Generation, GlmTokenizer, LiteralSpecials, TokenizerFiles};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
@@ -137,6 +140,33 @@ fn long_words_and_long_runs_are_encoded() {
     }
 }
 
+/// A list as long as GLM-4's own: its special tokens get the ids that the originals have.
+#[test]
+fn a_file_of_151329_ranks_loads_and_encodes() {
+    let mut tokens: Vec<Vec<u8>> = (0..=u8::MAX).map(|byte| vec![byte]).collect();
+    let all: Vec<u8> = (0..=u8::MAX).collect();
+    let pairs = all.iter().flat_map(|a| all.iter().map(|b| vec![*a, *b]));
+    tokens.extend(pairs);
+    let words = (0..151_329 - tokens.len()).map(|n| format!("{n:06}token").into_bytes());
+    tokens.extend(words);
+    let line = |(rank, token): (usize, &Vec<u8>)| format!("{} {rank}\n", STANDARD.encode(token));
+    let file: String = tokens.iter().enumerate().map(line).collect();
+    let start = Instant::now();
+    let tokens = Tokens::from_ranks(file.as_bytes()).unwrap();
+    let tokenizer = GlmTokenizer::glm4(tokens).unwrap();
+    let seconds = start.elapsed().as_secs_f64();
+    say(&format!(
+        "151,329 ranks, {} bytes: loaded in {seconds:.3} s",
+        file.len()
+    ));
+    assert_eq!(tokenizer.size(), 151_343);
+    assert_eq!(tokenizer.stop_ids(), [151_329, 151_336, 151_338]);
+    let ids = tokenizer.encode("你好 ab");
+    assert_eq!(tokenizer.decode(&ids).unwrap(), "你好 ab");
+    // Pairs of bytes: three for two characters, " a" and "b" for the word.
+    assert_eq!(ids.len(), 5);
+}
+
 // Files that are damaged, or made to do harm.
 
 fn rank_lines() -> Vec<String> {
@@ -147,7 +177,7 @@ fn rank_lines() -> Vec<String> {
 fn ranks_error(lines: &[String]) -> String {
     let file = lines.join("\n");
     let tokens = Tokens::from_ranks(file.as_bytes());
-    match tokens.and_then(|tokens| mp_train::data::byte_level::ByteLevel::new(tokens)) {
+    match tokens.and_then(ByteLevel::new) {
         Ok(_) => panic!("accepted"),
         Err(error) => error.to_string(),
     }
@@ -310,6 +340,14 @@ fn another_tokenizer_json_is_refused_by_what_differs() {
     let [_, sound] = tokenizers();
     let plain = json_result(&plain).unwrap();
     assert_eq!(plain.vocabulary_bytes(), sound.vocabulary_bytes());
+    let mut huge = json();
+    huge["normalizer"] = json!(vec![0; 10_000]);
+    let error = json_result(&huge).err().unwrap();
+    assert!(error.contains("normalizer has 20001 bytes"), "{error}");
+    huge["normalizer"] = Value::Null;
+    huge["added_tokens"] = json!(vec![json!({"id": 2000, "content": "a"}); 1025]);
+    let error = json_result(&huge).err().unwrap();
+    assert!(error.contains("more than 1024 elements"), "{error}");
     let nested = "[".repeat(100_000);
     let error = Tokens::from_tokenizer_json(nested.as_bytes()).unwrap_err();
     assert!(error.to_string().contains("not a tokenizer.json"));
@@ -391,6 +429,6 @@ fn folders_of_glm4_are_read_and_their_faults_named() {
         long.contains("has 8388609 bytes, more than 8388608"),
         "{long}"
     );
-    let huge = error(&[("tokenizer.json", &vec![b' '; (64 << 20) + 1])]);
-    assert!(huge.contains("has 67108865 bytes"), "{huge}");
+    let huge = error(&[("tokenizer.json", &vec![b' '; (48 << 20) + 1])]);
+    assert!(huge.contains("has 50331649 bytes"), "{huge}");
 }

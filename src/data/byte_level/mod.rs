@@ -7,6 +7,7 @@ use tokenizers::models::bpe::{BPE, BpeBuilder, Vocab};
 use tokenizers::tokenizer::Model;
 
 mod alphabet;
+mod bounded;
 mod error;
 mod ranks;
 mod tokenizer_json;
@@ -20,7 +21,7 @@ use words::Words;
 /// Largest list of ranks that is read; GLM-4's has 2.6 MB.
 pub const MAX_RANKS_BYTES: u64 = 8 << 20;
 /// Largest `tokenizer.json` that is read; GLM-4's has 20 MB.
-pub const MAX_JSON_BYTES: u64 = 64 << 20;
+pub const MAX_JSON_BYTES: u64 = 48 << 20;
 /// Most tokens; GLM-4 has 151,329.
 const MAX_TOKENS: usize = 1 << 18;
 /// Longest token, in bytes.

@@ -7,29 +7,40 @@ use std::collections::HashMap;
 
 use serde::Deserialize;
 use serde_json::Value;
+use serde_json::value::RawValue;
 
 use super::alphabet::Alphabet;
+use super::bounded::{AtMost, MembersAtMost};
 use super::ranks::in_order;
 use super::words::PATTERN;
 use super::{ByteLevelError, MAX_TOKEN_BYTES, MAX_TOKENS, Tokens};
 use crate::data::text_error::shortened;
 
-/// Most merges: a token may be reached in several ways.
-const MAX_MERGES: usize = 8 * MAX_TOKENS;
+/// Most merges: a token may be reached in several ways. GLM-4's has about two for each token.
+const MAX_MERGES: usize = 4 * MAX_TOKENS;
+/// Most added tokens; GLM-4 has 14.
+const MAX_ADDED: usize = 1024;
+/// Longest text of a part that is looked into; GLM-4's pre_tokenizer has some hundred bytes.
+const MAX_PART_BYTES: usize = 1 << 14;
 /// Most characters of a value in a message.
 const SHOWN: usize = 80;
 
 #[derive(Deserialize)]
-struct TokenizerJson {
-    #[serde(default)]
-    added_tokens: Vec<AddedToken>,
-    #[serde(default)]
-    normalizer: Value,
-    #[serde(default)]
-    pre_tokenizer: Value,
-    #[serde(default)]
-    decoder: Value,
-    model: BpeModel,
+struct TokenizerJson<'a> {
+    #[serde(default = "nothing_added")]
+    added_tokens: AtMost<AddedToken, MAX_ADDED>,
+    #[serde(borrow)]
+    normalizer: Option<&'a RawValue>,
+    #[serde(borrow)]
+    pre_tokenizer: Option<&'a RawValue>,
+    #[serde(borrow)]
+    decoder: Option<&'a RawValue>,
+    #[serde(borrow)]
+    model: BpeModel<'a>,
+}
+
+fn nothing_added() -> AtMost<AddedToken, MAX_ADDED> {
+    AtMost(Vec::new())
 }
 
 #[derive(Deserialize)]
@@ -39,21 +50,21 @@ struct AddedToken {
 }
 
 #[derive(Deserialize)]
-struct BpeModel {
-    vocab: HashMap<String, u32>,
-    merges: Vec<Merge>,
-    #[serde(default, rename = "type")]
-    kind: Value,
-    #[serde(default)]
-    dropout: Value,
-    #[serde(default)]
-    unk_token: Value,
-    #[serde(default)]
-    continuing_subword_prefix: Value,
-    #[serde(default)]
-    end_of_word_suffix: Value,
-    #[serde(default)]
-    byte_fallback: Value,
+struct BpeModel<'a> {
+    vocab: MembersAtMost<u32, MAX_TOKENS>,
+    merges: AtMost<Merge, MAX_MERGES>,
+    #[serde(borrow, rename = "type")]
+    kind: Option<&'a RawValue>,
+    #[serde(borrow)]
+    dropout: Option<&'a RawValue>,
+    #[serde(borrow)]
+    unk_token: Option<&'a RawValue>,
+    #[serde(borrow)]
+    continuing_subword_prefix: Option<&'a RawValue>,
+    #[serde(borrow)]
+    end_of_word_suffix: Option<&'a RawValue>,
+    #[serde(borrow)]
+    byte_fallback: Option<&'a RawValue>,
     #[serde(default)]
     ignore_merges: bool,
 }
@@ -75,20 +86,12 @@ impl Tokens {
             .map_err(|error| ByteLevelError::Json(error.to_string()))?;
         check_settings(&json)?;
         let BpeModel {
-            vocab,
-            merges,
+            vocab: MembersAtMost(vocab),
+            merges: AtMost(merges),
             ignore_merges,
             ..
         } = json.model;
-        if vocab.len() > MAX_TOKENS {
-            return Err(ByteLevelError::TooManyTokens);
-        }
-        if merges.len() > MAX_MERGES {
-            return Err(ByteLevelError::Json(format!(
-                "it has {} merges, more than {MAX_MERGES}",
-                merges.len()
-            )));
-        }
+        let vocab: HashMap<String, u32> = vocab.into_iter().collect();
         let merges = merges.iter().zip(1..).map(|(merge, number)| {
             let (left, right) = match merge {
                 Merge::Pair([left, right]) => (left.as_str(), right.as_str()),
@@ -101,7 +104,7 @@ impl Tokens {
             pair.ok_or(ByteLevelError::Merge { number })
         });
         let merges = merges.collect::<Result<_, _>>()?;
-        let specials = numbered_behind(vocab.len(), json.added_tokens, &vocab)?;
+        let specials = numbered_behind(vocab.len(), json.added_tokens.0, &vocab)?;
         Ok(Self {
             merges,
             tokens: in_order(bytes_of(vocab)?)?,
@@ -152,36 +155,42 @@ fn numbered_behind(
 }
 
 /// Everything that changes which ids a text has.
-fn check_settings(json: &TokenizerJson) -> Result<(), ByteLevelError> {
+fn check_settings(json: &TokenizerJson<'_>) -> Result<(), ByteLevelError> {
     let model = &json.model;
     let text = |text: &str| Value::String(text.to_owned());
     // What a file leaves out is as GLM-4 has it.
     for (key, found, expected) in [
-        ("model.type", &model.kind, text("BPE")),
-        ("model.dropout", &model.dropout, Value::Null),
-        ("model.unk_token", &model.unk_token, Value::Null),
+        ("model.type", model.kind, text("BPE")),
+        ("model.dropout", model.dropout, Value::Null),
+        ("model.unk_token", model.unk_token, Value::Null),
         (
             "model.continuing_subword_prefix",
-            &model.continuing_subword_prefix,
+            model.continuing_subword_prefix,
             text(""),
         ),
         (
             "model.end_of_word_suffix",
-            &model.end_of_word_suffix,
+            model.end_of_word_suffix,
             text(""),
         ),
         (
             "model.byte_fallback",
-            &model.byte_fallback,
+            model.byte_fallback,
             Value::Bool(false),
         ),
     ] {
+        let found = part(key, found)?;
         if !found.is_null() {
-            expect(key, found, &expected)?;
+            expect(key, &found, &expected)?;
         }
     }
     let at = |value: &Value, pointer: &str| value.pointer(pointer).cloned().unwrap_or_default();
-    expect("normalizer", &json.normalizer, &Value::Null)?;
+    expect(
+        "normalizer",
+        &part("normalizer", json.normalizer)?,
+        &Value::Null,
+    )?;
+    let pre_tokenizer = part("pre_tokenizer", json.pre_tokenizer)?;
     for (key, expected) in [
         ("/type", text("Sequence")),
         ("/pretokenizers/0/type", text("Split")),
@@ -194,10 +203,24 @@ fn check_settings(json: &TokenizerJson) -> Result<(), ByteLevelError> {
         ("/pretokenizers/2", Value::Null),
     ] {
         let name = format!("pre_tokenizer{}", key.replace('/', "."));
-        expect(&name, &at(&json.pre_tokenizer, key), &expected)?;
+        expect(&name, &at(&pre_tokenizer, key), &expected)?;
     }
-    let decoder = at(&json.decoder, "/type");
+    let decoder = at(&part("decoder", json.decoder)?, "/type");
     expect("decoder.type", &decoder, &text("ByteLevel"))
+}
+
+/// A small part of the file; null if it is not there.
+fn part(key: &str, json: Option<&RawValue>) -> Result<Value, ByteLevelError> {
+    let Some(json) = json.map(RawValue::get) else {
+        return Ok(Value::Null);
+    };
+    if json.len() > MAX_PART_BYTES {
+        return Err(ByteLevelError::Json(format!(
+            "{key} has {} bytes, more than {MAX_PART_BYTES}",
+            json.len()
+        )));
+    }
+    serde_json::from_str(json).map_err(|error| ByteLevelError::Json(format!("{key}: {error}")))
 }
 
 fn expect(key: &str, found: &Value, expected: &Value) -> Result<(), ByteLevelError> {

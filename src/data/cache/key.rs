@@ -24,7 +24,7 @@ struct Manifest<'a> {
 }
 
 /// Changes with every change to how rows are made that is not seen in the settings.
-const VERSION: u64 = 1;
+const VERSION: u64 = 2;
 
 #[derive(Serialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]

@@ -117,7 +117,7 @@ pub fn history_turns(json: &str) -> Result<Vec<(String, String)>, String> {
 }
 
 /// What the parser said, without its place; line and column, from 1.
-pub(super) fn parser_error(error: &serde_json::Error) -> (String, usize, usize) {
+pub(in crate::data) fn parser_error(error: &serde_json::Error) -> (String, usize, usize) {
     let (line, column) = (error.line(), error.column());
     let message = error.to_string();
     let place = format!(" at line {line} column {column}");

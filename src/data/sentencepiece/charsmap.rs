@@ -5,6 +5,10 @@ use super::error::SentencePieceError;
 /// Real ones have about 240 KB.
 const MAX_BYTES: usize = 4 << 20;
 
+/// The most bytes of a replacement, which real ones have 33 of. Without it, a rule could cost as much as
+/// the file is long, and there may be a million rules.
+const MAX_REPLACEMENT: usize = 1024;
+
 /// Replacement rules, longest match first.
 #[derive(Debug)]
 pub(super) struct Charsmap {
@@ -127,7 +131,8 @@ impl Charsmap {
 
     fn replacement(&self, at: usize) -> Option<&str> {
         let rest = self.replacements.get(at..)?;
-        Some(&rest[..rest.find('\0')?])
+        let reach = &rest.as_bytes()[..rest.len().min(MAX_REPLACEMENT)];
+        rest.get(..reach.iter().position(|&byte| byte == 0)?)
     }
 
     /// The longest rule that `text` starts with: bytes it covers and what replaces them.

@@ -5,7 +5,7 @@ use serde_json::{Map, Value};
 use super::conversation::{Conversation, Message};
 use super::{Messages, ShareGpt, TOOLS, text};
 use crate::data::TextProblem;
-use crate::data::records::{Columns, Field};
+use crate::data::records::{Columns, Field, parser_error};
 use crate::data::text_error::{MessageProblem, shortened};
 use crate::data::tokenizer::ChatRole;
 
@@ -109,7 +109,7 @@ impl Keys<'_> {
         match columns.get(self.column) {
             Some(Field::Nested(json) | Field::Text(json)) if !json.trim().is_empty() => {
                 serde_json::from_str(json)
-                    .map_err(|error| no_list(shortened(&error.to_string(), 120)))
+                    .map_err(|error| no_list(shortened(&parser_error(&error).0, 120)))
             }
             _ => Err(TextProblem::Empty {
                 column: self.column.to_owned(),

@@ -11,8 +11,16 @@ use crate::data::tokenizer::{
 
 /// A question with its answer.
 struct Turn<'a> {
-    query: String,
+    query: &'a str,
     answer: &'a Message,
+}
+
+/// Turns of a conversation without roles, with what is said before the first of them.
+#[derive(Clone, Copy)]
+struct Rounds<'a> {
+    style: RoundStyle,
+    system: Option<&'a str>,
+    turns: &'a [Turn<'a>],
 }
 
 impl RowEncoder<'_> {
@@ -23,7 +31,9 @@ impl RowEncoder<'_> {
         style: RoundStyle,
         conversation: &Conversation,
     ) -> Result<Encoded, TextProblem> {
-        let turns = self.turns(style, conversation)?;
+        let turns = self.turns(conversation)?;
+        let (system, _) = conversation.parts();
+        let system = system.map(|system| system.content.as_str());
         let mut encoded = Encoded::default();
         let first = match self.trains_all_turns() {
             true => 0,
@@ -34,15 +44,20 @@ impl RowEncoder<'_> {
                 continue;
             }
             let mut cuts = Cuts::default();
+            let rounds = Rounds {
+                style,
+                system,
+                turns: &turns[..=last],
+            };
             let written = match self.lengths {
                 Lengths::Pair { prompt, answer } => {
-                    let mut prompt_ids = self.prompt_ids(style, &turns[..=last], &turn.query);
+                    let mut prompt_ids = self.prompt_ids(rounds, turn.query);
                     let mut answer_ids = self.encode_text(&turn.answer.content);
                     cuts.prompts = usize::from(cut(&mut prompt_ids, prompt));
                     cuts.answers = usize::from(cut(&mut answer_ids, answer));
                     self.tokenizer.build_pair(&prompt_ids, Some(&answer_ids))
                 }
-                Lengths::Whole(most) => self.shortened(style, &turns[..=last], most, &mut cuts)?,
+                Lengths::Whole(most) => self.shortened(rounds, turn, most, &mut cuts)?,
             };
             encoded.rows.push(self.row(&written, &[true]));
             encoded.cuts.add(cuts);
@@ -50,27 +65,18 @@ impl RowEncoder<'_> {
         Ok(encoded)
     }
 
-    /// The turns of a conversation, the system message in front of the first question.
-    fn turns<'c>(
-        &self,
-        style: RoundStyle,
-        conversation: &'c Conversation,
-    ) -> Result<Vec<Turn<'c>>, TextProblem> {
+    /// The turns of a conversation.
+    fn turns<'c>(&self, conversation: &'c Conversation) -> Result<Vec<Turn<'c>>, TextProblem> {
         let generation = self.tokenizer.generation();
         let mut turns = Vec::new();
-        let (mut system, mut query) = (None, None);
+        let mut query = None;
         for (message, number) in conversation.messages.iter().zip(1..) {
             if !message.metadata.is_empty() {
                 return Err(ConversationProblem::Metadata { number, generation }.into());
             }
             match message.role {
-                ChatRole::System => system = Some(message.content.as_str()),
-                ChatRole::User => {
-                    query = Some(match system.take() {
-                        Some(system) => style.after_system(system, &message.content),
-                        None => message.content.clone(),
-                    });
-                }
+                ChatRole::System => {}
+                ChatRole::User => query = Some(message.content.as_str()),
                 ChatRole::Assistant => turns.extend(query.take().map(|query| Turn {
                     query,
                     answer: message,
@@ -89,52 +95,73 @@ impl RowEncoder<'_> {
     }
 
     /// The ids of the prompt of `query`, which is that of the last of these turns, behind the others.
-    fn prompt_ids(&self, style: RoundStyle, turns: &[Turn<'_>], query: &str) -> Vec<u32> {
+    fn prompt_ids(&self, rounds: Rounds<'_>, query: &str) -> Vec<u32> {
+        let Rounds {
+            style,
+            system,
+            turns,
+        } = rounds;
         let history = turns.split_last().map_or(turns, |(_, history)| history);
+        let behind_system = |query: &str| match system {
+            Some(system) => style.after_system(system, query),
+            None => query.to_owned(),
+        };
         let bare = matches!(self.tokenizer.generation(), Generation::ChatGlm(_))
-            && history.is_empty()
             && !self.settings.template.round_for_empty_history();
-        let prompt = match bare {
-            true => query.to_owned(),
-            false => {
-                let history = history.iter();
-                let texts = history.map(|turn| (&turn.query[..], &turn.answer.content[..]));
-                style.prompt(texts, query)
+        let prompt = match history.split_first() {
+            None if bare => behind_system(query),
+            None => style.prompt([], &behind_system(query)),
+            Some((first, others)) => {
+                let opening = behind_system(first.query);
+                let opening = (opening.as_str(), first.answer.content.as_str());
+                let others = others.iter();
+                let others = others.map(|turn| (turn.query, turn.answer.content.as_str()));
+                style.prompt(std::iter::once(opening).chain(others), query)
             }
         };
         self.encode_text(&format!("{}{prompt}", self.settings.source_prefix))
     }
 
-    /// The last of these turns behind as many of the others as fit into `most` ids.
+    /// The last of these turns behind as many of the others as fit into `most` ids, and the system
+    /// message.
     fn shortened(
         &self,
-        style: RoundStyle,
-        turns: &[Turn<'_>],
+        rounds: Rounds<'_>,
+        turn: &Turn<'_>,
         most: usize,
         cuts: &mut Cuts,
     ) -> Result<ConversationIds, TextProblem> {
         // [gMASK], sop and the id that closes the answer.
         let room = most - 3;
-        let Some(turn) = turns.last() else {
-            return Ok(ConversationIds::default());
-        };
         let mut answer = self.encode_text(&turn.answer.content);
-        let prompt = |turns| self.prompt_ids(style, turns, &turn.query);
-        let fits = |from: usize| prompt(&turns[from..]).len() + answer.len() <= room;
-        let from = first_that(turns.len() - 1, fits);
+        let behind = |from: usize| Rounds {
+            turns: &rounds.turns[from..],
+            ..rounds
+        };
+        let prompt = |from| self.prompt_ids(behind(from), turn.query);
+        let from = first_that(rounds.turns.len() - 1, |from| {
+            prompt(from).len() + answer.len() <= room
+        });
         cuts.turns = usize::from(from > 0);
-        let last = &turns[from..];
-        let mut prompt = prompt(last);
+        let mut prompt = prompt(from);
         if prompt.len() + answer.len() > room {
-            let (most, answer_room) = shares(prompt.len(), answer.len(), room);
-            if prompt.len() > most {
+            let (share, rest) = shares(prompt.len(), answer.len(), room);
+            if prompt.len() > share {
                 // The end of a prompt says that the answer follows; the question gives way.
-                let of = |query: &str| self.prompt_ids(style, last, query);
-                let query = longest_beginning(&turn.query, |query| of(query).len() <= most);
-                prompt = of(query);
+                let of = |query: &str| self.prompt_ids(behind(from), query);
+                prompt = of(longest_beginning(turn.query, |query| {
+                    of(query).len() <= share
+                }));
                 cuts.prompts = 1;
             }
-            cuts.answers = usize::from(cut(&mut answer, answer_room.min(room - prompt.len())));
+            if prompt.len() >= room {
+                return Err(TextProblem::NoRoom {
+                    tokens: prompt.len() + 3,
+                    limit: most,
+                    setting: "max_length",
+                });
+            }
+            cuts.answers = usize::from(cut(&mut answer, rest.min(room - prompt.len())));
         }
         Ok(self.tokenizer.build_pair(&prompt, Some(&answer)))
     }

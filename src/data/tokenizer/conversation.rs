@@ -371,7 +371,8 @@ mod tests {
             assert_eq!(build(&tokenizer, &messages[..3]).ids, prompt);
             let answer = [&tokenizer.encode("b")[..], &[tokenizer.end_of_answer()]].concat();
             assert_eq!(built.ids, [&prompt[..], &answer].concat());
-            assert_eq!(built.written, [prompt.len()..built.ids.len()]);
+            let rest = prompt.len()..built.ids.len();
+            assert_eq!(built.written, [rest]);
             assert!(build(&tokenizer, &messages[..3]).written.is_empty());
         }
     }

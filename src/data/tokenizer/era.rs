@@ -193,7 +193,7 @@ pub enum EraError {
     },
     /// The tokenizer of another generation.
     #[error(
-        "the tokenizer is that of {tokenizer}, but config.json (vocab_size {vocab_size}) describes a model of {}: use the tokenizer files that belong to the checkpoint",
+        "the tokenizer is that of {tokenizer}, but config.json (vocab_size {vocab_size}) describes a model of {}: use the tokenizer files (ice_text.model, tokenizer.model or tokenizer.json) that belong to the checkpoint",
         .models.iter().map(Family::to_string).collect::<Vec<_>>().join(" or ")
     )]
     Family {

@@ -166,3 +166,63 @@ pub(super) fn delta_total(bytes: &[u8]) -> Option<u64> {
     number()?;
     number()
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    /// A dictionary page: 100 bytes in 50, 7 values, PLAIN.
+    const DICTIONARY: [u8; 14] = [
+        0x15, 4, 0x15, 0xc8, 1, 0x15, 100, 0x4c, 0x15, 14, 0x15, 0, 0, 0,
+    ];
+
+    #[test]
+    fn a_header_is_read_to_its_end_and_no_further() {
+        let bytes = [&DICTIONARY[..], b"values"].concat();
+        let (header, length) = Header::parse(&bytes).unwrap();
+        assert_eq!(length, DICTIONARY.len());
+        let expected = (Kind::Dictionary, 100, 50, 7);
+        let found = (
+            header.kind,
+            header.uncompressed,
+            header.compressed,
+            header.num_values,
+        );
+        assert_eq!(found, expected);
+        assert_eq!(header.encoding(), Ok(Encoding::PLAIN));
+        for end in 0..DICTIONARY.len() {
+            assert_eq!(Header::parse(&DICTIONARY[..end]), Err(None), "{end}");
+        }
+    }
+
+    #[test]
+    fn headers_that_contradict_themselves_are_refused() {
+        let changed = |at: usize, byte: u8| {
+            let mut bytes = DICTIONARY;
+            bytes[at] = byte;
+            Header::parse(&bytes).unwrap_err()
+        };
+        assert_eq!(changed(1, 20), Some("an unknown kind of page"));
+        // Said to hold values of the first version, and describes a dictionary.
+        assert_eq!(changed(1, 0), Some("a page without a description"));
+        assert_eq!(changed(6, 101), Some("a negative or huge size"));
+        let long = [
+            0x15, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 1,
+        ];
+        assert_eq!(
+            Header::parse(&long),
+            Err(Some("a number of more than ten bytes"))
+        );
+        // A field of structs in structs in structs.
+        let deep = [0xfc; 100];
+        assert_eq!(Header::parse(&deep), Err(Some("structs nested too deep")));
+    }
+
+    #[test]
+    fn the_total_of_a_delta_block_is_its_third_number() {
+        assert_eq!(delta_total(&[0x80, 1, 4, 0xac, 2, 9]), Some(300));
+        assert_eq!(delta_total(&[0x80, 1, 4, 0xac]), None);
+        assert_eq!(delta_total(&[0xff; 40]), None);
+    }
+}

@@ -80,3 +80,6 @@ sharegpt = pa.table({
 })
 write("sharegpt", sharegpt, compression="zstd", row_group_size=3)
 write("empty", messages.slice(0, 0))
+# A page of 300 MiB in a few kilobytes.
+write("bomb", pa.table({"prompt": ["0" * (300 << 20)], "response": ["x"]}), compression="zstd",
+      use_dictionary=False, write_statistics=False)
