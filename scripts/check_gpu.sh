@@ -185,6 +185,8 @@ run() {
     measure bench_lora_int4_1x512 --size chatglm-6b --quantization int4 --sequence-length 512
     measure bench_two_stages --size chatglm-6b --devices 0,0 --sequence-length 512 --recompute block
     measure bench_prefix_1x512 --size chatglm-6b --adapter prefix --sequence-length 512
+    measure bench_chatglm2_lora_4x1024 --size chatglm2-6b --micro-batch-size 4 --sequence-length 1024 --recompute block
+    measure bench_glm4_lora_1x512 --size glm-4-9b --sequence-length 512 --recompute block
   fi
   {
     printf '{\n "device": "%s",\n "driver": "%s",\n "commit": "%s",\n "date": "%s",\n "passed": %d,\n "failed": %d,\n "skipped": %d,\n "checks": [\n' \

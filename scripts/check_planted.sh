@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Proves that the golden test notices wrong numerics, in f32 and under the wider limits of f16, on the CPU
 # and on an emulated GPU: it must pass on the tree as it is, and fail with each fault of tests/planted/
-# planted into a copy of it, on the backends that the fault's first line names. The faults of
+# planted into a copy of it, on the backends that the fault's first line names, with the family of models
+# that its second line names. The faults of
 # tests/planted_kernels/ are planted into a copy of the kernels, which the build then reads. One line per
 # fault and backend, with the cases that caught it. The copies stand in the target folder, so that
 # dependencies are built once for all.
@@ -19,7 +20,7 @@ export CARGO_TARGET_DIR=$target
 export GIT_CEILING_DIRECTORIES=$target/planted
 
 # An emulated GPU is slow: these cases are enough to see every fault that it is to see.
-cases_on_cuda=forward_gmask,lora_qkv
+cases_on_cuda=forward_gmask,forward,lora_qkv
 
 # The crate is built once per fault and runs briefly: what builds quickly is quick.
 export CARGO_INCREMENTAL=1
@@ -56,9 +57,9 @@ build() {
     fail "$1: does not compile"
 }
 
-# 0 when the golden test passes on a backend, 1 when it fails.
+# 0 when the golden test of a family passes on a backend, 1 when it fails.
 golden() {
-  local settings=(GOLDEN_BACKEND="$1")
+  local settings=(GOLDEN_BACKEND="$1" GOLDEN_DIR="$tree/tests/golden/$2")
   if [ "$1" = cuda ]; then
     settings+=(GOLDEN_CASES="$cases_on_cuda")
   fi
@@ -72,8 +73,8 @@ caught_by() { sed -n 's/^\([a-z0-9_]*\)\/.* FAIL .*/\1/p' "$log" | sort -u | tr 
 # has caught nothing.
 missed=0
 must_catch() {
-  local fault=$1 backend=$2 cases
-  if golden "$backend"; then
+  local fault=$1 backend=$2 family=$3 cases
+  if golden "$backend" "$family"; then
     printf '%-26s %-8s NOT CAUGHT\n' "$fault" "$backend"
     missed=1
     return
@@ -95,11 +96,21 @@ backends_of() {
   done
 }
 
+# The family whose cases catch it.
+family_of() {
+  local family
+  family=$(sed -n '2s/^Family: //p' "$1")
+  [ -d "tests/golden/$family" ] || fail "$1: its second line does not name a family of tests/golden"
+  echo "$family"
+}
+
 copy
 build "without a fault"
 for backend in $backends; do
-  golden "$backend" || fail "without a fault: the golden test fails on $backend"
-  printf '%-26s %-8s passes\n' "without a fault" "$backend"
+  for family in $(sed -sn '2s/^Family: //p' tests/planted/*.patch | sort -u); do
+    golden "$backend" "$family" || fail "without a fault: the golden test of $family fails on $backend"
+    printf '%-26s %-8s passes with %s\n' "without a fault" "$backend" "$family"
+  done
 done
 
 # These before the others, while the build is the one without a fault.
@@ -111,7 +122,7 @@ for patch in "$PWD"/tests/planted_kernels/*.patch; do
   on=$(backends_of "$patch")
   (cd "$kernels" && git apply "$patch") || fail "$fault: the patch no longer applies; bring it up to date"
   for backend in $on; do
-    MP_TRAIN_KERNEL_SOURCES=$kernels/kernels must_catch "$fault (kernel)" "$backend"
+    MP_TRAIN_KERNEL_SOURCES=$kernels/kernels must_catch "$fault (kernel)" "$backend" "$(family_of "$patch")"
   done
 done
 
@@ -121,7 +132,7 @@ for patch in "$PWD"/tests/planted/*.patch; do
   build "$fault"
   on=$(backends_of "$patch")
   for backend in $on; do
-    must_catch "$fault" "$backend"
+    must_catch "$fault" "$backend" "$(family_of "$patch")"
   done
   in_tree git apply --reverse "$patch"
 done

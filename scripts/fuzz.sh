@@ -11,7 +11,7 @@ cd "$(dirname "$0")/.."
 seconds=${1:-300}
 targets=("${@:2}")
 if [ ${#targets[@]} -eq 0 ]; then
-    targets=(safetensors torch_bin torch_pickle adapter_folder sentencepiece model_config)
+    targets=(safetensors torch_bin torch_pickle adapter_folder sentencepiece byte_level model_config)
 fi
 toolchain=${TOOLCHAIN:-nightly}
 

@@ -6,6 +6,8 @@
 mod adapters;
 #[path = "export/demo.rs"]
 mod demo;
+#[path = "export/golden.rs"]
+mod golden;
 #[path = "export/merged.rs"]
 mod merged;
 #[path = "export/quantised.rs"]

@@ -188,9 +188,13 @@ fn every_kind_of_file_is_trained_on() {
 
 #[test]
 fn all_turns_of_conversations_are_trained_on_or_the_last_alone() {
-    let flags = "--template sharegpt --epochs 2 --gradient-accumulation 1 --max-length 150";
+    let flags = "--template sharegpt --epochs 2 --gradient-accumulation 1";
     let setup = Setup::new("chats.json", sharegpt(4), flags);
-    let (_, all) = setup.train("all");
+    let train = |name: &str, more: &[&str]| {
+        let output = setup.output(name);
+        (succeed(setup.command(&output).args(more)), output)
+    };
+    let (_, all) = train("all", &["--max-length", "150"]);
     let losses = |output: &Path| -> Vec<f64> {
         let rows = metrics(output);
         rows.iter()
@@ -211,13 +215,11 @@ fn all_turns_of_conversations_are_trained_on_or_the_last_alone() {
         assert!(template.contains(words), "{template}");
     }
 
-    let last = setup.output("last");
-    succeed(setup.command(&last).args(["--train-on-turns", "last"]));
+    let (_, last) = train("last", &["--train-on-turns", "last"]);
     assert_eq!(losses(&last).len(), 8);
 
     // What did not fit is said.
-    let short = setup.output("short");
-    let ended = succeed(setup.command(&short).args(["--max-length", "60"]));
+    let (ended, _) = train("short", &["--max-length", "60"]);
     let told = "conversations are too long; their oldest turns are dropped";
     assert!(ended.stderr.contains(told), "{}", ended.stderr);
 }

@@ -200,6 +200,23 @@ impl<'a> OpenTensor<'a> {
         Ok(())
     }
 
+    /// The bytes from `start` on: where they are in memory, or copied into `room`.
+    fn bytes<'b>(
+        &'b self,
+        start: usize,
+        len: usize,
+        room: &'b mut Vec<u8>,
+    ) -> Result<&'b [u8], CheckpointError> {
+        if let Bytes::Memory(bytes) = &self.bytes
+            && let Some(bytes) = bytes.get(start..start + len)
+        {
+            return Ok(bytes);
+        }
+        room.resize(len, 0);
+        self.fill(start, room)?;
+        Ok(room)
+    }
+
     /// Where `count` elements from `start` on begin, in bytes.
     fn place(&self, start: usize, count: usize) -> Result<usize, CheckpointError> {
         let size = self.dtype.size();
@@ -216,7 +233,7 @@ impl<'a> OpenTensor<'a> {
         Ok(start * size)
     }
 
-    /// Converts the elements from `start` on, piece by piece where they are not in memory.
+    /// Converts the elements from `start` on, piece by piece.
     fn convert<T>(
         &self,
         start: usize,
@@ -225,17 +242,11 @@ impl<'a> OpenTensor<'a> {
     ) -> Result<(), CheckpointError> {
         let size = self.dtype.size();
         let mut place = self.place(start, out.len())?;
-        if let Bytes::Memory(bytes) = &self.bytes
-            && let Some(bytes) = bytes.get(place..place + out.len() * size)
-        {
-            return convert(out, self.dtype, bytes);
-        }
-        let mut room = vec![0; out.len().min(PIECE) * size];
+        let mut room = Vec::new();
         for out in out.chunks_mut(PIECE) {
-            let room = &mut room[..out.len() * size];
-            self.fill(place, room)?;
-            convert(out, self.dtype, room)?;
-            place += room.len();
+            let len = out.len() * size;
+            convert(out, self.dtype, self.bytes(place, len, &mut room)?)?;
+            place += len;
         }
         Ok(())
     }
@@ -304,13 +315,11 @@ pub fn same_tensor(
     if (one.dtype, &one.shape) != (other.dtype, &other.shape) {
         return Ok(false);
     }
-    let mut room = [(); 2].map(|()| vec![0; one.len.min(COMPARED)]);
+    let (mut room, mut other_room) = (Vec::new(), Vec::new());
     for start in (0..one.len).step_by(COMPARED) {
         let len = (one.len - start).min(COMPARED);
-        let [a, b] = &mut room;
-        one.fill(start, &mut a[..len])?;
-        other.fill(start, &mut b[..len])?;
-        if a[..len] != b[..len] {
+        let bytes = one.bytes(start, len, &mut room)?;
+        if bytes != other.bytes(start, len, &mut other_room)? {
             return Ok(false);
         }
     }

@@ -23,7 +23,7 @@ use crate::config::run::{
 use crate::export::{Format, TorchDtype};
 use crate::plan::PlanOptions;
 
-/// Model-parallel fine-tuning of ChatGLM-6B: LoRA, P-Tuning v2, whole model
+/// Model-parallel fine-tuning of ChatGLM and GLM-4: LoRA, P-Tuning v2, whole model
 #[derive(Debug, Parser)]
 #[command(
     name = "mp-train",
@@ -315,7 +315,7 @@ pub(super) struct EvalArgs {
     #[arg(long, value_name = "N",
         value_parser = clap::value_parser!(u32).range(1..=MAX_ANSWER))]
     pub max_new_tokens: Option<u32>,
-    /// Question or instruction [that of the training]
+    /// Question, instruction or conversation [that of the training]
     #[arg(long, value_name = "NAME", help_heading = "Columns")]
     pub prompt_column: Option<String>,
     /// Alpaca's input [that of the training]

@@ -124,7 +124,7 @@ pub struct RawData {
     /// Share of the rows set aside for it [0]
     #[arg(long, value_name = "X", value_parser = number::<f64>)]
     pub validation_split: Option<f64>,
-    /// alpaca, prompt_response, messages, sharegpt or plain_text [alpaca]
+    /// Form of rows, such as messages or sharegpt [alpaca]
     #[arg(long, value_name = "KIND", hide_possible_values = true)]
     pub template: Option<TemplateKind>,
     /// Question or instruction [by template]

@@ -134,3 +134,45 @@ impl MicroBatch {
         }
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::config::model::ModelConfig;
+    use crate::data::rows::RawRow;
+
+    #[test]
+    fn rows_are_packed_in_order_to_both_limits() {
+        let config = include_str!("../../tests/golden/chatglm-6b/model/config.json");
+        let model = ModelConfig::from_json(config).unwrap();
+        let mut rows = Rows::default();
+        // gMASK 191, sop 194.
+        for text in [1_usize, 3, 1, 1, 6, 1] {
+            let input_ids = [vec![191, 194], vec![7; text]].concat();
+            let labels = [vec![-100; 2], vec![7; text]].concat();
+            let row = RawRow {
+                input_ids,
+                labels,
+                ..RawRow::default()
+            };
+            rows.push(&row, &model).unwrap();
+        }
+        let packed = |max_tokens, max_sequences| {
+            let batches = MicroBatch::packed(&rows, max_tokens, max_sequences);
+            let lengths = |batch: MicroBatch| {
+                let lengths = batch.sequences.iter().map(|sequence| sequence.len);
+                lengths.collect::<Vec<_>>()
+            };
+            batches.map(lengths).collect::<Vec<_>>()
+        };
+        assert_eq!(packed(100, 100), [vec![3, 5, 3, 3, 8, 3]]);
+        assert_eq!(packed(8, 100), [vec![3, 5], vec![3, 3], vec![8], vec![3]]);
+        assert_eq!(packed(100, 4), [vec![3, 5, 3, 3], vec![8, 3]]);
+        // A row that is too long alone goes alone.
+        assert_eq!(packed(5, 2)[3..], [vec![3], vec![8], vec![3]]);
+        let alone = packed(0, 0);
+        assert_eq!(alone, [[3], [5], [3], [3], [8], [3]]);
+        assert_eq!(MicroBatch::packed(&Rows::default(), 8, 8).count(), 0);
+    }
+}

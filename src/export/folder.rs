@@ -64,7 +64,7 @@ impl NewFolder {
     }
 
     /// Where its files are written.
-    pub fn path(&self) -> &Path {
+    pub fn temporary(&self) -> &Path {
         &self.temporary
     }
 

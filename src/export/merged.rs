@@ -90,7 +90,7 @@ pub fn write(
     };
     let shards = shards::deal(tensors, options.max_shard_size);
     for (index, shard) in shards.iter().enumerate() {
-        let path = folder.path().join(shards::name(index, shards.len()));
+        let path = folder.temporary().join(shards::name(index, shards.len()));
         stream_safetensors(&path, shard.clone(), |tensor, sink| {
             match stop.load(Ordering::Relaxed) {
                 true => Err(ExportError::Interrupted),
@@ -98,9 +98,9 @@ pub fn write(
             }
         })?;
     }
-    shards::write_index(folder.path(), &shards)?;
+    shards::write_index(folder.temporary(), &shards)?;
     folder.copy_beside(&options.model)?;
-    write_json(&folder.path().join(CONFIG_FILE), &json)?;
+    write_json(&folder.temporary().join(CONFIG_FILE), &json)?;
     Ok(Exported {
         files: shards.len(),
         ..exported

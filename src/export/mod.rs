@@ -126,13 +126,13 @@ pub fn run(options: &ExportOptions, stop: &AtomicBool) -> Result<Exported, Expor
         (Format::Peft, Some(adapter)) => {
             let read = LoraFiles::read(adapter)?;
             files::take(adapter, trainables.specs(), &read.tensors)?;
-            read.write(folder.path())?;
+            read.write(folder.temporary())?;
             of_adapter(read.tensors.values().map(|tensor| tensor.bytes.len()))
         }
         (Format::Thudm, Some(adapter)) => {
             let read = PrefixFiles::read(adapter)?;
             files::take(adapter, trainables.specs(), &read.tensors)?;
-            read.write(folder.path(), json)?;
+            read.write(folder.temporary(), json)?;
             of_adapter(read.tensors.values().map(|tensor| tensor.bytes.len()))
         }
         (Format::Peft | Format::Thudm, None) => return Err(ExportError::NoAdapter),

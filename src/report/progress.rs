@@ -413,6 +413,24 @@ mod tests {
     }
 
     #[test]
+    fn ten_lines_of_an_evaluation_stay() {
+        let event = |rows: u64, seconds: f64| {
+            Event::Evaluating(EvaluatingReport {
+                what: "answers",
+                rows,
+                total_rows: 1070,
+                seconds,
+            })
+        };
+        let events: Vec<Event> = (1..=1070).map(|rows| event(rows, rows as f64)).collect();
+        let plain = shown(Style::default(), 1, &events);
+        assert_eq!(plain.lines().count(), 10);
+        assert!(plain.starts_with("answers: 107/1,070 rows  eta 0:16:03\n"));
+        assert!(plain.ends_with("answers: 1,070/1,070 rows  eta 0:00:00\n"));
+        assert_eq!(shown(Style::default(), 1, &[event(1070, 0.1)]), "");
+    }
+
+    #[test]
     fn quiet_leaves_warnings_alone() {
         let style = Style {
             quiet: true,

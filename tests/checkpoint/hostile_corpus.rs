@@ -54,6 +54,7 @@ const TORCH: &str = "pytorch_model.bin";
 const INDEX: &str = "model.safetensors.index.json";
 const CONFIG: &str = "config.json";
 const TOKENIZER: &str = "tokenizer.model";
+const TOKENIZER_JSON: &str = "tokenizer.json";
 const POINTER: &[u8] =
     b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 12345\n";
 
@@ -761,6 +762,76 @@ fn configurations() -> Vec<Hostile> {
     ]
 }
 
+/// A `tokenizer.json` of this model, and of no more than it needs.
+fn tokenizer_json(model: &str) -> Vec<u8> {
+    format!(r#"{{"model":{{"type":"BPE",{model}}}}}"#).into_bytes()
+}
+
+fn vocabularies() -> Vec<Hostile> {
+    let merges = format!(
+        r#""vocab":{{}},"merges":[{}["a","b"]]"#,
+        r#"["a","b"],"#.repeat(4 << 20)
+    );
+    let tokens: Vec<String> = (0..1_000_000).map(|i| format!("\"t{i}\":{i}")).collect();
+    let vocab = format!(r#""vocab":{{{}}},"merges":[]"#, tokens.join(","));
+    vec![
+        with(
+            "a tokenizer.json of gigabytes",
+            TOKENIZER_JSON,
+            Content::Sparse(3 << 30, b"{".to_vec(), Vec::new()),
+            "more than 67108864",
+        ),
+        of(
+            "a tokenizer.json nested deeply",
+            TOKENIZER_JSON,
+            format!("{{\"added_tokens\":{}", "[".repeat(1 << 20)).into_bytes(),
+            "tokenizer.json",
+        ),
+        of(
+            "a tokenizer.json of nothing",
+            TOKENIZER_JSON,
+            b"{}".to_vec(),
+            "tokenizer.json",
+        ),
+        of(
+            "millions of merges",
+            TOKENIZER_JSON,
+            tokenizer_json(&merges),
+            "tokenizer.json",
+        ),
+        of(
+            "a million tokens",
+            TOKENIZER_JSON,
+            tokenizer_json(&vocab),
+            "tokenizer.json",
+        ),
+        with(
+            "a pipe for a tokenizer.json",
+            TOKENIZER_JSON,
+            Content::Pipe,
+            "not a plain file",
+        ),
+        of(
+            "a pointer for a tokenizer.json",
+            TOKENIZER_JSON,
+            POINTER.to_vec(),
+            "git lfs pull",
+        ),
+        of(
+            "ranks with a gap",
+            TOKENIZER,
+            b"IQ== 0\nIg== 7\n".to_vec(),
+            "tokenizer.model",
+        ),
+        of(
+            "ranks that are no base64",
+            TOKENIZER,
+            b"IQ== 0\n!!!! 1\n".to_vec(),
+            "tokenizer.model",
+        ),
+    ]
+}
+
 /// All of them.
 pub fn all() -> Vec<Hostile> {
     let mut all = safetensors_files();
@@ -768,5 +839,6 @@ pub fn all() -> Vec<Hostile> {
     all.extend(archives());
     all.extend(folders());
     all.extend(configurations());
+    all.extend(vocabularies());
     all
 }

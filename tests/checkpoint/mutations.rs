@@ -9,6 +9,7 @@ use mp_train::checkpoint::{
     CheckpointError, LoraFiles, PrefixFiles, TensorSource, open_tensor_file, read_all,
 };
 use mp_train::config::model::ModelConfig;
+use mp_train::data::byte_level::{ByteLevel, Tokens, is_ranks};
 use mp_train::data::sentencepiece::{ModelProto, PieceKind, SentencePiece};
 use tempfile::tempdir;
 
@@ -213,6 +214,31 @@ fn sentencepiece_models() {
     mutate(&small_vocabulary("v1.model", 40), 150, encode_and_decode);
 }
 
+fn vocabulary_of_bytes(bytes: &[u8]) -> Result<(), String> {
+    let tokens = match is_ranks(bytes) {
+        true => Tokens::from_ranks(bytes),
+        false => Tokens::from_tokenizer_json(bytes),
+    };
+    let model = tokens.and_then(ByteLevel::new);
+    let model = model.map_err(|error| error.to_string())?;
+    for text in ["", "hello  world\n你好，世界 ﷺ", "it's 12345\r\n"] {
+        assert_eq!(model.decode(&model.encode(text)), text.as_bytes());
+    }
+    Ok(())
+}
+
+fn glm4(name: &str) -> Vec<u8> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/tokenizer/glm4");
+    fs::read(folder.join(name)).unwrap()
+}
+
+#[test]
+fn vocabularies_of_bytes() {
+    for name in ["tokenizer.model", "tokenizer.json"] {
+        mutate(&glm4(name), 400, vocabulary_of_bytes);
+    }
+}
+
 /// The seeds of tests/fuzz: the small files of this page, and the hostile ones.
 #[test]
 #[ignore = "writes the seeds of the fuzz targets into the folder that FUZZ_CORPUS names"]
@@ -247,6 +273,8 @@ fn seeds_for_fuzzing() {
     put("adapter_folder", "prefix", &folder);
     put("sentencepiece", "v2", &small_vocabulary("v2.model", 300));
     put("sentencepiece", "v1", &small_vocabulary("v1.model", 40));
+    put("byte_level", "ranks", &glm4("tokenizer.model"));
+    put("byte_level", "json", &glm4("tokenizer.json"));
     put("model_config", "golden", &golden("model/config.json"));
     for case in hostile_corpus::all() {
         for (file, content) in &case.files {

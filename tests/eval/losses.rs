@@ -1,74 +1,92 @@
 //! Loss and perplexity against the golden runs and against training.
 
 use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use mp_train::checkpoint::{open_tensor_file, read_all};
 use serde_json::{Value, json};
 
 use super::answers::evaluate;
-use super::setup::{Ended, Setup, golden};
+use super::setup::{Ended, Setup, ended};
 
-/// The rows of a golden case, padded as they are stored.
-fn golden_rows(case: &str) -> Vec<Value> {
-    let source = open_tensor_file(&golden(&format!("cases/{case}.safetensors"))).unwrap();
-    let tensors = read_all(source.as_ref()).unwrap();
+/// A file of the golden data of a family.
+fn golden(family: &str, rest: &str) -> PathBuf {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    root.join("tests/golden").join(family).join(rest)
+}
+
+/// The rows of a golden case, padded as they are stored, how many targets they have, and their loss.
+fn stored(family: &str, case: &str) -> (Vec<Value>, usize, f64) {
+    let path = golden(family, &format!("cases/{case}.safetensors"));
+    let tensors = read_all(open_tensor_file(&path).unwrap().as_ref()).unwrap();
     let rows = |name: &str| {
         let values = tensors[name].to_i64().unwrap();
         let rows = values.chunks(tensors[name].shape[1]).map(<[i64]>::to_vec);
         rows.collect::<Vec<_>>()
     };
-    let rows = rows("input_ids").into_iter().zip(rows("labels"));
-    rows.map(|(ids, labels)| json!({ "input_ids": ids, "labels": labels }))
-        .collect()
-}
-
-fn loss(case: &str) -> f64 {
-    let source = open_tensor_file(&golden(&format!("cases/{case}.safetensors"))).unwrap();
-    let loss = read_all(source.as_ref()).unwrap()["loss"].to_f32().unwrap();
-    f64::from(loss[0])
-}
-
-/// The flags that put an adapter over the model.
-fn adapter_flags(name: Option<&str>) -> Vec<String> {
-    let folder = |name| golden(name).to_str().unwrap().to_owned();
-    name.map_or(Vec::new(), |name| {
-        vec!["--adapter".to_owned(), folder(name)]
-    })
+    let (ids, labels) = (rows("input_ids"), rows("labels"));
+    let is_target = |label: &&i64| **label != -100;
+    let targets = labels.iter().flat_map(|row| &row[1..]);
+    let targets = targets.filter(is_target).count();
+    let rows = ids.into_iter().zip(labels);
+    let rows = rows.map(|(ids, labels)| json!({ "input_ids": ids, "labels": labels }));
+    let loss = tensors["loss"].to_f32().unwrap()[0];
+    (rows.collect(), targets, f64::from(loss))
 }
 
 #[test]
 fn losses_are_the_references_on_one_stage_and_on_three() {
     let setup = Setup::new();
-    for (case, adapter) in [
-        ("forward_gmask", None),
-        ("lora_qkv", Some("adapter_lora_qkv")),
-        ("ptuning", Some("ptuning_checkpoint")),
+    let mut losses = Vec::new();
+    for (family, case, adapter) in [
+        ("chatglm-6b", "forward_gmask", None),
+        ("chatglm-6b", "lora_qkv", Some("adapter_lora_qkv")),
+        ("chatglm-6b", "ptuning", Some("ptuning_checkpoint")),
+        ("chatglm2-6b", "forward", None),
+        ("chatglm2-6b", "lora_all", Some("adapters/lora_all")),
+        ("chatglm2-6b", "ptuning_plain", Some("prefix/plain")),
+        ("glm-4-9b", "forward", None),
+        ("glm-4-9b", "lora_attn", Some("adapters/lora_attn")),
     ] {
-        let rows = golden_rows(case);
+        let (rows, targets, expected) = stored(family, case);
         let data = setup.rows("golden.jsonl", &rows);
         let mut found = Vec::new();
         for devices in ["cpu", "cpu,cpu,cpu"] {
-            let adapter = adapter_flags(adapter);
-            let mut flags = vec!["--loss-only", "--output", "-", "--devices", devices];
-            flags.extend(adapter.iter().map(String::as_str));
-            let ended = evaluate(&setup, &data, &flags);
-            assert_eq!(ended.code, Some(0), "{}", ended.stderr);
+            let mut command = Command::new(env!("CARGO_BIN_EXE_mp-train"));
+            command.args(["eval", "--loss-only", "--output", "-", "--devices", devices]);
+            command.arg("--data").arg(&data);
+            command.arg("--model").arg(golden(family, "model"));
+            if let Some(adapter) = adapter {
+                command.arg("--adapter").arg(golden(family, adapter));
+            }
+            let ended = ended(command.output().unwrap());
+            assert_eq!(ended.code, Some(0), "{family} {case}: {}", ended.stderr);
             let summary: Value = serde_json::from_str(&ended.stdout).unwrap();
             assert_eq!(summary["rows"], rows.len());
-            assert_eq!(summary["target_tokens"], 26);
+            assert_eq!(summary["target_tokens"], targets);
             assert_eq!(summary.get("answers"), None);
             let (loss, perplexity) = (
                 summary["loss"].as_f64().unwrap(),
                 summary["perplexity"].as_f64().unwrap(),
             );
-            assert!((loss - self::loss(case)).abs() < 2e-5, "{case}: {loss}");
+            assert!(
+                (loss - expected).abs() < 2e-5,
+                "{family} {case}: {loss}, not {expected}"
+            );
             assert!((perplexity / loss.exp() - 1.0).abs() < 1e-12);
             // Standard output is a program's; a person reads it here.
-            assert!(ended.stderr.contains(&format!("loss        {loss:>9.4}\n")));
+            let line = format!("loss        {loss:>9.4}\n");
+            assert!(ended.stderr.contains(&line));
             found.push(loss);
         }
-        assert_eq!(found[0], found[1], "{case}: one stage and three differ");
+        assert_eq!(found[0], found[1], "{family} {case}: stages differ");
+        losses.push(found[0]);
     }
+    let all = losses.len();
+    losses.sort_by(f64::total_cmp);
+    losses.dedup();
+    assert_eq!(losses.len(), all, "an adapter changes nothing");
 }
 
 #[test]
@@ -95,7 +113,7 @@ fn the_loss_is_that_of_the_validation_in_training() {
         .arg("--validation")
         .arg(&data);
     train.arg("--output").arg(&output);
-    let trained: Ended = super::setup::ended(train.output().unwrap());
+    let trained: Ended = ended(train.output().unwrap());
     assert_eq!(trained.code, Some(0), "{}", trained.stderr);
     let validation = fs::read_to_string(output.join("validation.jsonl")).unwrap();
     let validation: Value = serde_json::from_str(validation.lines().last().unwrap()).unwrap();

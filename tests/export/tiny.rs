@@ -244,29 +244,34 @@ impl Tiny {
 
     /// Greedy answers to some prompts.
     pub fn answers(&self, model: &Path, adapter: Option<&Path>) -> Vec<Vec<u32>> {
-        let inputs: Vec<Input> = (0..4)
-            .map(|i| {
-                Input::Ids(Prompt {
-                    line: 1,
-                    input_ids: self.generation.prompt(i),
-                    context_length: None,
-                    position_ids: None,
-                })
-            })
-            .collect();
-        let options = GenerateOptions {
-            adapter: adapter.map(Path::to_owned),
-            max_new_tokens: 12,
-            stop_at_eop: false,
-            threads: 1,
-            ..GenerateOptions::new(model.to_owned(), vec![Device::Cpu])
-        };
-        let mut answers = Vec::new();
-        let mut emit = |_, answer: &generate::Answer| answers.push(answer.new_tokens.clone());
-        let stop = AtomicBool::new(false);
-        generate::run(&options, &inputs, &mut emit, &mut |_| {}, &stop).unwrap();
-        answers
+        let prompts: Vec<Vec<u32>> = (0..4).map(|i| self.generation.prompt(i)).collect();
+        answers(model, adapter, &prompts)
     }
+}
+
+/// Greedy answers to prompts of ids.
+pub fn answers(model: &Path, adapter: Option<&Path>, prompts: &[Vec<u32>]) -> Vec<Vec<u32>> {
+    let input = |ids: &Vec<u32>| {
+        Input::Ids(Prompt {
+            line: 1,
+            input_ids: ids.clone(),
+            context_length: None,
+            position_ids: None,
+        })
+    };
+    let inputs: Vec<Input> = prompts.iter().map(input).collect();
+    let options = GenerateOptions {
+        adapter: adapter.map(Path::to_owned),
+        max_new_tokens: 12,
+        stop_at_eop: false,
+        threads: 1,
+        ..GenerateOptions::new(model.to_owned(), vec![Device::Cpu])
+    };
+    let mut answers = Vec::new();
+    let mut emit = |_, answer: &generate::Answer| answers.push(answer.new_tokens.clone());
+    let stop = AtomicBool::new(false);
+    generate::run(&options, &inputs, &mut emit, &mut |_| {}, &stop).unwrap();
+    answers
 }
 
 /// Exports, with nobody to stop it.

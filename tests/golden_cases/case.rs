@@ -180,7 +180,7 @@ impl Family {
                 return Err(format!("`{stored}` is not as the manifest says").into());
             }
             let known = names::known(self.form(), entry, &stored);
-            let tensor = Listed {
+            let tensor = StoredTensor {
                 role: line.role.ok_or(format!("`{stored}` has an unknown role"))?,
                 float64_gap: line.float64_gap,
                 stored,
@@ -241,7 +241,7 @@ impl Family {
 }
 
 /// A tensor of a case, by what its file and the manifest say.
-struct Listed {
+struct StoredTensor {
     stored: String,
     role: Role,
     float64_gap: Option<f64>,
@@ -258,7 +258,7 @@ pub struct Case {
     pub folders: Vec<PathBuf>,
     source: SafetensorsFile,
     /// By the names that the harness has for them.
-    tensors: BTreeMap<String, Listed>,
+    tensors: BTreeMap<String, StoredTensor>,
     read: RefCell<BTreeSet<String>>,
 }
 

@@ -42,8 +42,12 @@ of the norm in f16. In f16 the reference's tokens are fed (`generate_greedy`), t
 and final weights are not compared. A limit in f32 that has a `+` is ten times the distance of the reference
 to float64 where its manifest gives more than that limit. `@model_..` is a case on the model in that folder.
 
-On `cuda`, where an emulated step is slow, training runs skip what f32 and f16 on the CPU show in full: they
-see no padding, and are laid out on fewer stages and schedules, over fewer steps.
+In f16 a run that amplifies rounding (its weights end further from float64 than weights may be off, even in
+float32: `ptuning_train_projection`, `full_finetune` without clipping) takes each step from the weights and
+moments that the run in f32 has come to.
+
+On `cuda`, where an emulated step is slow, training runs leave out some of what the CPU shows: they see no
+padding, and are repeated over three steps, not all, on one and on two stages, one run of each case.
 ";
 
 const COLUMNS: &str = "\

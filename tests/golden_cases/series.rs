@@ -18,6 +18,8 @@ pub struct Series {
     pub index: Vec<Vec<usize>>,
     /// Whether weight decay falls on every tensor alike, without the exceptions that the Trainer makes.
     pub one_group: bool,
+    /// Whether it is the run of its case that GPUs repeat in other layouts too: micro-batches, clipping.
+    pub laid_out: bool,
 }
 
 /// The runs of a case.
@@ -54,6 +56,7 @@ fn named(case: &Case) -> Outcome<Series> {
         total_steps: case.hyper("total_steps")?,
         index: index.chunks(accumulation).map(<[_]>::to_vec).collect(),
         one_group: false,
+        laid_out: true,
     })
 }
 
@@ -70,6 +73,7 @@ fn listed(case: &Case) -> Outcome<Vec<Series>> {
     if case.expects("token_weighted.loss") {
         let mut weighted = part_of("token_weighted", settings, "gradient_accumulation")?;
         weighted.optimizer.loss_normalisation = LossNormalisation::PerToken;
+        weighted.laid_out = false;
         all.push(weighted);
     }
     Ok(all)
@@ -104,6 +108,7 @@ fn part_of(lead: &'static str, settings: &Value, accumulation: &str) -> Outcome<
             .map(|step| (step * accumulation..(step + 1) * accumulation).collect())
             .collect(),
         one_group,
+        laid_out: accumulation > 1,
     })
 }
 

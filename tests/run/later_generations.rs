@@ -5,11 +5,16 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use mp_train::checkpoint::safetensors::write_safetensors;
+use mp_train::checkpoint::{open_tensor_file, read_all};
+use mp_train::quant::Bits;
 use serde_json::{Value, json};
 
+use super::family::read_json;
 use super::layout::Layout;
 use super::outcome::Outcome;
 use super::program::{fail, mp_train, succeed};
+use super::quantised::quantise_folder;
 
 /// Model folder and flags of a run.
 const RUNS: [(&str, &str); 7] = [
@@ -125,6 +130,49 @@ fn every_adapter_is_trained_from_every_kind_of_folder() {
             answers(&base, None, quantization, 1),
             "{what}: nothing learnt"
         );
+    }
+}
+
+/// As THUDM/chatglm2-6b-int4 is: codes under the names of the weights, scales beside them.
+#[test]
+fn a_folder_of_codes_trains_and_answers_as_codes_made_at_load() {
+    let folder = tempfile::tempdir().unwrap();
+    let full = tests().join("golden/chatglm2-6b/model");
+    for (word, bits) in [("int8", Bits::Eight), ("int4", Bits::Four)] {
+        let source = open_tensor_file(&full.join("model.safetensors")).unwrap();
+        let mut tensors = read_all(source.as_ref()).unwrap();
+        let mut config = read_json(&full.join("config.json"));
+        quantise_folder(&mut config, &mut tensors, bits);
+        let codes = folder.path().join(word);
+        fs::create_dir(&codes).unwrap();
+        fs::write(codes.join("config.json"), config.to_string()).unwrap();
+        write_safetensors(&codes.join("model.safetensors"), &tensors).unwrap();
+
+        let answered = answers(&full, None, word, 1);
+        assert_eq!(answers(&codes, None, "none", 2), answered, "{word}");
+        let run = |name: &str, model: &Path, flags: &str| {
+            let output = folder.path().join(format!("{word}-{name}"));
+            let layout = Layout::new(2, "1f1b", "none", 1);
+            succeed(&mut train(model.to_str().unwrap(), flags, layout, &output));
+            output
+        };
+        let made = run("made", &full, &format!("--kind lora --quantization {word}"));
+        let read = run("read", &codes, "--kind lora");
+        let losses = |output: &Path| Outcome::read(output).column("loss");
+        assert_eq!(losses(&read), losses(&made), "{word}");
+        let adapted =
+            |model: &Path, word: &str| answers(model, Some(&read.join("adapter")), word, 1);
+        assert_eq!(adapted(&codes, "none"), adapted(&full, word), "{word}");
+        assert_ne!(adapted(&codes, "none"), answered, "{word}: nothing learnt");
+
+        // A scale that is missing is missed by its name.
+        let scale = "transformer.encoder.layers.0.mlp.dense_h_to_4h.weight_scale";
+        assert!(tensors.remove(scale).is_some(), "{scale}");
+        write_safetensors(&codes.join("model.safetensors"), &tensors).unwrap();
+        let output = folder.path().join("never");
+        let layout = Layout::new(1, "1f1b", "none", 1);
+        let mut command = train(codes.to_str().unwrap(), "--kind lora", layout, &output);
+        fail(&mut command, 2, &[scale]);
     }
 }
 

@@ -24,8 +24,8 @@ const BOTH: [(&str, Bits); 2] = [("int8", Bits::Eight), ("int4", Bits::Four)];
 
 const STEPS: usize = 6;
 
-/// Each linear layer's weight of every block.
-fn linear_weights(tensors: &Tensors) -> Vec<String> {
+/// Each linear layer's weight of every block, of ChatGLM-6B and of ChatGLM2.
+fn linear_weights(tensors: &Tensors, blocks: usize) -> Vec<String> {
     let layers = [
         "query_key_value.weight",
         "attention.dense.weight",
@@ -34,7 +34,7 @@ fn linear_weights(tensors: &Tensors) -> Vec<String> {
     ];
     let is_one = |name: &&String| layers.iter().any(|layer| name.ends_with(layer));
     let names: Vec<String> = tensors.keys().filter(is_one).cloned().collect();
-    assert_eq!(names.len(), 4 * family().blocks());
+    assert_eq!(names.len(), 4 * blocks);
     names
 }
 
@@ -46,13 +46,14 @@ fn quantised(tensor: &HostTensor, bits: Bits) -> QuantisedMatrix {
 }
 
 /// A folder as THUDM's `quantize()` and `save_pretrained` leave it.
-fn quantise_folder(config: &mut Value, tensors: &mut Tensors, bits: Bits) {
+pub fn quantise_folder(config: &mut Value, tensors: &mut Tensors, bits: Bits) {
     config["quantization_bit"] = json!(match bits {
         Bits::Eight => 8,
         Bits::Four => 4,
     });
     config["quantization_embeddings"] = json!(false);
-    for name in linear_weights(tensors) {
+    let blocks = config["num_layers"].as_u64().unwrap() as usize;
+    for name in linear_weights(tensors, blocks) {
         let matrix = quantised(&tensors[&name], bits);
         let codes = matrix.codes.iter().map(|code| code.to_le_bytes()[0]);
         let shape = [matrix.rows, bits.row_bytes(matrix.cols)];
@@ -122,7 +123,7 @@ fn every_base_and_layout_ends_alike(name: &str) {
         let unquantised = Outcome::read(&output);
         for (word, bits) in BOTH {
             let frozen = changed_model(&setup, &format!("frozen-{word}"), |_, tensors| {
-                for name in linear_weights(tensors) {
+                for name in linear_weights(tensors, family().blocks()) {
                     let tensor = tensors.get_mut(&name).unwrap();
                     let weights = quantised(tensor, bits).dequantised();
                     *tensor = HostTensor::from_f16(tensor.shape.clone(), &weights).unwrap();

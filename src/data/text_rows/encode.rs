@@ -119,10 +119,16 @@ impl<'a> RowEncoder<'a> {
     /// A conversation that the model's generation has no form for, or no room.
     pub fn encode(&self, text: &RowText) -> Result<Encoded, TextProblem> {
         match text {
-            RowText::Conversation(conversation) => match self.tokenizer.generation().rounds() {
-                Some(style) => self.in_rounds(style, conversation),
-                None => self.with_roles(conversation),
-            },
+            RowText::Conversation(conversation) => {
+                let encoded = match self.tokenizer.generation().rounds() {
+                    Some(style) => self.in_rounds(style, conversation)?,
+                    None => self.with_roles(conversation)?,
+                };
+                match encoded.rows.is_empty() {
+                    true => Err(TextProblem::NotTrained),
+                    false => Ok(encoded),
+                }
+            }
             RowText::Document { text, begins, ends } => Ok(Encoded {
                 rows: self.document(text, *begins, *ends),
                 ..Encoded::default()

@@ -1,7 +1,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use readers::sentencepiece::{ModelProto, SentencePiece};
+use readers::data::sentencepiece::{ModelProto, SentencePiece};
 
 fuzz_target!(|bytes: &[u8]| {
     let Ok(proto) = ModelProto::parse(bytes) else {

@@ -8,5 +8,5 @@ pub mod checkpoint;
 pub mod config;
 #[path = "../../../src/random.rs"]
 pub mod random;
-#[path = "../../../src/data/sentencepiece/mod.rs"]
-pub mod sentencepiece;
+
+pub mod data;
