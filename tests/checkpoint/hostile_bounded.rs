@@ -79,7 +79,7 @@ fn read(folder: &Path) -> Result<(), String> {
     let has = |name: &str| folder.join(name).symlink_metadata().is_ok();
     if has("config.json") {
         said(ModelConfig::from_json_file(&folder.join("config.json")))
-    } else if has("tokenizer.model") {
+    } else if has("tokenizer.model") || has("tokenizer.json") {
         let files = TokenizerFiles::read(folder).map_err(|error| error.to_string())?;
         match files.vocabulary {
             VocabularyFile::SentencePiece(proto) => said(SentencePiece::new(proto)),

@@ -779,7 +779,7 @@ fn vocabularies() -> Vec<Hostile> {
             "a tokenizer.json of gigabytes",
             TOKENIZER_JSON,
             Content::Sparse(3 << 30, b"{".to_vec(), Vec::new()),
-            "more than 67108864",
+            "more than 50331648",
         ),
         of(
             "a tokenizer.json nested deeply",
