@@ -76,8 +76,8 @@ pub enum DataError {
     Encode(#[from] EncodeError),
     /// Rows of text, but nothing that makes ids of it.
     #[error(
-        "{path}: rows of text, but there is no tokenizer; put the model's ice_text.model into its \
-         folder, or give rows with `input_ids` and `labels`"
+        "{path}: rows of text, but there is no tokenizer; put the model's own (ice_text.model, tokenizer.model \
+         or tokenizer.json) into its folder, or give rows of token ids"
     )]
     NoTokenizer {
         /// The file.
