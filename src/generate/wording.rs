@@ -84,7 +84,13 @@ impl Wording {
             (Question::Text { query, history }, _) => (query.clone(), &history[..]),
         };
         let input_ids = match self.tokenizer.generation().rounds() {
-            Some(style) => self.in_rounds(style, history, query),
+            Some(style) => {
+                // An instruction has a form of its own; rounds are for what was said in turns.
+                let is_said = matches!(question, Question::Text { .. });
+                let first_round =
+                    is_said && self.asking.settings.template.round_for_empty_history();
+                self.in_rounds(style, history, query, first_round)
+            }
             None => self.with_roles(history, query)?,
         };
         Ok(Worded {
@@ -93,11 +99,18 @@ impl Wording {
         })
     }
 
-    fn in_rounds(&self, style: RoundStyle, history: &[Turn], query: String) -> Vec<u32> {
+    /// `first_round`: whether a question without earlier turns is written as a round too, in ChatGLM-6B.
+    fn in_rounds(
+        &self,
+        style: RoundStyle,
+        history: &[Turn],
+        query: String,
+        first_round: bool,
+    ) -> Vec<u32> {
         let settings = &self.asking.settings;
         let bare = matches!(self.tokenizer.generation(), Generation::ChatGlm(_))
             && history.is_empty()
-            && !settings.template.round_for_empty_history();
+            && !first_round;
         let prompt = match bare {
             true => query,
             false => {

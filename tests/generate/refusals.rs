@@ -49,7 +49,7 @@ fn text_without_a_tokenizer_is_refused_and_ids_are_not() {
         setup.answers(&[by_ids], &["--max-new-tokens", "2"]).len(),
         1
     );
-    let told = ["neither ice_text.model nor tokenizer.model is there"];
+    let told = ["no ice_text.model, tokenizer.model or tokenizer.json is there"];
     setup.chat("hi\n", &[]).is_refused(&told);
 }
 
