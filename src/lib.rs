@@ -9,6 +9,8 @@ pub mod demo;
 
 pub mod chat;
 
+pub mod check;
+
 pub mod eval;
 
 pub mod train;

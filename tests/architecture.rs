@@ -21,8 +21,9 @@ const ROOMS: &[(&[&str], May)] = &[
     (&["cli"], Below),
     // The demo trains and asks as a person would, with the commands below it.
     (&["demo"], Below),
-    // A chat generates, turn after turn; an evaluation generates what it scores.
-    (&["chat", "eval"], Below),
+    // A chat generates, turn after turn; an evaluation generates what it scores; a check asks what a run
+    // would say.
+    (&["chat", "check", "eval"], Below),
     (&["train", "generate", "plan", "bench", "export"], Below),
     (&["report"], Only(&[])),
     (

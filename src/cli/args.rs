@@ -53,6 +53,12 @@ pub(super) enum Command {
                       --sequence-length neither a model folder nor data."
     )]
     Plan(Box<PlanArgs>),
+    /// Look at model, tokenizer, data, devices and output of a run, and report all that is wrong
+    #[command(
+        allow_negative_numbers = true,
+        after_help = "Takes the configuration of a run. Exit code 0: it would go through; 2: it would not."
+    )]
+    Check(Box<CheckArgs>),
     /// Answer prompts from a file, text or token ids
     #[command(
         allow_negative_numbers = true,
@@ -149,6 +155,15 @@ impl ConfigArgs {
         }
         Layers { flags, file }.resolve()
     }
+}
+
+#[derive(Debug, Args)]
+pub(super) struct CheckArgs {
+    #[command(flatten)]
+    pub config: ConfigArgs,
+    /// Print the findings as JSON
+    #[arg(long, help_heading = "Check")]
+    pub json: bool,
 }
 
 #[derive(Debug, Args)]

@@ -15,6 +15,7 @@ mod adapter_settings;
 mod args;
 mod bench;
 mod chat;
+mod check;
 mod demo;
 mod devices;
 mod eval;
@@ -50,6 +51,7 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         None => train::run(&cli.train),
         Some(Command::Train(args)) => train::run(&args),
         Some(Command::Plan(args)) => plan::run(&args),
+        Some(Command::Check(args)) => check::run(&args),
         Some(Command::Generate(args)) => generate::run(&args),
         Some(Command::Eval(args)) => eval::run(&args),
         Some(Command::Chat(args)) => chat::run(&args),

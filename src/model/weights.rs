@@ -1,5 +1,7 @@
 //! Which tensors a model has, with their shapes, and whether a folder holds them.
 
+use std::collections::HashSet;
+
 use super::names::{LinearSite, Names, NormSite};
 use super::{ModelError, quantised};
 use crate::checkpoint::pieces::same_tensor;
@@ -145,60 +147,68 @@ fn check_elements(expected: &Stored, info: &TensorInfo) -> Result<(), ModelError
     })
 }
 
-/// Checks names, shapes and codes of a model folder against its configuration, whose `quantization` is
-/// that of the folder.
-///
-/// # Errors
-/// A missing, extra or misshapen tensor, by name; reading fails.
-pub fn check(source: &dyn TensorSource, config: &ModelConfig) -> Result<HeadSource, ModelError> {
+/// Everything about names, shapes and codes of a model folder that contradicts its configuration, whose
+/// `quantization` is that of the folder: one entry for each tensor that is not as it should be, one for all
+/// that are missing and one for all that nobody knows.
+pub fn problems(source: &dyn TensorSource, config: &ModelConfig) -> Vec<ModelError> {
     let names = Names::of(config);
     let expected = stored_tensors(config);
-    let mut missing = Vec::new();
+    let (mut problems, mut missing) = (Vec::new(), Vec::new());
     for tensor in &expected {
         let Stored { name, shape, .. } = tensor;
-        let info = source.info(name);
-        if let Some(info) = &info {
-            check_elements(tensor, info)?;
-        }
-        match info {
-            Some(info) if info.shape == *shape => {}
+        match source.info(name) {
             Some(info) => {
-                return Err(ModelError::WrongShape {
-                    file: info.file,
-                    name: name.clone(),
-                    found: info.shape,
-                    expected: shape.clone(),
-                });
+                if let Err(problem) = check_elements(tensor, &info) {
+                    problems.push(problem);
+                } else if info.shape != *shape {
+                    problems.push(ModelError::WrongShape {
+                        file: info.file,
+                        name: name.clone(),
+                        found: info.shape,
+                        expected: shape.clone(),
+                    });
+                }
             }
             None if name == names.lm_head || name == names.word_embeddings => {}
             None => missing.push(name.clone()),
         }
     }
     let has = |name| source.info(name).is_some();
-    let (embedding, head) = (has(names.word_embeddings), has(names.lm_head));
-    if !(embedding || head && config.tie_word_embeddings) {
+    if !(has(names.word_embeddings) || has(names.lm_head) && config.tie_word_embeddings) {
         missing.insert(0, names.word_embeddings.to_owned());
     }
     if let Some(name) = missing.first() {
-        return Err(ModelError::MissingTensor {
+        problems.push(ModelError::MissingTensor {
             name: name.clone(),
             count: missing.len(),
         });
     }
+    let known: HashSet<&str> = expected.iter().map(|tensor| &tensor.name[..]).collect();
     let found = source.names();
-    let extra: Vec<&String> = found
-        .iter()
-        .filter(|name| {
-            !names.is_ignored(name) && !expected.iter().any(|known| known.name == **name)
-        })
-        .collect();
+    let is_extra = |name: &&String| !names.is_ignored(name) && !known.contains(&name[..]);
+    let extra: Vec<&String> = found.iter().filter(is_extra).collect();
     if let Some(name) = extra.first() {
-        return Err(ModelError::ExtraTensor {
+        problems.push(ModelError::ExtraTensor {
             file: source.info(name).map(|info| info.file).unwrap_or_default(),
             name: (*name).clone(),
             count: extra.len(),
         });
     }
+    problems
+}
+
+/// Checks a model folder against its configuration, and decides which matrix the embedding and the head
+/// are.
+///
+/// # Errors
+/// The first of [`problems`]; reading fails.
+pub fn check(source: &dyn TensorSource, config: &ModelConfig) -> Result<HeadSource, ModelError> {
+    if let Some(problem) = problems(source, config).into_iter().next() {
+        return Err(problem);
+    }
+    let names = Names::of(config);
+    let has = |name| source.info(name).is_some();
+    let (embedding, head) = (has(names.word_embeddings), has(names.lm_head));
     head_source(source, config, embedding, head)
 }
 

@@ -185,7 +185,8 @@ pub fn open_tokenizer(
     Ok(Some(tokenizer))
 }
 
-fn data_settings(config: &RunConfig) -> DataSettings {
+/// How a run reads its rows.
+pub fn data_settings(config: &RunConfig) -> DataSettings {
     let data = &config.data;
     let cache = data.cache.clone();
     DataSettings {

@@ -203,6 +203,29 @@ fn report_memory(
     Ok(())
 }
 
+/// The step that a run would go on from, checked as the run itself does.
+///
+/// # Errors
+/// There is no checkpoint, it is damaged, or it is that of another run or of other rows.
+pub fn check_resume(
+    config: &RunConfig,
+    rows: &Rows,
+    warn: &mut dyn FnMut(String),
+) -> Result<u64, TrainError> {
+    let mut reporter = |event: Event| {
+        if let Event::Warning(warning) = event {
+            warn(warning);
+        }
+    };
+    match checkpoint::find(config, &mut reporter)? {
+        Some(resumed) => {
+            resumed.check(config, &Fingerprint::of(rows))?;
+            Ok(resumed.trainer.step)
+        }
+        None => Ok(0),
+    }
+}
+
 /// Opens model and data, saying how far the data is; `None` when a signal came meanwhile.
 fn open(
     config: &RunConfig,
