@@ -151,9 +151,9 @@ impl Report {
             };
             let findings = self.findings.iter();
             for finding in findings.filter(|finding| finding.severity == severity) {
-                let _ = write!(
+                let _ = writeln!(
                     text,
-                    "{lead}: {}: {}\n",
+                    "{lead}: {}: {}",
                     finding.about.word(),
                     finding.message
                 );
