@@ -1,6 +1,6 @@
 //! PyTorch `.bin` files, the zip kind and the older stream kind, read without running their pickles.
 //!
-//! Two readers look at each file and must agree about it. Ours ([`torch_map`](super::torch_map)) goes
+//! Two readers look at each file and must agree about it. Ours (`torch_map`) goes
 //! first: it knows only what a dictionary of tensors needs and refuses the rest by name. Then the
 //! `pytorch-reader` crate, whose values are used for tensors that are not in one piece. Added here are
 //! limits that follow from the size of the file and a list of element types.
