@@ -20,7 +20,9 @@ export CARGO_TARGET_DIR=$target
 export GIT_CEILING_DIRECTORIES=$target/planted
 
 # An emulated GPU is slow: these cases are enough to see every fault that it is to see.
-cases_on_cuda=forward_gmask,forward,lora_qkv
+declare -A cases_on_cuda=(
+  [chatglm-6b]=forward_gmask,lora_qkv [chatglm2-6b]=forward,lora_qkv [glm-4-9b]=forward,lora_attn
+)
 
 # The crate is built once per fault and runs briefly: what builds quickly is quick.
 export CARGO_INCREMENTAL=1
@@ -61,7 +63,7 @@ build() {
 golden() {
   local settings=(GOLDEN_BACKEND="$1" GOLDEN_DIR="$tree/tests/golden/$2")
   if [ "$1" = cuda ]; then
-    settings+=(GOLDEN_CASES="$cases_on_cuda")
+    settings+=(GOLDEN_CASES="${cases_on_cuda[$2]}")
   fi
   in_tree env "${settings[@]}" "${cargo[@]}" test --locked --release --test golden -- golden_ >"$log" 2>&1
 }

@@ -68,7 +68,11 @@ fn a_run_that_would_go_through_is_said_to() {
         );
     }
     let ended = succeed(&mut check(&world, TEXT));
-    assert!(ended.stdout.contains("ChatGlm("), "{}", ended.stdout);
+    assert!(
+        ended.stdout.contains("ChatGLM-6B, 760 ids"),
+        "{}",
+        ended.stdout
+    );
     // What was said holds.
     let mut train = mp_train(TEXT.split_whitespace());
     succeed(train.current_dir(world.path()));

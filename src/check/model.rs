@@ -108,7 +108,7 @@ pub(super) fn tokenizer(
     }
     match opened {
         Ok(Some(tokenizer)) => {
-            let text = format!("{:?}, {} ids", tokenizer.generation(), tokenizer.size());
+            let text = format!("{}, {} ids", tokenizer.generation(), tokenizer.size());
             report.fact(About::Tokenizer, text);
             Some(tokenizer)
         }
