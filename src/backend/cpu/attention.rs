@@ -1,15 +1,21 @@
 //! Softmax attention inside each sequence, forward and backward.
 //!
 //! One task per sequence and key/value head: its keys and values (prefix first) are gathered once,
-//! as f32, then queries are taken in tiles, so that no more than `QUERY_TILE` rows of scores exist.
+//! as f32 and transposed where a product wants them so, then queries are taken in tiles, so that no more
+//! than `QUERY_TILE` rows of scores exist, of the keys that one of the tile's queries sees.
 
-use super::matmul::{Extent, Matrix, multiply};
+use multiversion::multiversion;
+
+use super::matmul::{Extent, Matrix, multiply, transpose};
 use super::reduce;
-use super::threads::{Scattered, Threads};
+use super::threads::{Scattered, Threads, with_scratch};
 use crate::backend::{AttentionLayout, Element, HeadLayout, Span};
 
 /// Query rows whose scores are held at once.
 const QUERY_TILE: usize = 64;
+/// Queries from which on keys are transposed for them: the library's own packing of columns takes a third
+/// of a product of 64 queries.
+const QUERIES_WORTH_TRANSPOSING: usize = 16;
 
 /// Prefix keys and values in host memory.
 #[derive(Clone, Copy)]
@@ -33,13 +39,14 @@ pub struct Geometry<'a> {
     pub scale: f32,
 }
 
-/// One sequence and key/value head: gathered keys and values, prefix rows first.
-struct Head {
+/// One sequence and key/value head.
+struct Head<'a, E> {
+    geometry: Geometry<'a>,
+    sequence: usize,
     span: Span,
     kv_head: usize,
+    prefix: Option<PrefixRows<'a, E>>,
     prefix_len: usize,
-    keys: Vec<f32>,
-    values: Vec<f32>,
 }
 
 fn gather<E: Element>(
@@ -56,74 +63,54 @@ fn gather<E: Element>(
     }
 }
 
-impl Head {
-    fn new<E: Element>(
-        geometry: Geometry<'_>,
-        task: usize,
-        key_value: &[E],
-        prefix: Option<PrefixRows<'_, E>>,
-    ) -> Self {
-        let layout = geometry.layout;
+impl<'a, E: Element> Head<'a, E> {
+    fn new(geometry: Geometry<'a>, task: usize, prefix: Option<PrefixRows<'a, E>>) -> Self {
+        let kv_heads = geometry.layout.kv_heads;
+        let sequence = task / kv_heads;
+        Head {
+            geometry,
+            sequence,
+            span: geometry.spans[sequence],
+            kv_head: task % kv_heads,
+            prefix,
+            prefix_len: prefix.map_or(0, |prefix| prefix.len),
+        }
+    }
+
+    /// Keys, the prefix's and its own.
+    fn keys(&self) -> usize {
+        self.prefix_len + self.span.kv_len
+    }
+
+    /// Fills `[keys, D]`: from the prefix, whose rows have this head at `prefix_offset` for head 0, and
+    /// from `x`, where heads lie at `place`.
+    fn gather(&self, out: &mut [f32], x: &[E], place: HeadLayout, prefix_offset: usize) {
+        let layout = self.geometry.layout;
         let dim = layout.head_dim;
-        let (sequence, kv_head) = (task / layout.kv_heads, task % layout.kv_heads);
-        let span = geometry.spans[sequence];
-        let prefix_len = prefix.map_or(0, |prefix| prefix.len);
-        let rows = prefix_len + span.kv_len;
-        let (mut keys, mut values) = (vec![0.0; rows * dim], vec![0.0; rows * dim]);
-        if let Some(prefix) = prefix {
-            let width = layout.key_value_width();
+        let (before, own) = out.split_at_mut(self.prefix_len * dim);
+        if let Some(prefix) = self.prefix {
             let first = if prefix.per_sequence {
-                sequence * prefix.len
+                self.sequence * prefix.len
             } else {
                 0
             };
-            let place = |offset| HeadLayout {
-                row: width,
-                offset,
+            let place = HeadLayout {
+                row: layout.key_value_width(),
+                offset: prefix_offset,
                 stride: dim,
             };
-            let len = prefix.len * dim;
-            gather(
-                &mut keys[..len],
-                prefix.key_value,
-                place(0),
-                kv_head,
-                first,
-                dim,
-            );
-            gather(
-                &mut values[..len],
-                prefix.key_value,
-                place(width / 2),
-                kv_head,
-                first,
-                dim,
-            );
+            gather(before, prefix.key_value, place, self.kv_head, first, dim);
         }
-        let own = prefix_len * dim;
-        gather(
-            &mut keys[own..],
-            key_value,
-            layout.key,
-            kv_head,
-            span.kv_start,
-            dim,
-        );
-        gather(
-            &mut values[own..],
-            key_value,
-            layout.value,
-            kv_head,
-            span.kv_start,
-            dim,
-        );
-        Head {
-            span,
-            kv_head,
-            prefix_len,
-            keys,
-            values,
-        }
+        gather(own, x, place, self.kv_head, self.span.kv_start, dim);
+    }
+
+    fn gather_keys(&self, out: &mut [f32], x: &[E]) {
+        self.gather(out, x, self.geometry.layout.key, 0);
+    }
+
+    fn gather_values(&self, out: &mut [f32], x: &[E]) {
+        let layout = self.geometry.layout;
+        self.gather(out, x, layout.value, layout.key_value_width() / 2);
     }
 
     /// Prefix and own keys that query `i` of the span sees, counted from the start.
@@ -156,61 +143,114 @@ pub fn attention<E: Element>(
     let group = layout.heads / layout.kv_heads;
     let (out, lse) = (Scattered::new(out), Scattered::new(lse));
     threads.tasks(geometry.spans.len() * layout.kv_heads, |task| {
-        let head = Head::new(geometry, task, key_value, prefix);
-        let mut q = vec![0.0f32; QUERY_TILE * dim];
-        let mut scores = vec![0.0f32; QUERY_TILE * (head.prefix_len + head.span.kv_len)];
-        let mut context = vec![0.0f32; QUERY_TILE * dim];
-        for q_head in head.kv_head * group..(head.kv_head + 1) * group {
-            for (first, rows, keys) in head.tiles() {
-                let row = head.span.q_start + first;
-                gather(&mut q[..rows * dim], query, layout.query, q_head, row, dim);
-                let extent = Extent {
-                    m: rows,
-                    n: keys,
-                    k: dim,
-                };
-                let transposed = Matrix::transposed(&head.keys, dim);
-                multiply(
-                    &mut scores,
-                    keys,
-                    extent,
-                    Matrix::rows(&q, dim),
-                    transposed,
-                    geometry.scale,
-                    false,
-                );
-                for (i, scores) in scores.chunks_exact_mut(keys).take(rows).enumerate() {
-                    let (seen, hidden) = scores.split_at_mut(head.visible(first + i));
-                    let max = reduce::max(seen);
-                    for score in seen.iter_mut() {
-                        *score = reduce::exp(*score - max);
+        let head = Head::new(geometry, task, prefix);
+        let all = head.keys();
+        let lens = [
+            all * dim,
+            all * dim,
+            QUERY_TILE * dim,
+            QUERY_TILE * all,
+            QUERY_TILE * dim,
+        ];
+        with_scratch(lens.iter().sum(), |scratch| {
+            let [keys, values, q, scores, context] = split(scratch, lens);
+            let keys_t = if head.span.q_len < QUERIES_WORTH_TRANSPOSING {
+                head.gather_keys(keys, key_value);
+                Matrix::transposed(keys, dim)
+            } else {
+                head.gather_keys(values, key_value);
+                transpose(keys, values, dim, all);
+                Matrix::rows(keys, all)
+            };
+            head.gather_values(values, key_value);
+            for q_head in head.kv_head * group..(head.kv_head + 1) * group {
+                for (first, rows, keys) in head.tiles() {
+                    let row = head.span.q_start + first;
+                    gather(&mut q[..rows * dim], query, layout.query, q_head, row, dim);
+                    let extent = Extent {
+                        m: rows,
+                        n: keys,
+                        k: dim,
+                    };
+                    let q = Matrix::rows(q, dim);
+                    multiply(scores, keys, extent, q, keys_t, geometry.scale, false);
+                    for (i, scores) in scores.chunks_exact_mut(keys).take(rows).enumerate() {
+                        let log_sum = softmax(scores, head.visible(first + i));
+                        // SAFETY: one place per query and head, and this task alone has this head.
+                        unsafe { lse.at((row + i) * layout.heads + q_head, 1) }.fill(log_sum);
                     }
-                    let sum = reduce::sum(seen);
-                    for score in seen {
-                        *score /= sum;
-                    }
-                    hidden.fill(0.0);
-                    // SAFETY: one place per query and head, and this task alone has this head.
-                    unsafe { lse.at((row + i) * layout.heads + q_head, 1) }.fill(max + sum.ln());
-                }
-                let extent = Extent {
-                    m: rows,
-                    n: dim,
-                    k: keys,
-                };
-                let (probabilities, values) =
-                    (Matrix::rows(&scores, keys), Matrix::rows(&head.values, dim));
-                multiply(&mut context, dim, extent, probabilities, values, 1.0, false);
-                for (i, context) in context.chunks_exact(dim).take(rows).enumerate() {
-                    // SAFETY: as above, `dim` places per query and head.
-                    let out = unsafe { out.at(((row + i) * layout.heads + q_head) * dim, dim) };
-                    for (out, &context) in out.iter_mut().zip(context) {
-                        *out = E::from_f32(context);
+                    let extent = Extent {
+                        m: rows,
+                        n: dim,
+                        k: keys,
+                    };
+                    let (probabilities, values) =
+                        (Matrix::rows(scores, keys), Matrix::rows(values, dim));
+                    multiply(context, dim, extent, probabilities, values, 1.0, false);
+                    for (i, context) in context.chunks_exact(dim).take(rows).enumerate() {
+                        // SAFETY: as above, `dim` places per query and head.
+                        let out = unsafe { out.at(((row + i) * layout.heads + q_head) * dim, dim) };
+                        round(out, context);
                     }
                 }
             }
-        }
+        });
     });
+}
+
+/// Scratch memory cut into parts.
+fn split<const PARTS: usize>(scratch: &mut [f32], lens: [usize; PARTS]) -> [&mut [f32]; PARTS] {
+    let mut rest = scratch;
+    lens.map(|len| {
+        let (part, others) = std::mem::take(&mut rest).split_at_mut(len);
+        rest = others;
+        part
+    })
+}
+
+/// Softmax of the first `seen` scores, zeros for the others; the log of the sum of exponentials.
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2"))]
+fn softmax(scores: &mut [f32], seen: usize) -> f32 {
+    let (seen, hidden) = scores.split_at_mut(seen);
+    let max = reduce::max(seen);
+    for score in seen.iter_mut() {
+        *score = reduce::exp(*score - max);
+    }
+    let sum = reduce::sum(seen);
+    for score in seen {
+        *score /= sum;
+    }
+    hidden.fill(0.0);
+    max + sum.ln()
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2"))]
+fn round<E: Element>(out: &mut [E], values: &[f32]) {
+    for (out, &value) in out.iter_mut().zip(values) {
+        *out = E::from_f32(value);
+    }
+}
+
+/// Scores become probabilities and `ds`, which holds `do vᵀ`, the gradient of the scores; zeros beyond
+/// the first `seen`.
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2"))]
+fn softmax_backward(
+    p: &mut [f32],
+    ds: &mut [f32],
+    seen: usize,
+    lse: f32,
+    dout: &[f32],
+    out: &[f32],
+) {
+    let delta = reduce::dot(dout, out);
+    let (p, p_hidden) = p.split_at_mut(seen);
+    let (ds, ds_hidden) = ds.split_at_mut(seen);
+    for (p, ds) in p.iter_mut().zip(ds) {
+        *p = reduce::exp(*p - lse);
+        *ds = *p * (*ds - delta);
+    }
+    p_hidden.fill(0.0);
+    ds_hidden.fill(0.0);
 }
 
 /// What the forward pass left, and the gradient of its output.
@@ -247,152 +287,124 @@ pub fn attention_backward<E: Element>(
         stride: dim,
     };
     threads.tasks(geometry.spans.len() * layout.kv_heads, |task| {
-        let head = Head::new(geometry, task, saved.qkv, prefix);
-        let all = head.prefix_len + head.span.kv_len;
-        let (mut dkeys, mut dvalues) = (vec![0.0f32; all * dim], vec![0.0f32; all * dim]);
-        let mut tile = vec![0.0f32; 4 * QUERY_TILE * dim];
-        let (q, rest) = tile.split_at_mut(QUERY_TILE * dim);
-        let (dout, rest) = rest.split_at_mut(QUERY_TILE * dim);
-        let (out, dq) = rest.split_at_mut(QUERY_TILE * dim);
-        let mut p = vec![0.0f32; QUERY_TILE * all];
-        let mut ds = vec![0.0f32; QUERY_TILE * all];
-        let write = |place: HeadLayout, head: usize, row: usize, values: &[f32]| {
-            let start = row * place.row + place.offset + head * place.stride;
-            // SAFETY: query heads of this group and this key/value head belong to this task alone.
-            let target = unsafe { dqkv.at(start, dim) };
-            for (target, &value) in target.iter_mut().zip(values) {
-                *target = E::from_f32(value);
-            }
-        };
-        for q_head in head.kv_head * group..(head.kv_head + 1) * group {
-            for (first, rows, keys) in head.tiles() {
-                let row = head.span.q_start + first;
-                gather(
-                    &mut q[..rows * dim],
-                    saved.qkv,
-                    layout.query,
-                    q_head,
-                    row,
-                    dim,
-                );
-                gather(
-                    &mut dout[..rows * dim],
-                    saved.dout,
-                    contiguous,
-                    q_head,
-                    row,
-                    dim,
-                );
-                gather(
-                    &mut out[..rows * dim],
-                    saved.out,
-                    contiguous,
-                    q_head,
-                    row,
-                    dim,
-                );
-                let extent = Extent {
-                    m: rows,
-                    n: keys,
-                    k: dim,
-                };
-                let transposed_keys = Matrix::transposed(&head.keys, dim);
-                let transposed_values = Matrix::transposed(&head.values, dim);
-                let scale = geometry.scale;
-                multiply(
-                    &mut p,
-                    keys,
-                    extent,
-                    Matrix::rows(q, dim),
-                    transposed_keys,
-                    scale,
-                    false,
-                );
-                multiply(
-                    &mut ds,
-                    keys,
-                    extent,
-                    Matrix::rows(dout, dim),
-                    transposed_values,
-                    1.0,
-                    false,
-                );
-                for i in 0..rows {
-                    let lse = saved.lse[(row + i) * layout.heads + q_head];
-                    let delta =
-                        reduce::dot(&dout[i * dim..(i + 1) * dim], &out[i * dim..(i + 1) * dim]);
-                    let seen = head.visible(first + i);
-                    let (p, ds) = (
-                        &mut p[i * keys..(i + 1) * keys],
-                        &mut ds[i * keys..(i + 1) * keys],
+        let head = Head::new(geometry, task, prefix);
+        let all = head.keys();
+        let (kv_len, tile_len, scores_len) = (all * dim, QUERY_TILE * dim, QUERY_TILE * all);
+        let lens = [
+            kv_len, kv_len, kv_len, kv_len, kv_len, tile_len, tile_len, tile_len, tile_len,
+            scores_len, scores_len,
+        ];
+        with_scratch(lens.iter().sum(), |scratch| {
+            let [
+                keys_of_head,
+                keys_t,
+                values_t,
+                dkeys,
+                dvalues,
+                q,
+                dout,
+                out,
+                dq,
+                p,
+                ds,
+            ] = split(scratch, lens);
+            head.gather_values(keys_of_head, saved.qkv);
+            transpose(values_t, keys_of_head, dim, all);
+            head.gather_keys(keys_of_head, saved.qkv);
+            transpose(keys_t, keys_of_head, dim, all);
+            dkeys.fill(0.0);
+            dvalues.fill(0.0);
+            let write = |place: HeadLayout, head: usize, row: usize, values: &[f32]| {
+                let start = row * place.row + place.offset + head * place.stride;
+                // SAFETY: query heads of this group and this key/value head belong to this task alone.
+                round(unsafe { dqkv.at(start, dim) }, values);
+            };
+            for q_head in head.kv_head * group..(head.kv_head + 1) * group {
+                for (first, rows, keys) in head.tiles() {
+                    let row = head.span.q_start + first;
+                    let gather = |out: &mut [f32], x: &[E], place: HeadLayout| {
+                        gather(&mut out[..rows * dim], x, place, q_head, row, dim);
+                    };
+                    gather(q, saved.qkv, layout.query);
+                    gather(dout, saved.dout, contiguous);
+                    gather(out, saved.out, contiguous);
+                    let extent = Extent {
+                        m: rows,
+                        n: keys,
+                        k: dim,
+                    };
+                    let scale = geometry.scale;
+                    let by_key = |x| Matrix::rows(x, all);
+                    multiply(
+                        p,
+                        keys,
+                        extent,
+                        Matrix::rows(q, dim),
+                        by_key(keys_t),
+                        scale,
+                        false,
                     );
-                    for (p, ds) in p[..seen].iter_mut().zip(&mut ds[..seen]) {
-                        *p = reduce::exp(*p - lse);
-                        *ds = *p * (*ds - delta);
+                    multiply(
+                        ds,
+                        keys,
+                        extent,
+                        Matrix::rows(dout, dim),
+                        by_key(values_t),
+                        1.0,
+                        false,
+                    );
+                    for i in 0..rows {
+                        let lse = saved.lse[(row + i) * layout.heads + q_head];
+                        let (scores, values) = (i * keys..(i + 1) * keys, i * dim..(i + 1) * dim);
+                        let (p, ds) = (&mut p[scores.clone()], &mut ds[scores]);
+                        let seen = head.visible(first + i);
+                        softmax_backward(p, ds, seen, lse, &dout[values.clone()], &out[values]);
                     }
-                    p[seen..].fill(0.0);
-                    ds[seen..].fill(0.0);
-                }
-                let extent = Extent {
-                    m: rows,
-                    n: dim,
-                    k: keys,
-                };
-                let key_rows = Matrix::rows(&head.keys, dim);
-                multiply(
-                    dq,
-                    dim,
-                    extent,
-                    Matrix::rows(&ds, keys),
-                    key_rows,
-                    scale,
-                    false,
-                );
-                for (i, dq) in dq.chunks_exact(dim).take(rows).enumerate() {
-                    write(layout.query, q_head, row + i, dq);
-                }
-                let extent = Extent {
-                    m: keys,
-                    n: dim,
-                    k: rows,
-                };
-                let (dst, pt) = (Matrix::transposed(&ds, keys), Matrix::transposed(&p, keys));
-                multiply(
-                    &mut dkeys,
-                    dim,
-                    extent,
-                    dst,
-                    Matrix::rows(q, dim),
-                    scale,
-                    true,
-                );
-                multiply(
-                    &mut dvalues,
-                    dim,
-                    extent,
-                    pt,
-                    Matrix::rows(dout, dim),
-                    1.0,
-                    true,
-                );
-            }
-        }
-        let own = head.prefix_len * dim;
-        for (place, gradient) in [(layout.key, &dkeys), (layout.value, &dvalues)] {
-            for (row, values) in gradient[own..].chunks_exact(dim).enumerate() {
-                write(place, head.kv_head, head.span.kv_start + row, values);
-            }
-        }
-        if let Some(dprefix) = &dprefix {
-            let width = layout.key_value_width();
-            let first = task / layout.kv_heads * head.prefix_len;
-            for (offset, gradient) in [(0, &dkeys), (width / 2, &dvalues)] {
-                for (row, values) in gradient[..own].chunks_exact(dim).enumerate() {
-                    let start = (first + row) * width + offset + head.kv_head * dim;
-                    // SAFETY: one place per sequence, prefix row and key/value head.
-                    unsafe { dprefix.at(start, dim) }.copy_from_slice(values);
+                    let extent = Extent {
+                        m: rows,
+                        n: dim,
+                        k: keys,
+                    };
+                    let key_rows = Matrix::rows(keys_of_head, dim);
+                    multiply(
+                        dq,
+                        dim,
+                        extent,
+                        Matrix::rows(ds, keys),
+                        key_rows,
+                        scale,
+                        false,
+                    );
+                    for (i, dq) in dq.chunks_exact(dim).take(rows).enumerate() {
+                        write(layout.query, q_head, row + i, dq);
+                    }
+                    let extent = Extent {
+                        m: keys,
+                        n: dim,
+                        k: rows,
+                    };
+                    let (dst, pt) = (Matrix::transposed(ds, keys), Matrix::transposed(p, keys));
+                    multiply(dkeys, dim, extent, dst, Matrix::rows(q, dim), scale, true);
+                    multiply(dvalues, dim, extent, pt, Matrix::rows(dout, dim), 1.0, true);
                 }
             }
-        }
+            let own = head.prefix_len * dim;
+            for (place, gradient) in [(layout.key, &*dkeys), (layout.value, &*dvalues)] {
+                for (row, values) in gradient[own..].chunks_exact(dim).enumerate() {
+                    write(place, head.kv_head, head.span.kv_start + row, values);
+                }
+            }
+            if let Some(dprefix) = &dprefix {
+                let width = layout.key_value_width();
+                let first = task / layout.kv_heads * head.prefix_len;
+                for (offset, gradient) in [(0, &*dkeys), (width / 2, &*dvalues)] {
+                    for (row, values) in gradient[..own].chunks_exact(dim).enumerate() {
+                        let start = (first + row) * width + offset + head.kv_head * dim;
+                        // SAFETY: one place per sequence, prefix row and key/value head.
+                        unsafe { dprefix.at(start, dim) }.copy_from_slice(values);
+                    }
+                }
+            }
+        });
     });
 }

@@ -1,18 +1,27 @@
 //! Matrix products, on the `gemm` crate's f32 kernels.
 //!
-//! The output is cut into tiles by shape; each tile is one single-threaded call, so that a result
-//! does not depend on the number of threads. f16 operands are widened panel by panel and summed in
-//! f32 with one rounding at the end (the crate's own f16 path rounds partial sums).
+//! The output is cut into tiles by shape; each tile is computed on one thread, so that a result does not
+//! depend on the number of threads. f32 outputs are written in place. f16 operands are widened panel by
+//! panel and summed in f32 with one rounding at the end (the crate's own f16 path rounds partial sums).
 
-use super::threads::{Scattered, Threads};
+use multiversion::multiversion;
+
+use super::threads::{Scattered, Threads, with_scratch};
 use crate::backend::{Element, LinearShape};
 
-/// Output tiles to choose from, rows and columns, large to small: the library packs its operands anew
-/// for every tile, so large ones are faster (512 rows instead of 128: 90 to 162 GFLOP/s on one thread
-/// of an AMD EPYC at 512 x 1024 x 4096, f32), but every thread should get some.
-const TILES: [(usize, usize); 4] = [(512, 512), (256, 512), (128, 512), (128, 128)];
+/// Output tiles to choose from, rows and columns, large to small. Tall ones, since the right operand, a
+/// weight, is brought into the kernels' order for every tile of rows anew; all run at the speed of one
+/// large product on an AMD EPYC (Zen 5), but every thread should get some.
+const TILES: [(usize, usize); 5] = [(1024, 256), (1024, 128), (512, 128), (256, 128), (128, 128)];
 /// Tiles that are enough to keep threads busy.
-const ENOUGH_TILES: usize = 8;
+const ENOUGH_TILES: usize = 16;
+/// Length of sums for which operands are copied at once: panels of it stay in the second-level cache.
+const PANEL_DEPTH: usize = 512;
+/// Rows of a tile from which on f32 operands are copied too. The right one is transposed, as the
+/// library's own packing of columns takes a tenth of a product of 512 rows. The left one is gathered, as
+/// its rows, a power of two apart, drive each other out of the cache: two threads ran at 58 GFLOP/s each
+/// without, 68 with (AMD EPYC, Zen 5, 2 cores, 1024 x 4096 x 1024).
+const ROWS_WORTH_COPYING: usize = 64;
 
 fn tile_size(m: usize, n: usize) -> (usize, usize) {
     let enough =
@@ -47,6 +56,14 @@ impl<'a, T> Matrix<'a, T> {
             values,
             row_stride: 1,
             col_stride: cols,
+        }
+    }
+
+    /// The same from another first row and column on.
+    fn part(self, row: usize, col: usize) -> Self {
+        Matrix {
+            values: &self.values[row * self.row_stride + col * self.col_stride..],
+            ..self
         }
     }
 
@@ -138,14 +155,43 @@ pub fn multiply(
     scale: f32,
     accumulate: bool,
 ) {
+    let Extent { m, n, .. } = extent;
+    assert!(
+        m == 0 || n == 0 || (m - 1) * out_stride + n <= out.len(),
+        "product outside of its output"
+    );
+    // SAFETY: the assertion bounds what is written, and `out` is borrowed uniquely.
+    unsafe {
+        multiply_at(
+            out.as_mut_ptr(),
+            out_stride,
+            extent,
+            a,
+            b,
+            scale,
+            accumulate,
+        )
+    }
+}
+
+/// The same at a place in a larger output.
+///
+/// # Safety
+/// The `n` values from `out` on, and those `out_stride` further for each of `m` rows, must be valid for
+/// reading and writing, and nobody else's.
+unsafe fn multiply_at(
+    out: *mut f32,
+    out_stride: usize,
+    extent: Extent,
+    a: Matrix<'_, f32>,
+    b: Matrix<'_, f32>,
+    scale: f32,
+    accumulate: bool,
+) {
     let Extent { m, n, k } = extent;
     if m == 0 || n == 0 {
         return;
     }
-    assert!(
-        (m - 1) * out_stride + n <= out.len(),
-        "product outside of its output"
-    );
     if k > 0 {
         assert!(
             a.last(m, k) < a.values.len(),
@@ -156,14 +202,14 @@ pub fn multiply(
             "product reads outside of its right operand"
         );
     }
-    // SAFETY: the assertions above bound every element that m, n, k and the strides can reach, and
-    // `out` is borrowed uniquely, so it overlaps neither operand.
+    // SAFETY: the assertions above bound every element that m, n, k and the strides can reach in the
+    // operands, and the caller vouches for `out`, which overlaps neither operand as these are borrowed.
     unsafe {
         gemm::gemm(
             m,
             n,
             k,
-            out.as_mut_ptr(),
+            out,
             1,
             out_stride as isize,
             accumulate,
@@ -183,6 +229,14 @@ pub fn multiply(
     }
 }
 
+/// A part of the output, its place in the operands, and its shape.
+#[derive(Clone, Copy)]
+struct Tile {
+    row: usize,
+    col: usize,
+    extent: Extent,
+}
+
 /// `out [m, n] = scale * a b + bias + (out if accumulate)`, rounded once to `O`.
 #[allow(clippy::too_many_arguments)]
 fn product<T: Element, O: Element>(
@@ -200,91 +254,223 @@ fn product<T: Element, O: Element>(
     let (tile_rows, tile_cols) = tile_size(m, n);
     let tile_columns = n.div_ceil(tile_cols);
     let tiles = m.div_ceil(tile_rows) * tile_columns;
-    let out = Scattered::new(out);
-    threads.tasks(tiles, |tile| {
+    let tile = |index: usize| {
         let (row, col) = (
-            tile / tile_columns * tile_rows,
-            tile % tile_columns * tile_cols,
+            index / tile_columns * tile_rows,
+            index % tile_columns * tile_cols,
         );
-        let (rows, cols) = (tile_rows.min(m - row), tile_cols.min(n - col));
-        let extent = Extent {
-            m: rows,
-            n: cols,
-            k,
-        };
-        let mut a_panel = Vec::new();
-        let mut b_panel = Vec::new();
-        let a = f32_panel(a, row, 0, rows, k, &mut a_panel);
-        let b = f32_panel(b, 0, col, k, cols, &mut b_panel);
-        let mut sums = vec![0.0f32; rows * cols];
-        multiply(&mut sums, cols, extent, a, b, scale, false);
-        for (r, sums) in sums.chunks_exact(cols).enumerate() {
-            // SAFETY: tiles do not overlap, and this is a row of this tile.
-            let out = unsafe { out.at((row + r) * n + col, cols) };
-            store(
-                out,
-                sums,
-                bias.map(|bias| &bias[col..col + cols]),
-                accumulate,
-            );
-        }
+        let (m, n) = (tile_rows.min(m - row), tile_cols.min(n - col));
+        let extent = Extent { m, n, k };
+        Tile { row, col, extent }
+    };
+    if let Some(out) = O::as_f32_mut(out) {
+        let out = Scattered::new(out);
+        threads.tasks(tiles, |index| {
+            let Tile { row, col, extent } = tile(index);
+            if let Some(bias) = bias {
+                for row in row..row + extent.m {
+                    // SAFETY: tiles do not overlap, and this is a row of this tile.
+                    let out = unsafe { out.at(row * n + col, extent.n) };
+                    set_bias(out, &bias[col..], accumulate);
+                }
+            }
+            let start = out.start_of(row * n + col, (extent.m - 1) * n + extent.n);
+            let accumulate = accumulate || bias.is_some();
+            with_scratch(panels_len(b, extent), |panels| {
+                // SAFETY: the places of this tile, which `start_of` found to be in `out`.
+                unsafe { add_tile(start, n, tile(index), a, b, scale, accumulate, panels) };
+            });
+        });
+        return;
+    }
+    let out = Scattered::new(out);
+    threads.tasks(tiles, |index| {
+        let Tile { row, col, extent } = tile(index);
+        let sums_len = extent.m * extent.n;
+        with_scratch(sums_len + panels_len(b, extent), |scratch| {
+            let (sums, panels) = scratch.split_at_mut(sums_len);
+            let start = sums.as_mut_ptr();
+            // SAFETY: `sums` is as large as the tile.
+            unsafe { add_tile(start, extent.n, tile(index), a, b, scale, false, panels) };
+            for (row, sums) in (row..).zip(sums.chunks_exact(extent.n)) {
+                // SAFETY: tiles do not overlap, and this is a row of this tile.
+                let out = unsafe { out.at(row * n + col, extent.n) };
+                match bias {
+                    Some(bias) => store_with_bias(out, sums, &bias[col..], accumulate),
+                    None => store(out, sums, accumulate),
+                }
+            }
+        });
     });
 }
 
-fn store<T: Element, O: Element>(
-    out: &mut [O],
-    sums: &[f32],
-    bias: Option<&[T]>,
+/// Whether the left operand of a tile is copied even where it is f32 already.
+fn gathers(tile: Extent) -> bool {
+    tile.m >= ROWS_WORTH_COPYING && tile.n >= ROWS_WORTH_COPYING
+}
+
+/// Whether the right operand of a tile is brought into rows of its columns.
+fn transposes<T>(b: Matrix<'_, T>, tile: Extent) -> bool {
+    b.col_stride != 1 && tile.m >= ROWS_WORTH_COPYING
+}
+
+/// Values of scratch memory that [`add_tile`] needs for copies of its operands.
+fn panels_len<T: Element>(b: Matrix<'_, T>, tile: Extent) -> usize {
+    let depth = PANEL_DEPTH.min(tile.k);
+    let stored_as_f32 = T::as_f32(b.values).is_some();
+    let copies_a = !stored_as_f32 || gathers(tile);
+    let copies_b = !stored_as_f32 || transposes(b, tile);
+    depth * (if copies_a { tile.m } else { 0 } + if copies_b { tile.n } else { 0 })
+}
+
+/// `out = scale * a b + (out if accumulate)` for one tile, `panels` of [`panels_len`].
+///
+/// # Safety
+/// As [`multiply_at`].
+#[allow(clippy::too_many_arguments)]
+unsafe fn add_tile<T: Element>(
+    out: *mut f32,
+    out_stride: usize,
+    tile: Tile,
+    a: Matrix<'_, T>,
+    b: Matrix<'_, T>,
+    scale: f32,
     accumulate: bool,
+    panels: &mut [f32],
 ) {
-    match (bias, accumulate) {
-        (None, false) => {
-            for (out, &sum) in out.iter_mut().zip(sums) {
-                *out = O::from_f32(sum);
-            }
-        }
-        (None, true) => {
-            for (out, &sum) in out.iter_mut().zip(sums) {
-                *out = O::from_f32(out.to_f32() + sum);
-            }
-        }
-        (Some(bias), accumulate) => {
-            for ((out, &sum), bias) in out.iter_mut().zip(sums).zip(bias) {
-                let before = if accumulate { out.to_f32() } else { 0.0 };
-                *out = O::from_f32(before + sum + bias.to_f32());
-            }
-        }
+    let Extent { m, n, k } = tile.extent;
+    let transposes = transposes(b, tile.extent);
+    // Without copies the library cuts the sums by itself.
+    let depth = if panels.is_empty() {
+        k
+    } else {
+        PANEL_DEPTH.min(k)
+    };
+    for first in (0..k).step_by(depth.max(1)) {
+        let k = depth.min(k - first);
+        let extent = Extent { m, n, k };
+        let (a, panels) = f32_panel(
+            a.part(tile.row, first),
+            m,
+            k,
+            gathers(tile.extent),
+            &mut *panels,
+        );
+        let b = b.part(first, tile.col);
+        let b = if transposes {
+            let panel = &mut panels[..k * n];
+            transpose(panel, b.values, b.col_stride, n);
+            Matrix::rows(panel, n)
+        } else {
+            f32_panel(b, k, n, false, panels).0
+        };
+        // SAFETY: as promised by the caller.
+        unsafe {
+            multiply_at(
+                out,
+                out_stride,
+                extent,
+                a,
+                b,
+                scale,
+                accumulate || first > 0,
+            )
+        };
     }
 }
 
-/// The part of a matrix that one tile needs, as f32: a view where it is f32 already, else a copy.
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2"))]
+fn set_bias<T: Element>(out: &mut [f32], bias: &[T], accumulate: bool) {
+    for (out, bias) in out.iter_mut().zip(bias) {
+        *out = bias.to_f32() + if accumulate { *out } else { 0.0 };
+    }
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2"))]
+fn store<O: Element>(out: &mut [O], sums: &[f32], accumulate: bool) {
+    for (out, &sum) in out.iter_mut().zip(sums) {
+        let before = if accumulate { out.to_f32() } else { 0.0 };
+        *out = O::from_f32(before + sum);
+    }
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2"))]
+fn store_with_bias<T: Element, O: Element>(
+    out: &mut [O],
+    sums: &[f32],
+    bias: &[T],
+    accumulate: bool,
+) {
+    for ((out, &sum), bias) in out.iter_mut().zip(sums).zip(bias) {
+        let before = if accumulate { out.to_f32() } else { 0.0 };
+        *out = O::from_f32(before + sum + bias.to_f32());
+    }
+}
+
+/// Rows and columns from the start of a matrix, as f32: a view where it is f32 already and is not to be
+/// `gathered`, else a copy at the start of `panels`. What is left of `panels` comes along.
 fn f32_panel<'a, T: Element>(
     matrix: Matrix<'a, T>,
-    row: usize,
-    col: usize,
     rows: usize,
     cols: usize,
-    panel: &'a mut Vec<f32>,
-) -> Matrix<'a, f32> {
-    let start = row * matrix.row_stride + col * matrix.col_stride;
-    let values = &matrix.values[start..];
-    if let Some(values) = T::as_f32(values) {
-        return Matrix {
+    gathered: bool,
+    panels: &'a mut [f32],
+) -> (Matrix<'a, f32>, &'a mut [f32]) {
+    let Matrix {
+        values,
+        row_stride,
+        col_stride,
+    } = matrix;
+    if let Some(values) = T::as_f32(values).filter(|_| !gathered) {
+        let view = Matrix {
             values,
-            row_stride: matrix.row_stride,
-            col_stride: matrix.col_stride,
+            row_stride,
+            col_stride,
         };
+        return (view, panels);
     }
-    panel.resize(rows * cols, 0.0);
-    if matrix.col_stride == 1 {
-        for (r, out) in panel.chunks_exact_mut(cols).enumerate() {
-            T::widen(out, &values[r * matrix.row_stride..][..cols]);
-        }
+    let (panel, rest) = panels.split_at_mut(rows * cols);
+    let (stride, width) = if col_stride == 1 {
+        (row_stride, cols)
+    } else {
+        (col_stride, rows)
+    };
+    for (index, out) in panel.chunks_exact_mut(width).enumerate() {
+        T::widen(out, &values[index * stride..][..width]);
+    }
+    let panel = if col_stride == 1 {
         Matrix::rows(panel, cols)
     } else {
-        for (c, out) in panel.chunks_exact_mut(rows).enumerate() {
-            T::widen(out, &values[c * matrix.col_stride..][..rows]);
-        }
         Matrix::transposed(panel, rows)
+    };
+    (panel, rest)
+}
+
+/// `out[c, r] = x[r, c]`, as f32, for the columns of `out`, of which there are `cols`; the rows of x are
+/// `stride` apart.
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2"))]
+pub fn transpose<T: Element>(out: &mut [f32], x: &[T], stride: usize, cols: usize) {
+    // A block's rows are a line of the cache each, in and out.
+    const BLOCK: usize = 16;
+    let rows = out.len() / cols;
+    let mut block = [[0.0f32; BLOCK]; BLOCK];
+    for first_col in (0..cols).step_by(BLOCK) {
+        let width = BLOCK.min(cols - first_col);
+        for first_row in (0..rows).step_by(BLOCK) {
+            let height = BLOCK.min(rows - first_row);
+            for (col, values) in block.iter_mut().enumerate().take(width) {
+                let x = &x[(first_col + col) * stride + first_row..][..height];
+                for (value, x) in values.iter_mut().zip(x) {
+                    *value = x.to_f32();
+                }
+            }
+            let out = out[first_row * cols..].chunks_mut(cols).take(height);
+            for (row, out) in out.enumerate() {
+                let out = &mut out[first_col..][..width];
+                for (out, values) in out.iter_mut().zip(&block) {
+                    *out = values[row];
+                }
+            }
+        }
     }
 }

@@ -1,4 +1,11 @@
 //! The CPU backend: the readable reference, and what a person without a GPU runs.
+//!
+//! The program is built for any x86-64, whose vector registers hold 4 values; those of AVX2 hold 8, of
+//! AVX-512 16. Functions marked `multiversion` are compiled for each, and the widest that the processor
+//! has is taken at run time. They are loops over a piece or a row; what they call is `#[inline(always)]`,
+//! since a call, a closure's too, stays compiled for any processor. All compute the same bits: no sum is
+//! reordered, and no product joined with a sum into one rounding, unless the code says so. (Matrix
+//! products are another matter: the kernels of `gemm` differ from processor to processor.)
 
 mod attention;
 mod buffer;

@@ -1,7 +1,9 @@
 //! Layer norm and its gradients.
 
+use multiversion::multiversion;
+
 use super::reduce;
-use super::threads::Threads;
+use super::threads::{Scattered, Threads, with_scratch};
 use crate::backend::{Element, NormShape};
 
 /// A gradient in host memory: `dout + alpha * residual`.
@@ -15,19 +17,16 @@ pub struct Gradient<'a, E> {
 
 impl<E: Element> Gradient<'_, E> {
     /// The values from `start` on.
+    #[inline(always)]
     pub fn row(&self, out: &mut [f32], start: usize) {
-        E::widen(out, &self.dout[start..start + out.len()]);
+        for (out, dout) in out.iter_mut().zip(&self.dout[start..]) {
+            *out = dout.to_f32();
+        }
         if let Some((residual, alpha)) = self.residual {
             for (out, residual) in out.iter_mut().zip(&residual[start..]) {
                 *out += alpha * residual.to_f32();
             }
         }
-    }
-
-    /// One value.
-    pub fn at(&self, place: usize) -> f32 {
-        let along = |(residual, alpha): (&[E], f32)| alpha * residual[place].to_f32();
-        self.dout[place].to_f32() + self.residual.map_or(0.0, along)
     }
 }
 
@@ -41,27 +40,36 @@ pub fn layer_norm<E: Element>(
     shape: NormShape,
 ) {
     let NormShape { rows, cols, eps } = shape;
-    let (means, rstds) = stats[..2 * rows].split_at_mut(rows);
-    let width = cols as f32;
-    threads.items(means, cols, |row, mean| {
-        *mean = reduce::sum(&x[row * cols..][..cols]) / width;
-    });
-    let means = &*means;
-    threads.items(rstds, cols, |row, rstd| {
-        let variance = reduce::sum_squares(&x[row * cols..][..cols], means[row]) / width;
-        *rstd = 1.0 / (variance + eps).sqrt();
-    });
-    let rstds = &*rstds;
+    let stats = Scattered::new(&mut stats[..2 * rows]);
     threads.rows(&mut out[..rows * cols], cols, |row, out| {
-        let (mean, rstd) = (means[row], rstds[row]);
         let x = &x[row * cols..][..cols];
-        for (((out, &x), weight), bias) in out.iter_mut().zip(x).zip(weight).zip(bias) {
-            *out = E::from_f32((x - mean) * rstd * weight.to_f32() + bias.to_f32());
-        }
+        let (mean, rstd) = layer_norm_row(out, x, &weight[..cols], &bias[..cols], eps);
+        // SAFETY: each row has two places of its own.
+        unsafe { stats.at(row, 1) }.fill(mean);
+        // SAFETY: as above.
+        unsafe { stats.at(rows + row, 1) }.fill(rstd);
     });
 }
 
-/// `dx = rstd * (g - mean(g) - xhat * mean(g xhat))` with `g = dout * weight`.
+/// The mean of the row and its rstd.
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2"))]
+fn layer_norm_row<E: Element>(
+    out: &mut [E],
+    x: &[f32],
+    weight: &[E],
+    bias: &[E],
+    eps: f32,
+) -> (f32, f32) {
+    let width = x.len() as f32;
+    let mean = reduce::sum(x) / width;
+    let variance = reduce::sum_squares(x, mean) / width;
+    let rstd = 1.0 / (variance + eps).sqrt();
+    for (((out, &x), weight), bias) in out.iter_mut().zip(x).zip(weight).zip(bias) {
+        *out = E::from_f32((x - mean) * rstd * weight.to_f32() + bias.to_f32());
+    }
+    (mean, rstd)
+}
+
 pub fn layer_norm_backward<E: Element>(
     threads: &Threads,
     dx: &mut [E],
@@ -72,24 +80,43 @@ pub fn layer_norm_backward<E: Element>(
     shape: NormShape,
 ) {
     let NormShape { rows, cols, .. } = shape;
-    let width = cols as f32;
     threads.rows(&mut dx[..rows * cols], cols, |row, dx| {
-        let (mean, rstd) = (stats[row], stats[rows + row]);
-        let mut g = vec![0.0f32; cols];
-        dout.row(&mut g, row * cols);
-        for (g, weight) in g.iter_mut().zip(weight) {
-            *g *= weight.to_f32();
-        }
-        let xhat: Vec<f32> = x[row * cols..][..cols]
-            .iter()
-            .map(|&x| (x - mean) * rstd)
-            .collect();
-        let g_mean = reduce::sum(&g) / width;
-        let gx_mean = reduce::dot(&g, &xhat) / width;
-        for ((dx, &g), &xhat) in dx.iter_mut().zip(&g).zip(&xhat) {
-            *dx = E::from_f32(rstd * (g - g_mean - xhat * gx_mean));
-        }
+        with_scratch(2 * cols, |scratch| {
+            let (g, xhat) = scratch.split_at_mut(cols);
+            let stats = (stats[row], stats[rows + row]);
+            let first = row * cols;
+            layer_norm_backward_row(dx, g, xhat, dout, &x[first..], stats, weight, first);
+        });
     });
+}
+
+/// `dx = rstd * (g - mean(g) - xhat * mean(g xhat))` with `g = dout * weight`; the row starts at `first`
+/// in `dout`.
+#[allow(clippy::too_many_arguments)]
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2"))]
+fn layer_norm_backward_row<E: Element>(
+    dx: &mut [E],
+    g: &mut [f32],
+    xhat: &mut [f32],
+    dout: Gradient<'_, E>,
+    x: &[f32],
+    (mean, rstd): (f32, f32),
+    weight: &[E],
+    first: usize,
+) {
+    let width = dx.len() as f32;
+    dout.row(g, first);
+    for (g, weight) in g.iter_mut().zip(weight) {
+        *g *= weight.to_f32();
+    }
+    for (xhat, x) in xhat.iter_mut().zip(x) {
+        *xhat = (x - mean) * rstd;
+    }
+    let g_mean = reduce::sum(g) / width;
+    let gx_mean = reduce::dot(g, xhat) / width;
+    for ((dx, &g), &xhat) in dx.iter_mut().zip(&*g).zip(&*xhat) {
+        *dx = E::from_f32(rstd * (g - g_mean - xhat * gx_mean));
+    }
 }
 
 pub fn layer_norm_weight_gradient<E: Element>(
@@ -102,21 +129,34 @@ pub fn layer_norm_weight_gradient<E: Element>(
     shape: NormShape,
 ) {
     let NormShape { rows, cols, .. } = shape;
+    let dbias = Scattered::new(&mut dbias[..cols]);
     threads.pieces(&mut dweight[..cols], |start, dweight| {
-        for row in 0..rows {
-            let (mean, rstd) = (stats[row], stats[rows + row]);
-            for (col, dweight) in (start..).zip(dweight.iter_mut()) {
-                *dweight += dout.at(row * cols + col) * (x[row * cols + col] - mean) * rstd;
+        let width = dweight.len();
+        // SAFETY: pieces do not overlap.
+        let dbias = unsafe { dbias.at(start, width) };
+        with_scratch(width, |gradient| {
+            for row in 0..rows {
+                let first = row * cols + start;
+                let stats = (stats[row], stats[rows + row]);
+                dout.row(gradient, first);
+                add_weight_gradient(dweight, dbias, gradient, &x[first..], stats);
             }
-        }
+        });
     });
-    threads.pieces(&mut dbias[..cols], |start, dbias| {
-        for row in 0..rows {
-            for (col, dbias) in (start..).zip(dbias.iter_mut()) {
-                *dbias += dout.at(row * cols + col);
-            }
-        }
-    });
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2"))]
+fn add_weight_gradient(
+    dweight: &mut [f32],
+    dbias: &mut [f32],
+    dout: &[f32],
+    x: &[f32],
+    (mean, rstd): (f32, f32),
+) {
+    for (((dweight, dbias), dout), x) in dweight.iter_mut().zip(dbias).zip(dout).zip(x) {
+        *dweight += dout * (x - mean) * rstd;
+        *dbias += dout;
+    }
 }
 
 /// `sums[c] += sum over rows of x[row, c]`, rows ascending.
@@ -129,9 +169,14 @@ pub fn column_sums<E: Element>(
 ) {
     threads.pieces(&mut sums[..cols], |start, sums| {
         for row in 0..rows {
-            for (sum, x) in sums.iter_mut().zip(&x[row * cols + start..]) {
-                *sum += x.to_f32();
-            }
+            add_row(sums, &x[row * cols + start..]);
         }
     });
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2"))]
+fn add_row<E: Element>(sums: &mut [f32], x: &[E]) {
+    for (sum, x) in sums.iter_mut().zip(x) {
+        *sum += x.to_f32();
+    }
 }

@@ -1,5 +1,7 @@
 //! Sums over tensors and the AdamW step.
 
+use multiversion::multiversion;
+
 use super::reduce;
 use super::threads::{Scattered, Threads};
 use crate::backend::{AdamwStep, Element};
@@ -17,11 +19,21 @@ fn pieces(threads: &Threads, x: &[f32], partial: impl Fn(&[f32]) -> f32 + Sync) 
 }
 
 pub fn sum(threads: &Threads, x: &[f32]) -> f32 {
-    pieces(threads, x, reduce::sum)
+    pieces(threads, x, sum_of_piece)
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2"))]
+fn sum_of_piece(x: &[f32]) -> f32 {
+    reduce::sum(x)
 }
 
 pub fn sum_squares(threads: &Threads, x: &[f32], scale: f32) -> f32 {
-    scale * scale * pieces(threads, x, |x| reduce::sum_squares(x, 0.0))
+    scale * scale * pieces(threads, x, sum_squares_of_piece)
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2"))]
+fn sum_squares_of_piece(x: &[f32]) -> f32 {
+    reduce::sum_squares(x, 0.0)
 }
 
 /// The four arrays of a trainable tensor that an optimiser step changes, and its gradient.
@@ -68,6 +80,7 @@ pub fn adamw<E: Element>(
     });
 }
 
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2"))]
 fn adamw_piece<E: Element>(tensor: Tensor<'_, E>, weight_decay: f32, step: AdamwStep) {
     let moments = tensor.exp_avg.iter_mut().zip(tensor.exp_avg_sq);
     let values = tensor.master.iter_mut().zip(tensor.working);

@@ -1,7 +1,9 @@
 //! RMS norm and its gradients.
 
+use multiversion::multiversion;
+
 use super::reduce;
-use super::threads::Threads;
+use super::threads::{Scattered, Threads, with_scratch};
 use crate::backend::{Element, NormShape};
 
 pub fn rms_norm<E: Element>(
@@ -13,20 +15,25 @@ pub fn rms_norm<E: Element>(
     shape: NormShape,
 ) {
     let NormShape { rows, cols, eps } = shape;
-    let rstds = &mut stats[..rows];
-    threads.items(rstds, cols, |row, rstd| {
-        let mean_square = reduce::sum_squares(&x[row * cols..][..cols], 0.0) / cols as f32;
-        *rstd = 1.0 / (mean_square + eps).sqrt();
-    });
-    let rstds = &*rstds;
+    let stats = Scattered::new(&mut stats[..rows]);
     threads.rows(&mut out[..rows * cols], cols, |row, out| {
-        for ((out, &x), weight) in out.iter_mut().zip(&x[row * cols..]).zip(weight) {
-            *out = E::from_f32(x * rstds[row] * weight.to_f32());
-        }
+        let rstd = rms_norm_row(out, &x[row * cols..][..cols], &weight[..cols], eps);
+        // SAFETY: each row writes its own place.
+        unsafe { stats.at(row, 1) }.fill(rstd);
     });
 }
 
-/// `dx = residual + rstd * (g - xhat * mean(g xhat))` with `g = dout * weight`.
+/// The rstd of the row.
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2"))]
+fn rms_norm_row<E: Element>(out: &mut [E], x: &[f32], weight: &[E], eps: f32) -> f32 {
+    let mean_square = reduce::sum_squares(x, 0.0) / x.len() as f32;
+    let rstd = 1.0 / (mean_square + eps).sqrt();
+    for ((out, &x), weight) in out.iter_mut().zip(x).zip(weight) {
+        *out = E::from_f32(x * rstd * weight.to_f32());
+    }
+    rstd
+}
+
 #[allow(clippy::too_many_arguments)]
 pub fn backward<E: Element>(
     threads: &Threads,
@@ -40,25 +47,41 @@ pub fn backward<E: Element>(
 ) {
     let NormShape { rows, cols, .. } = shape;
     threads.rows(&mut dx[..rows * cols], cols, |row, dx| {
-        let (x, rstd) = (&x[row * cols..][..cols], stats[row]);
-        let mut g = vec![0.0f32; cols];
-        E::widen(&mut g, &dout[row * cols..][..cols]);
-        for (g, weight) in g.iter_mut().zip(weight) {
-            *g *= weight.to_f32();
-        }
-        let gx_mean = reduce::dot(&g, x) * rstd / cols as f32;
-        for (g, &x) in g.iter_mut().zip(x) {
-            *g = rstd * (*g - x * rstd * gx_mean);
-        }
-        if let Some(residual) = residual {
-            for (g, residual) in g.iter_mut().zip(&residual[row * cols..]) {
-                *g += residual.to_f32();
-            }
-        }
-        for (dx, &g) in dx.iter_mut().zip(&g) {
-            *dx = E::from_f32(g);
-        }
+        let part = row * cols..(row + 1) * cols;
+        let residual = residual.map(|residual| &residual[part.clone()]);
+        let (dout, x) = (&dout[part.clone()], &x[part]);
+        with_scratch(cols, |g| {
+            backward_row(dx, g, dout, residual, x, stats[row], weight);
+        });
     });
+}
+
+/// `dx = residual + rstd * (g - xhat * mean(g xhat))` with `g = dout * weight`.
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2"))]
+fn backward_row<E: Element>(
+    dx: &mut [E],
+    g: &mut [f32],
+    dout: &[E],
+    residual: Option<&[E]>,
+    x: &[f32],
+    rstd: f32,
+    weight: &[E],
+) {
+    for ((g, dout), weight) in g.iter_mut().zip(dout).zip(weight) {
+        *g = dout.to_f32() * weight.to_f32();
+    }
+    let gx_mean = reduce::dot(g, x) * rstd / x.len() as f32;
+    for (g, &x) in g.iter_mut().zip(x) {
+        *g = rstd * (*g - x * rstd * gx_mean);
+    }
+    if let Some(residual) = residual {
+        for (g, residual) in g.iter_mut().zip(residual) {
+            *g += residual.to_f32();
+        }
+    }
+    for (dx, &g) in dx.iter_mut().zip(&*g) {
+        *dx = E::from_f32(g);
+    }
 }
 
 pub fn weight_gradient<E: Element>(
@@ -71,11 +94,16 @@ pub fn weight_gradient<E: Element>(
 ) {
     let NormShape { rows, cols, .. } = shape;
     threads.pieces(&mut dweight[..cols], |start, dweight| {
-        for (row, rstd) in stats[..rows].iter().enumerate() {
-            for (col, dweight) in (start..).zip(dweight.iter_mut()) {
-                let place = row * cols + col;
-                *dweight += dout[place].to_f32() * x[place] * rstd;
-            }
+        for (row, &rstd) in stats[..rows].iter().enumerate() {
+            let first = row * cols + start;
+            add_weight_gradient(dweight, &dout[first..], &x[first..], rstd);
         }
     });
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2"))]
+fn add_weight_gradient<E: Element>(dweight: &mut [f32], dout: &[E], x: &[f32], rstd: f32) {
+    for ((dweight, dout), x) in dweight.iter_mut().zip(dout).zip(x) {
+        *dweight += dout.to_f32() * x * rstd;
+    }
 }

@@ -1,5 +1,7 @@
 //! Rotary position embedding.
 
+use multiversion::multiversion;
+
 use super::Cpu;
 use super::threads::Threads;
 use crate::backend::{AttentionLayout, Element, HeadLayout, RotaryPositions};
@@ -15,18 +17,37 @@ pub struct Table<'a> {
 
 impl<'a> Table<'a> {
     /// Cosines and sines of one position, of which there are `width`.
-    fn row(&self, position: u32, width: usize) -> impl Iterator<Item = (f32, f32)> + 'a {
+    fn row(&self, position: u32, width: usize) -> Table<'a> {
         let places = position as usize * width..(position as usize + 1) * width;
-        let sin = self.sin[places.clone()].iter();
-        self.cos[places].iter().copied().zip(sin.copied())
+        Table {
+            cos: &self.cos[places.clone()],
+            sin: &self.sin[places],
+        }
     }
 }
 
 /// The pair `(a, b)` turned by an angle.
+#[inline(always)]
 fn turn<E: Element>(a: &mut E, b: &mut E, cos: f32, sin: f32) {
     let (x, y) = (a.to_f32(), b.to_f32());
     *a = E::from_f32(x * cos - y * sin);
     *b = E::from_f32(y * cos + x * sin);
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2"))]
+fn turn_halves<E: Element>(low: &mut [E], high: &mut [E], angles: Table<'_>, sign: f32) {
+    let angles = angles.cos.iter().zip(angles.sin);
+    for ((low, high), (cos, sin)) in low.iter_mut().zip(high).zip(angles) {
+        turn(low, high, *cos, sign * sin);
+    }
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2"))]
+fn turn_pairs<E: Element>(pairs: &mut [[E; 2]], angles: Table<'_>, sign: f32) {
+    let angles = angles.cos.iter().zip(angles.sin);
+    for ([even, odd], (cos, sin)) in pairs.iter_mut().zip(angles) {
+        turn(even, odd, *cos, sign * sin);
+    }
 }
 
 pub fn rotary<E: Element>(
@@ -49,18 +70,12 @@ pub fn rotary<E: Element>(
             let halves = head.chunks_exact_mut(2 * quarter);
             for (half, positions) in halves.zip([position, block_position]) {
                 let (low, high) = half.split_at_mut(quarter);
-                let angles = table.row(positions[row], quarter);
-                for ((low, high), (cos, sin)) in low.iter_mut().zip(high).zip(angles) {
-                    turn(low, high, cos, sign * sin);
-                }
+                turn_halves(low, high, table.row(positions[row], quarter), sign);
             }
         }
         RotaryPositions::Interleaved { position, width } => {
             let (pairs, _) = head[..width].as_chunks_mut::<2>();
-            let angles = table.row(position[row], width / 2);
-            for ([even, odd], (cos, sin)) in pairs.iter_mut().zip(angles) {
-                turn(even, odd, cos, sign * sin);
-            }
+            turn_pairs(pairs, table.row(position[row], width / 2), sign);
         }
     };
     threads.rows(&mut x[..rows * row_width], row_width, |row, x| {

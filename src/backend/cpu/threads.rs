@@ -3,6 +3,8 @@
 //! Work is always cut by shape, never by the number of threads: who computes a piece can change,
 //! what is computed cannot.
 
+use std::cell::RefCell;
+
 use rayon::prelude::*;
 
 use crate::backend::BackendError;
@@ -97,6 +99,21 @@ impl Threads {
     }
 }
 
+thread_local! {
+    static SCRATCH: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Lends `work` memory of this thread for `len` values, which hold whatever was left there. It is kept
+/// from call to call (a fresh megabyte costs a page fault for every 4 KiB), and is lent once at a time.
+pub fn with_scratch<R>(len: usize, work: impl FnOnce(&mut [f32]) -> R) -> R {
+    SCRATCH.with_borrow_mut(|scratch| {
+        if scratch.len() < len {
+            scratch.resize(len, 0.0);
+        }
+        work(&mut scratch[..len])
+    })
+}
+
 /// A slice that several tasks write at once, each to places of its own.
 pub struct Scattered<'a, T> {
     start: *mut T,
@@ -118,14 +135,21 @@ impl<'a, T> Scattered<'a, T> {
         }
     }
 
+    /// Where the piece `offset .. offset + len` starts, for pieces of which only some places are a task's
+    /// own; out of range is a bug and panics.
+    pub fn start_of(&self, offset: usize, len: usize) -> *mut T {
+        assert!(offset + len <= self.len, "piece outside of its buffer");
+        // SAFETY: in range by the assertion.
+        unsafe { self.start.add(offset) }
+    }
+
     /// The piece `offset .. offset + len`; out of range is a bug and panics.
     ///
     /// # Safety
     /// No other piece that overlaps it may be alive.
     #[allow(clippy::mut_from_ref)]
     pub unsafe fn at(&self, offset: usize, len: usize) -> &mut [T] {
-        assert!(offset + len <= self.len, "piece outside of its buffer");
-        // SAFETY: in range by the assertion, alive for 'a, and unshared by the caller's promise.
-        unsafe { std::slice::from_raw_parts_mut(self.start.add(offset), len) }
+        // SAFETY: in range by the assertion there, alive for 'a, and unshared by the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(self.start_of(offset, len), len) }
     }
 }
