@@ -16,6 +16,7 @@ mod element;
 mod left_behind;
 mod pulse;
 mod shapes;
+mod work;
 
 use half::f16;
 
@@ -28,6 +29,7 @@ pub use shapes::{
     AdamwStep, AdamwTensor, AttentionLayout, Dropout, HeadLayout, LinearShape, NormShape, Prefix,
     RotaryPositions, RowGradient, Span, SumOf,
 };
+pub use work::{Counting, HostClock, Measured, Work, WorkSeconds};
 
 /// Why a backend could not do what it was asked.
 #[derive(Debug, thiserror::Error)]
@@ -108,6 +110,15 @@ pub trait Backend: Sized + 'static {
 
     /// Lets the worker's [`Pulse`] reach `place` when everything queued so far is done.
     fn mark(&self, place: u64) -> Result<()>;
+
+    /// Begins to measure: ops are timed until [`Backend::measured`]. What was queued before is waited for.
+    fn measure(&self) -> Result<()>;
+
+    /// Notes, where it measures, when everything queued so far is done, without waiting for it.
+    fn stamp(&self) -> Result<()>;
+
+    /// Ends measuring, when everything queued is done; nothing where it was not begun.
+    fn measured(&self) -> Result<Option<Measured>>;
 
     /// How the memory that was planned for a run is used; nothing where none is taken ahead.
     fn memory_use(&self) -> Option<MemoryUse> {

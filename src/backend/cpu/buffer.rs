@@ -2,7 +2,7 @@
 
 use std::ops::{Deref, DerefMut};
 
-use crate::backend::{BackendError, Plain};
+use crate::backend::{BackendError, Plain, piece_len};
 
 /// Host memory.
 pub struct CpuBuffer<T>(Vec<T>);
@@ -25,6 +25,20 @@ impl<T: Plain> CpuBuffer<T> {
             Ok(values) => Ok(CpuBuffer(values)),
             Err(()) => Err(out_of_memory::<T>(len)),
         }
+    }
+
+    /// As [`Backend::upload_pieces`](crate::backend::Backend::upload_pieces).
+    pub(super) fn from_pieces<E: From<BackendError>>(
+        len: usize,
+        unit: usize,
+        mut fill: impl FnMut(usize, &mut [T]) -> Result<(), E>,
+    ) -> Result<Self, E> {
+        let mut buffer = CpuBuffer::untouched(len)?;
+        let piece_len = piece_len::<T>(unit);
+        for (index, piece) in buffer.chunks_mut(piece_len).enumerate() {
+            fill(index * piece_len, piece)?;
+        }
+        Ok(buffer)
     }
 }
 

@@ -17,7 +17,7 @@ use cudarc::cublaslt::sys;
 use super::device::{Device, Pointer};
 use super::error::CudaError;
 use super::memory::{CudaBuffer, Memory};
-use crate::backend::BackendError;
+use crate::backend::{BackendError, Work};
 
 type Result<T> = std::result::Result<T, BackendError>;
 
@@ -246,25 +246,31 @@ impl Blas {
 
     /// Queues a product.
     pub fn multiply(&self, product: &Product) -> Result<()> {
-        self.try_multiply(product).map_err(|error| {
-            if error.0 == sys::cublasStatus_t::CUBLAS_STATUS_ALLOC_FAILED {
-                return BackendError::Cuda(CudaError::NoMemory {
-                    ordinal: self.device.ordinal(),
-                    call: "cuBLASLt",
-                });
-            }
-            BackendError::Cuda(CudaError::Product {
+        let multiply = || {
+            self.try_multiply(product)
+                .map_err(|error| self.refusal(product, error))
+        };
+        self.device.counted(Work::Products, multiply)
+    }
+
+    fn refusal(&self, product: &Product, error: CublasError) -> BackendError {
+        if error.0 == sys::cublasStatus_t::CUBLAS_STATUS_ALLOC_FAILED {
+            return BackendError::Cuda(CudaError::NoMemory {
                 ordinal: self.device.ordinal(),
-                shape: format!(
-                    "{}, {} rows, {} in_features, {} out_features, {}",
-                    product.kind,
-                    product.rows,
-                    product.in_features,
-                    product.out_features,
-                    product.types
-                ),
-                reason: format!("{:?}", error.0),
-            })
+                call: "cuBLASLt",
+            });
+        }
+        BackendError::Cuda(CudaError::Product {
+            ordinal: self.device.ordinal(),
+            shape: format!(
+                "{}, {} rows, {} in_features, {} out_features, {}",
+                product.kind,
+                product.rows,
+                product.in_features,
+                product.out_features,
+                product.types
+            ),
+            reason: format!("{:?}", error.0),
         })
     }
 

@@ -8,7 +8,8 @@ use super::{
 };
 use crate::backend::{
     AdamwStep, AdamwTensor, AttentionLayout, Backend, BackendError, Dropout, Element, LinearShape,
-    MemoryUse, NormShape, Plain, Prefix, RotaryPositions, RowGradient, Span, SumOf, piece_len,
+    Measured, MemoryUse, NormShape, Plain, Prefix, RotaryPositions, RowGradient, Span, SumOf,
+    piece_len,
 };
 use crate::quant::Bits;
 
@@ -18,6 +19,18 @@ impl Backend for Cuda {
 
     fn mark(&self, place: u64) -> Result<()> {
         self.device.mark(place)
+    }
+
+    fn measure(&self) -> Result<()> {
+        self.device.measure()
+    }
+
+    fn stamp(&self) -> Result<()> {
+        self.device.stamp()
+    }
+
+    fn measured(&self) -> Result<Option<Measured>> {
+        self.device.measured()
     }
 
     fn memory_use(&self) -> Option<MemoryUse> {
