@@ -117,8 +117,8 @@ pub trait Backend: Sized + 'static {
     /// Notes, where it measures, when everything queued so far is done, without waiting for it.
     fn stamp(&self) -> Result<()>;
 
-    /// Ends measuring, when everything queued is done; nothing where it was not begun.
-    fn measured(&self) -> Result<Option<Measured>>;
+    /// Ends measuring, when everything queued is done.
+    fn measured(&self) -> Result<Measured>;
 
     /// How the memory that was planned for a run is used; nothing where none is taken ahead.
     fn memory_use(&self) -> Option<MemoryUse> {

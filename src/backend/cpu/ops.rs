@@ -48,7 +48,7 @@ impl<E: Element> Backend for Cpu<E> {
         Ok(())
     }
 
-    fn measured(&self) -> Result<Option<Measured>, BackendError> {
+    fn measured(&self) -> Result<Measured, BackendError> {
         Ok(self.threads.clock.stop())
     }
 

@@ -29,7 +29,7 @@ impl Backend for Cuda {
         self.device.stamp()
     }
 
-    fn measured(&self) -> Result<Option<Measured>> {
+    fn measured(&self) -> Result<Measured> {
         self.device.measured()
     }
 

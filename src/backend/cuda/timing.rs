@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use super::device::Device;
 use super::events::Event;
-use crate::backend::{BackendError, Measured, Work, WorkSeconds};
+use crate::backend::{BackendError, Measured, Work};
 
 type Result<T> = std::result::Result<T, BackendError>;
 
@@ -76,21 +76,20 @@ impl Device {
         Ok(queued)
     }
 
-    /// Waits for everything queued and reads what was measured; nothing where it was not begun.
+    /// Waits for everything queued and reads what was measured; where it was not begun, nothing was.
     ///
     /// # Errors
     /// The device fails.
-    pub fn measured(&self) -> Result<Option<Measured>> {
+    pub fn measured(&self) -> Result<Measured> {
         self.timing().running.set(false);
         let mut events = self.timing().events.borrow_mut();
         let Some((base, began)) = events.began.take() else {
-            return Ok(None);
+            return Ok(Measured::nothing());
         };
         self.synchronize()?;
         let mut measured = Measured {
             began,
-            stamps: Vec::with_capacity(events.stamps.len()),
-            work: WorkSeconds::default(),
+            ..Measured::nothing()
         };
         let Events {
             stamps,
@@ -107,7 +106,7 @@ impl Device {
             spare.extend([begin, end]);
         }
         spare.push(base);
-        Ok(Some(measured))
+        Ok(measured)
     }
 
     /// A timing event behind everything queued.
