@@ -400,6 +400,29 @@ impl Backend for Cuda {
         elementwise::gelu_backward(self, dx, x, len)
     }
 
+    fn linear_gelu(
+        &self,
+        out: &mut CudaBuffer<f16>,
+        pre: &mut CudaBuffer<f16>,
+        x: &CudaBuffer<f16>,
+        weight: &CudaBuffer<f16>,
+        bias: Option<&CudaBuffer<f16>>,
+        shape: LinearShape,
+    ) -> Result<()> {
+        linear::linear_gelu(self, out, pre, x, weight, bias, shape)
+    }
+
+    fn gelu_linear_backward(
+        &self,
+        dpre: &mut CudaBuffer<f16>,
+        dout: &CudaBuffer<f16>,
+        weight: &CudaBuffer<f16>,
+        pre: &CudaBuffer<f16>,
+        shape: LinearShape,
+    ) -> Result<()> {
+        linear::gelu_linear_backward(self, dpre, dout, weight, pre, shape)
+    }
+
     fn swiglu(
         &self,
         out: &mut CudaBuffer<f16>,
