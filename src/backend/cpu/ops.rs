@@ -48,17 +48,15 @@ impl<E: Element> Backend for Cpu<E> {
         Ok(buffer)
     }
 
-    fn upload_pieces<T: Plain, F: From<BackendError>>(
+    fn upload_pieces<T: Plain, F: From<BackendError> + Send>(
         &self,
         len: usize,
         unit: usize,
-        mut fill: impl FnMut(usize, &mut [T]) -> Result<(), F>,
+        fill: impl Fn(usize, &mut [T]) -> Result<(), F> + Sync,
     ) -> Result<CpuBuffer<T>, F> {
         let mut buffer = CpuBuffer::untouched(len)?;
-        let piece_len = piece_len::<T>(unit);
-        for (index, piece) in buffer.chunks_mut(piece_len).enumerate() {
-            fill(index * piece_len, piece)?;
-        }
+        self.threads
+            .try_pieces(&mut buffer, piece_len::<T>(unit), fill)?;
         Ok(buffer)
     }
 
