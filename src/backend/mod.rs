@@ -91,16 +91,17 @@ pub trait Backend: Sized + 'static {
     fn upload<T: Plain>(&self, host: &[T]) -> Result<Self::Buffer<T>>;
 
     /// A buffer of `len` values that never stand in host memory together: `fill` gets where a piece
-    /// begins and the room for its values, which it fills, from the first piece to the last. A piece
-    /// is a number of whole `unit`s, as is the buffer; it has [`PIECE_BYTES`] at most, or is one unit.
+    /// begins and the room for its values, which it fills. Pieces come in any order, several at a time
+    /// from several threads. A piece is a number of whole `unit`s, as is the buffer; it has
+    /// [`PIECE_BYTES`] at most, or is one unit.
     ///
     /// # Errors
-    /// Of the device, or the first of `fill`.
-    fn upload_pieces<T: Plain, E: From<BackendError>>(
+    /// Of the device, or of `fill` for the first piece that it fails for.
+    fn upload_pieces<T: Plain, E: From<BackendError> + Send>(
         &self,
         len: usize,
         unit: usize,
-        fill: impl FnMut(usize, &mut [T]) -> std::result::Result<(), E>,
+        fill: impl Fn(usize, &mut [T]) -> std::result::Result<(), E> + Sync,
     ) -> std::result::Result<Self::Buffer<T>, E>;
 
     /// Overwrites the first `host.len()` values of `out`.
