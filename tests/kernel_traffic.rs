@@ -10,12 +10,13 @@ mod op_cases;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::Ordering;
 
 use cuda_emulator::{Emulator, Loaded};
 use mp_train::backend::Backend;
 use mp_train::backend::cuda::Cuda;
 use op_cases::{Bound, Case, Sizes, Work};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// The generation counted: an RTX 3090. Newer ones run the same code.
 const ARCH: &str = "86";
@@ -57,23 +58,46 @@ struct KernelTraffic {
     touched_written: i64,
 }
 
-/// Tells the child that it is the one that counts: kernels are compiled for that in its whole process.
-const COUNTS: (&str, &str) = ("EMULATOR_SANITIZE", "traffic");
+/// Has the child count: kernels are compiled for that in its whole process.
+const COUNTS: [(&str, &str); 1] = [("EMULATOR_SANITIZE", "traffic")];
 
 #[test]
 fn kernels_move_what_is_on_record() {
+    in_child("kernels_move_what_is_on_record", &COUNTS, |emulator| {
+        let record = record(emulator);
+        for op in &record.ops {
+            check(op);
+        }
+        let recorded = &on_record("traffic.json")["compiler"];
+        if recorded
+            .as_str()
+            .is_some_and(|made| made != record.compiler)
+        {
+            println!("not compared: the record was made with g++ {recorded}");
+            return;
+        }
+        compare("traffic.json", &record);
+    });
+}
+
+/// Runs a test again in a process of its own, with settings of the emulator that hold for a whole process.
+fn in_child(name: &str, settings: &[(&str, &str)], test: impl FnOnce(&'static Loaded)) {
     if cuda_emulator::on_this_gpu() {
         return;
     }
     let Some(emulator) = Emulator::build() else {
         return;
     };
-    if std::env::var(COUNTS.0).is_ok_and(|value| value == COUNTS.1) {
-        return compare(&record(emulator.load_here()));
+    let here =
+        |&(name, value): &(&str, &str)| std::env::var(name).is_ok_and(|found| found == value);
+    if settings.iter().all(here) {
+        let loaded = emulator.load_here();
+        loaded.set("EMULATOR_ARCH", ARCH);
+        return test(loaded);
     }
     let child = Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "kernels_move_what_is_on_record", "--nocapture"])
-        .env(COUNTS.0, COUNTS.1)
+        .args(["--exact", name, "--nocapture"])
+        .envs(settings.iter().copied())
         .output()
         .unwrap();
     let said = String::from_utf8_lossy(&child.stdout) + String::from_utf8_lossy(&child.stderr);
@@ -81,7 +105,6 @@ fn kernels_move_what_is_on_record() {
 }
 
 fn record(emulator: &Loaded) -> Record {
-    emulator.set("EMULATOR_ARCH", ARCH);
     let cuda = Cuda::new(0).unwrap();
     let sizes = Sizes::TRAFFIC;
     let mut ops = Vec::new();
@@ -158,41 +181,118 @@ fn compiler() -> String {
     version.trim().split('.').next().unwrap().to_owned()
 }
 
-fn compare(record: &Record) {
-    for op in &record.ops {
-        let Counted {
-            op,
-            requested,
-            touched,
-            note,
-            ..
-        } = op;
-        // Nothing is left out: the op reads and writes all of its operands.
-        assert!(
-            *touched >= 0.999,
-            "{op}: {touched} of its minimum is touched"
-        );
-        assert!(*requested >= 0.999, "{op}: {requested} is asked for");
-        let moved = requested.max(*touched);
-        assert!(
-            moved <= NEARLY_ALL || !note.is_empty(),
-            "{op} asks for {requested} and touches {touched} of its minimum, and no reason is given"
-        );
-    }
+/// Nothing is left out, as the op reads and writes all of its operands; and more needs a reason.
+fn check(counted: &Counted) {
+    let Counted {
+        op,
+        requested,
+        touched,
+        note,
+        ..
+    } = counted;
+    assert!(*touched >= 0.999, "{op} touches {touched} of its minimum");
+    assert!(
+        *requested >= 0.999,
+        "{op} asks for {requested} of its minimum"
+    );
+    assert!(
+        requested.max(*touched) <= NEARLY_ALL || !note.is_empty(),
+        "{op} asks for {requested} and touches {touched} of its minimum, and no reason is given"
+    );
+}
+
+fn on_record(name: &str) -> serde_json::Value {
+    let text = std::fs::read_to_string(sources().join(name)).unwrap_or_default();
+    serde_json::from_str(&text).unwrap_or_default()
+}
+
+fn compare(name: &str, record: &impl Serialize) {
     let text = serde_json::to_string_pretty(record).unwrap() + "\n";
-    let path = sources().join("traffic.json");
+    let path = sources().join(name);
     if std::env::var_os("UPDATE_SNAPSHOTS").is_some() {
         std::fs::write(&path, &text).unwrap();
     }
-    let on_record = std::fs::read_to_string(&path).unwrap_or_default();
-    let recorded: serde_json::Value = serde_json::from_str(&on_record).unwrap_or_default();
-    if recorded["compiler"] != record.compiler.as_str() && !recorded.is_null() {
-        println!(
-            "not compared: the record was made with g++ {}",
-            recorded["compiler"]
-        );
-        return;
+    let recorded = std::fs::read_to_string(&path).unwrap_or_default();
+    let note = "differs from the record; UPDATE_SNAPSHOTS=1 writes it anew";
+    assert!(recorded == text, "{}: {note}; now:\n{text}", path.display());
+}
+
+/// How a step of ChatGLM-6B launches its kernels: scripts/kernel_floors.sh puts it beside the machine code.
+#[derive(Serialize)]
+struct Launches {
+    arch: &'static str,
+    sizes: Sizes,
+    ops: Vec<Launched>,
+}
+
+#[derive(Serialize)]
+struct Launched {
+    op: String,
+    bound: Bound,
+    /// The least that the op can do with.
+    work: Work,
+    /// None where cuBLASLt does it.
+    kernels: Vec<Geometry>,
+}
+
+/// A line of the emulator's trace.
+#[derive(Serialize, Deserialize)]
+struct Geometry {
+    kernel: String,
+    grid: [u32; 3],
+    block: [u32; 3],
+    /// Bytes of dynamic shared memory.
+    shared: u32,
+}
+
+#[test]
+fn launches_are_those_on_record() {
+    let folder = tempfile::tempdir().unwrap();
+    let trace = folder.path().join("trace");
+    let settings = [
+        ("EMULATOR_SKIP_KERNELS", "1"),
+        ("EMULATOR_TRACE", trace.to_str().unwrap()),
+    ];
+    // The child has the trace of its parent.
+    let trace = std::env::var("EMULATOR_TRACE").unwrap_or_default();
+    let settings = match trace.as_str() {
+        "" => settings,
+        named => [settings[0], ("EMULATOR_TRACE", named)],
+    };
+    in_child("launches_are_those_on_record", &settings, |_| {
+        compare("launches.json", &launches(Path::new(&trace)));
+    });
+}
+
+fn launches(trace: &Path) -> Launches {
+    op_cases::BLANK.store(true, Ordering::Relaxed);
+    let cuda = Cuda::new(0).unwrap();
+    let sizes = Sizes::CHATGLM_6B;
+    let mut ops = Vec::new();
+    op_cases::visit(&cuda, &sizes, &[(1, sizes.rows)], &mut |cuda, mut case| {
+        settle(cuda);
+        let before = std::fs::read_to_string(trace).unwrap().len();
+        // Only kernels are skipped: a product would be computed.
+        if case.bound != Bound::Products {
+            (case.run)(cuda).unwrap();
+            settle(cuda);
+        }
+        let traced = std::fs::read_to_string(trace).unwrap();
+        let launched = |line: &str| line.starts_with("{\"event\":\"launch\"");
+        ops.push(Launched {
+            op: case.name,
+            bound: case.bound,
+            work: case.work,
+            kernels: traced[before..]
+                .lines()
+                .filter(|line| launched(line))
+                .map(|line| serde_json::from_str(line).unwrap())
+                .collect(),
+        });
+    });
+    Launches {
+        arch: ARCH,
+        sizes,
+        ops,
     }
-    let note = "the counts differ from the record; UPDATE_SNAPSHOTS=1 writes it anew";
-    assert_eq!(on_record, text, "{note}");
 }

@@ -284,6 +284,8 @@ static CUresult run_launch(Context& context, const Function& f, const Arguments&
         memcpy(&address, arguments.addresses[i], sizeof address);
         if (const CUresult error = check_kernel_pointer(context, address, kernel.name, i)) return error;
     }
+    static const char* const skipped = getenv("EMULATOR_SKIP_KERNELS");
+    if (skipped != nullptr && strcmp(skipped, "1") == 0) return success;
     Launch launch = {&kernel, const_cast<void**>(arguments.addresses.data()), grid, block, dynamic_bytes, &f.module->shared};
     Schedule schedule;
     {
