@@ -149,11 +149,11 @@ impl<B: Backend> Backend for FaultyBackend<B> {
         }
     }
 
-    fn upload_pieces<T: Plain, E: From<BackendError>>(
+    fn upload_pieces<T: Plain, E: From<BackendError> + Send>(
         &self,
         len: usize,
         unit: usize,
-        fill: impl FnMut(usize, &mut [T]) -> std::result::Result<(), E>,
+        fill: impl Fn(usize, &mut [T]) -> std::result::Result<(), E> + Sync,
     ) -> std::result::Result<B::Buffer<T>, E> {
         self.before("upload_pieces")?;
         self.inner.upload_pieces(len, unit, fill)

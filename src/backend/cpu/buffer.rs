@@ -2,6 +2,7 @@
 
 use std::ops::{Deref, DerefMut};
 
+use super::threads::Threads;
 use crate::backend::{BackendError, Plain, piece_len};
 
 /// Host memory.
@@ -28,16 +29,14 @@ impl<T: Plain> CpuBuffer<T> {
     }
 
     /// As [`Backend::upload_pieces`](crate::backend::Backend::upload_pieces).
-    pub(super) fn from_pieces<E: From<BackendError>>(
+    pub(super) fn from_pieces<E: From<BackendError> + Send>(
+        threads: &Threads,
         len: usize,
         unit: usize,
-        mut fill: impl FnMut(usize, &mut [T]) -> Result<(), E>,
+        fill: impl Fn(usize, &mut [T]) -> Result<(), E> + Sync,
     ) -> Result<Self, E> {
         let mut buffer = CpuBuffer::untouched(len)?;
-        let piece_len = piece_len::<T>(unit);
-        for (index, piece) in buffer.chunks_mut(piece_len).enumerate() {
-            fill(index * piece_len, piece)?;
-        }
+        threads.try_pieces(&mut buffer, piece_len::<T>(unit), fill)?;
         Ok(buffer)
     }
 }

@@ -62,13 +62,13 @@ impl<E: Element> Backend for Cpu<E> {
         Ok(buffer)
     }
 
-    fn upload_pieces<T: Plain, F: From<BackendError>>(
+    fn upload_pieces<T: Plain, F: From<BackendError> + Send>(
         &self,
         len: usize,
         unit: usize,
-        fill: impl FnMut(usize, &mut [T]) -> Result<(), F>,
+        fill: impl Fn(usize, &mut [T]) -> Result<(), F> + Sync,
     ) -> Result<CpuBuffer<T>, F> {
-        CpuBuffer::from_pieces(len, unit, fill)
+        CpuBuffer::from_pieces(&self.threads, len, unit, fill)
     }
 
     fn write<T: Plain>(&self, out: &mut CpuBuffer<T>, host: &[T]) -> Done {

@@ -3,6 +3,8 @@
 //! Work is always cut by shape, never by the number of threads: who computes a piece can change,
 //! what is computed cannot.
 
+use std::sync::{Mutex, PoisonError};
+
 use rayon::prelude::*;
 
 use crate::backend::{BackendError, HostClock, Work};
@@ -94,6 +96,40 @@ impl Threads {
             }),
             _ => out.chunks_mut(items_per_piece).enumerate().for_each(piece),
         }
+    }
+
+    /// Calls `work(start, values)` for pieces of `len` values of a flat list, which may fail: pieces behind
+    /// one that failed may be left out, those before it never are.
+    ///
+    /// # Errors
+    /// That of the first piece that failed, whichever thread was faster.
+    pub fn try_pieces<T: Send, E: Send>(
+        &self,
+        out: &mut [T],
+        len: usize,
+        work: impl Fn(usize, &mut [T]) -> Result<(), E> + Sync,
+    ) -> Result<(), E> {
+        let failed: Mutex<Option<(usize, E)>> = Mutex::new(None);
+        let first = || failed.lock().unwrap_or_else(PoisonError::into_inner);
+        let piece = |(index, values): (usize, &mut [T])| {
+            if first().as_ref().is_some_and(|(failed, _)| *failed < index) {
+                return;
+            }
+            if let Err(error) = work(index * len, values) {
+                let mut first = first();
+                if first.as_ref().is_none_or(|(failed, _)| *failed > index) {
+                    *first = Some((index, error));
+                }
+            }
+        };
+        match &self.pool {
+            Some(pool) if out.len() > len => {
+                pool.install(|| out.par_chunks_mut(len).enumerate().for_each(piece));
+            }
+            _ => out.chunks_mut(len).enumerate().for_each(piece),
+        }
+        let failed = failed.into_inner().unwrap_or_else(PoisonError::into_inner);
+        failed.map_or(Ok(()), |(_, error)| Err(error))
     }
 
     /// Calls `work(start, values)` for pieces of a flat list.
