@@ -39,24 +39,33 @@ class Options:
         return asdict(self)
 
 
-class OneDnnLinear(torch.autograd.Function):
-    """A frozen linear layer by oneDNN, which uses all of a CPU's instructions whoever made it."""
+# An operator of its own: the compiler knows oneDNN's with packed weights alone, which have no backward.
+@torch.library.custom_op("peers::frozen_linear", mutates_args=())
+def frozen_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """`F.linear` by oneDNN, which uses all of a CPU's instructions whoever made it; for weights not trained."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
-    @staticmethod
-    def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(weight)
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
-    @staticmethod
-    def backward(ctx, gradient):
-        (weight,) = ctx.saved_tensors
-        dx = torch.ops.mkldnn._linear_pointwise(gradient.contiguous(), weight.t(), None, "none", [], "")
-        return dx, None, None
+@frozen_linear.register_fake
+def _(x, weight, bias):
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def keep_weight(ctx, inputs, output):
+    ctx.save_for_backward(inputs[1])
+
+
+def input_gradient(ctx, gradient):
+    (weight,) = ctx.saved_tensors
+    return frozen_linear(gradient.contiguous(), weight.t(), None), None, None
+
+
+frozen_linear.register_autograd(input_gradient, setup_context=keep_weight)
 
 
 def onednn_linear(x, weight, bias=None):
     """`F.linear` for weights that are not trained."""
-    return OneDnnLinear.apply(x, weight, bias)
+    return frozen_linear(x.contiguous(), weight, bias)
 
 
 LINEAR = {"default": F.linear, "onednn": onednn_linear}

@@ -247,31 +247,38 @@ class Peer:
         self.runs.set_values(dict(self.start_values))
         self.optimizer = self.runs.optimizer(self.asked["learning_rate"])
         found = {"losses": [], "grad_norms": [], "seconds": [], "tokens": []}
-        for rows in self.batches[first : first + count]:
+        share = self.asked["accumulation"]
+        for step in range(first, first + count):
+            batches = self.batches[step * share : (step + 1) * share]
             self.wait()
             began = time.perf_counter()
-            loss, norm = self.step(rows)
+            loss, norm = self.step(batches)
             found["losses"].append(loss.item())
             found["grad_norms"].append(norm.item())
             self.wait()
             found["seconds"].append(time.perf_counter() - began)
-            found["tokens"].append(sum(len(row["input_ids"]) for row in rows))
+            found["tokens"].append(sum(len(row["input_ids"]) for rows in batches for row in rows))
         if self.device != "cpu":
             free, total = torch.cuda.mem_get_info()
             found["used_bytes"] = total - free
             found["peak_allocated_bytes"] = torch.cuda.max_memory_allocated()
         return found
 
-    def step(self, rows: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
+    def step(self, batches: list[list[dict]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """One update from several batches, in whose loss every target weighs the same."""
         parameters = self.runs.parameters()
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.runs.loss(rows)
-        (loss * self.scale if self.scale != 1.0 else loss).backward()
+        targets = [sum(label != IGNORED for row in rows for label in row["labels"]) for rows in batches]
+        total = 0.0
+        for rows, count in zip(batches, targets):
+            loss = self.runs.loss(rows) * (count / sum(targets))
+            (loss * self.scale).backward()
+            total = total + loss.detach()
         if self.scale != 1.0:
             torch._foreach_mul_([parameter.grad for parameter in parameters], 1.0 / self.scale)
         norm = nn.utils.clip_grad_norm_(parameters, 1.0)
         self.optimizer.step()
-        return loss.detach(), norm
+        return total, norm
 
     def attention_kernels(self) -> list[str]:
         """Names of the attention operators that a step runs."""

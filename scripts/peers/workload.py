@@ -44,7 +44,7 @@ class Size:
 
 
 SIZES = {
-    "tiny": Size(512, 64, 4, 2, row_tokens=32, pre_seq_len=8),
+    "tiny": Size(512, 64, 4, 4, row_tokens=32, pre_seq_len=8),
     "mid": Size(32_768, 1_024, 16, 8),
     "chatglm-6b": Size(130_528, 4_096, 32, 28, row_tokens=1_024),
     "chatglm-6b-shallow": Size(130_528, 4_096, 32, 2, row_tokens=256),
@@ -205,16 +205,21 @@ def row(size: Size, prompt: int, answer: int, numbers: random.Random) -> dict:
     return {"input_ids": ids, "labels": [IGNORED] * seen + ids[seen:]}
 
 
+def row_of_length(size: Size, length: int, numbers: random.Random) -> dict:
+    """A row whose second half is targets, as `mp-train bench` makes them."""
+    half = length // 2
+    inside = (half, length - half - 1) if size.generation == "glm" else (half - 1, length - half - 2)
+    return row(size, *inside, numbers)
+
+
 def uniform_rows(size: Size, batches: int, seed: int) -> list[dict]:
     """Rows of one length, half of whose tokens are targets."""
     numbers = random.Random(seed)
-    half = size.row_tokens // 2
-    inside = (half, half - 1) if size.generation == "glm" else (half - 1, half - 2)
-    return [row(size, *inside, numbers) for _ in range(batches * size.rows)]
+    return [row_of_length(size, size.row_tokens, numbers) for _ in range(batches * size.rows)]
 
 
-def realistic_rows(size: Size, batches: int, seed: int) -> list[dict]:
-    """Rows of many lengths; of a tiny model an eighth of them."""
+def realistic_lengths(size: Size, batches: int, seed: int) -> list[tuple[int, int]]:
+    """Tokens of prompt and answer of many rows; of a tiny model an eighth of them."""
     numbers = random.Random(seed)
     shorter = 8 if size.hidden_size < 128 else 1
 
@@ -222,8 +227,13 @@ def realistic_rows(size: Size, batches: int, seed: int) -> list[dict]:
         drawn = round(median * 2.718281828459045 ** numbers.gauss(0.0, sigma))
         return max(fewest, min(most, drawn) // shorter)
 
-    lengths = [(draw(*PROMPT_TOKENS), draw(*ANSWER_TOKENS)) for _ in range(batches * size.rows)]
-    return [row(size, *length, numbers) for length in lengths]
+    return [(draw(*PROMPT_TOKENS), draw(*ANSWER_TOKENS)) for _ in range(batches * size.rows)]
+
+
+def realistic_rows(size: Size, batches: int, seed: int) -> list[dict]:
+    """Rows of these lengths."""
+    numbers = random.Random(seed + 1)
+    return [row(size, *length, numbers) for length in realistic_lengths(size, batches, seed)]
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:
@@ -255,7 +265,7 @@ def prepare(work: Path, size: Size, dtype: torch.dtype, batches: int, device: st
     paths = {"model": work / "model", "lora": work / "lora", "prefix": work / "prefix",
              "uniform": work / "uniform.jsonl", "realistic": work / "realistic.jsonl"}
     stamp = work / "complete.json"
-    wanted = json.dumps({**asdict(size), "dtype": str(dtype), "batches": batches, "format": 2})
+    wanted = json.dumps({**asdict(size), "dtype": str(dtype), "batches": batches, "format": 3})
     if not (stamp.exists() and stamp.read_text() == wanted):
         stamp.unlink(missing_ok=True)
         write_model(paths["model"], size, dtype, 1, device)
