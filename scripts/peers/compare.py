@@ -69,11 +69,12 @@ EVERY = [
 ]
 
 
-def candidates(device: str, rows: str) -> list[dict]:
-    """Ways to run peer (b) that are tried, the plainest first."""
+def candidates(device: str, rows: str, quick: bool) -> list[dict]:
+    """Ways to run peer (b) that are tried, the plainest first; in a quick run the two ends."""
     way = lambda attention, linear, compiled: {"attention": attention, "linear": linear, "compile": compiled}
     if device == "cpu":
-        return [way("mask", linear, compiled) for compiled in ("none", "blocks") for linear in ("default", "onednn")]
+        found = [way("mask", linear, compiled) for compiled in ("none", "blocks") for linear in ("default", "onednn")]
+        return found[:: 3 if quick else 1]
     found = [way("mask", "default", "none"), way("split", "default", "none"), way("split", "default", "blocks"),
              way("flex", "default", "blocks")]
     # Compiled as a whole it is compiled again for every batch that has other lengths.
@@ -167,7 +168,7 @@ class Run:
     def choose(self, process: PeerProcess, comparison: Comparison, result: dict) -> None:
         """Tries the ways to run peer (b), each after a step that compiles and warms up, and takes the fastest."""
         tries = []
-        for options in candidates(self.args.device, comparison.rows):
+        for options in candidates(self.args.device, comparison.rows, self.args.quick):
             process.ask({"do": "options", "options": options})
             found = process.steps(0, 3)
             tries.append({"options": options, "seconds": found["seconds"][1:]})
@@ -217,7 +218,7 @@ class Run:
             own = result["peers"][peer] = {}
             if peer == "b":
                 tries = []
-                for options in candidates(self.args.device, comparison.rows):
+                for options in candidates(self.args.device, comparison.rows, self.args.quick):
                     try:
                         tries.append({"options": options, "seconds": timed("b", options)["seconds"][warm_up:]})
                     except PeerFailed as error:
