@@ -13,64 +13,25 @@
 pub mod cpu;
 pub mod cuda;
 mod element;
+mod error;
 mod left_behind;
 mod pulse;
 mod shapes;
+mod work;
 
 use half::f16;
 
 use crate::quant::Bits;
 
 pub use element::{Element, ElementsMut, Plain};
+pub use error::BackendError;
 pub use left_behind::{any_left_behind, leave_behind};
 pub use pulse::Pulse;
 pub use shapes::{
     AdamwStep, AdamwTensor, AttentionLayout, Dropout, HeadLayout, LinearShape, NormShape, Prefix,
     RotaryPositions, RowGradient, Span, SumOf,
 };
-
-/// Why a backend could not do what it was asked.
-#[derive(Debug, thiserror::Error)]
-pub enum BackendError {
-    /// Memory for a buffer could not be had.
-    #[error(
-        "{device}: no memory for {:.1} MiB more: use more devices, a smaller micro_batch_size, shorter \
-         rows or recompute = \"block\"; `mp-train plan` shows what each stage takes",
-        *bytes as f64 / f64::from(1 << 20)
-    )]
-    OutOfMemory {
-        /// The device, in words.
-        device: String,
-        /// Size of the buffer asked for.
-        bytes: usize,
-    },
-    /// The threads of the CPU backend could not be started.
-    #[error("cannot start {threads} compute threads: {reason}")]
-    Threads {
-        /// How many were asked for.
-        threads: usize,
-        /// What the system said.
-        reason: String,
-    },
-    /// The worker was told to give up while it waited for its device.
-    #[error("gave up waiting for the device, because the run is ending")]
-    Stopped,
-    /// A CUDA device, its driver or its libraries.
-    #[error(transparent)]
-    Cuda(#[from] cuda::CudaError),
-}
-
-impl BackendError {
-    /// Whether the machine or a bug is to blame, not what was asked for.
-    pub fn is_machine(&self) -> bool {
-        match self {
-            BackendError::OutOfMemory { .. }
-            | BackendError::Threads { .. }
-            | BackendError::Stopped => true,
-            BackendError::Cuda(error) => error.is_machine(),
-        }
-    }
-}
+pub use work::{Counting, HostClock, Measured, Work, WorkSeconds};
 
 type Result<T> = std::result::Result<T, BackendError>;
 
@@ -109,6 +70,15 @@ pub trait Backend: Sized + 'static {
     /// Lets the worker's [`Pulse`] reach `place` when everything queued so far is done.
     fn mark(&self, place: u64) -> Result<()>;
 
+    /// Begins to measure: ops are timed until [`Backend::measured`]. What was queued before is waited for.
+    fn measure(&self) -> Result<()>;
+
+    /// Notes, where it measures, when everything queued so far is done, without waiting for it.
+    fn stamp(&self) -> Result<()>;
+
+    /// Ends measuring, when everything queued is done.
+    fn measured(&self) -> Result<Measured>;
+
     /// How the memory that was planned for a run is used; nothing where none is taken ahead.
     fn memory_use(&self) -> Option<MemoryUse> {
         None
@@ -121,16 +91,17 @@ pub trait Backend: Sized + 'static {
     fn upload<T: Plain>(&self, host: &[T]) -> Result<Self::Buffer<T>>;
 
     /// A buffer of `len` values that never stand in host memory together: `fill` gets where a piece
-    /// begins and the room for its values, which it fills, from the first piece to the last. A piece
-    /// is a number of whole `unit`s, as is the buffer; it has [`PIECE_BYTES`] at most, or is one unit.
+    /// begins and the room for its values, which it fills. Pieces come in any order, several at a time
+    /// from several threads. A piece is a number of whole `unit`s, as is the buffer; it has
+    /// [`PIECE_BYTES`] at most, or is one unit.
     ///
     /// # Errors
-    /// Of the device, or the first of `fill`.
-    fn upload_pieces<T: Plain, E: From<BackendError>>(
+    /// Of the device, or of `fill` for the first piece that it fails for.
+    fn upload_pieces<T: Plain, E: From<BackendError> + Send>(
         &self,
         len: usize,
         unit: usize,
-        fill: impl FnMut(usize, &mut [T]) -> std::result::Result<(), E>,
+        fill: impl Fn(usize, &mut [T]) -> std::result::Result<(), E> + Sync,
     ) -> std::result::Result<Self::Buffer<T>, E>;
 
     /// Overwrites the first `host.len()` values of `out`.
@@ -456,6 +427,38 @@ pub trait Backend: Sized + 'static {
         x: &Self::Buffer<Self::Element>,
         len: usize,
     ) -> Result<()>;
+
+    /// [`Backend::gelu`] behind a linear layer: `pre = x weightᵀ + bias` and `out = gelu(pre)`.
+    /// `out`, `pre`: `[T, O]`.
+    ///
+    /// A device may take GELU of the sum before it is rounded to `pre`, the same way every time for a
+    /// device and a shape. Unless it has something better, it takes one op after the other.
+    fn linear_gelu(
+        &self,
+        out: &mut Self::Buffer<Self::Element>,
+        pre: &mut Self::Buffer<Self::Element>,
+        x: &Self::Buffer<Self::Element>,
+        weight: &Self::Buffer<Self::Element>,
+        bias: Option<&Self::Buffer<Self::Element>>,
+        shape: LinearShape,
+    ) -> Result<()> {
+        self.linear(pre, x, weight, bias, shape, 1.0, false)?;
+        self.gelu(out, pre, shape.rows * shape.out_features)
+    }
+
+    /// Gradient of a linear layer behind GELU, `linear(gelu(pre))`, with respect to `pre [T, I]`:
+    /// `dpre = (dout weight) * gelu'(pre)`. A device may round the product on the way, as above.
+    fn gelu_linear_backward(
+        &self,
+        dpre: &mut Self::Buffer<Self::Element>,
+        dout: &Self::Buffer<Self::Element>,
+        weight: &Self::Buffer<Self::Element>,
+        pre: &Self::Buffer<Self::Element>,
+        shape: LinearShape,
+    ) -> Result<()> {
+        self.linear_backward(dpre, dout, weight, shape, 1.0, false)?;
+        self.gelu_backward(dpre, pre, shape.rows * shape.in_features)
+    }
 
     /// SwiGLU (Shazeer 2020): `out = silu(x[.., ..F]) * x[.., F..]` with
     /// `silu(a) = a / (1 + e^-a)`. `out [T, F]`, `x [T, 2 F]`.

@@ -217,15 +217,13 @@ impl<B: Backend> Block<B> {
             linear,
             ..
         } = &mut *scratch;
-        let narrow = &mut self.mlp.dense_4h_to_h;
-        let wanted_here = below.then_some(&mut *dactivated);
-        let activated = &dense.activated;
-        narrow.backward(backend, wanted_here, dout, activated, batch, linear, false)?;
+        let rooms = [dinner, dactivated];
+        let dinner = self
+            .mlp
+            .narrow_backward(backend, rooms, below, dout, dense, batch, linear)?;
         if !below {
             return Ok(());
         }
-        let (mlp, inner) = (&self.mlp, &dense.inner);
-        let dinner = mlp.activation_backward(backend, dinner, dactivated, inner, batch.rows)?;
 
         let below = wanted(Depth::HTo4h);
         let dnorm2 = below.then_some(branch);

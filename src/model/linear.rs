@@ -153,6 +153,56 @@ impl<B: Backend> Linear<B> {
         Ok(())
     }
 
+    /// As [`Linear::forward`], into `pre`, and `out` is GELU of it: in one op where no LoRA adds to it.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn forward_gelu(
+        &self,
+        backend: &B,
+        out: &mut B::Buffer<B::Element>,
+        pre: &mut B::Buffer<B::Element>,
+        x: &B::Buffer<B::Element>,
+        batch: &Batch<B>,
+        scratch: &mut LinearScratch<B>,
+    ) -> Result<(), BackendError> {
+        if self.lora.is_some() {
+            self.forward(backend, pre, x, batch, scratch)?;
+            return backend.gelu(out, pre, batch.rows * self.out_features);
+        }
+        let weight = self.weight.values(backend, &mut scratch.weight)?;
+        let bias = self.bias.as_ref().map(Weight::values);
+        backend.linear_gelu(out, pre, x, weight, bias, self.shape(batch.rows))
+    }
+
+    /// As [`Linear::backward`] of a layer whose input is `x = gelu(pre)`, down to the gradient of `pre`:
+    /// in one op where no LoRA adds to that of `x`.
+    ///
+    /// # Errors
+    /// When the device fails.
+    #[allow(clippy::too_many_arguments)]
+    pub fn backward_gelu(
+        &mut self,
+        backend: &B,
+        dpre: Option<&mut B::Buffer<B::Element>>,
+        dout: &B::Buffer<B::Element>,
+        x: &B::Buffer<B::Element>,
+        pre: &B::Buffer<B::Element>,
+        batch: &Batch<B>,
+        scratch: &mut LinearScratch<B>,
+    ) -> Result<(), BackendError> {
+        let Some(dpre) = dpre else {
+            return self.backward(backend, None, dout, x, batch, scratch, false);
+        };
+        if self.lora.is_some() {
+            self.backward(backend, Some(dpre), dout, x, batch, scratch, false)?;
+            return backend.gelu_backward(dpre, pre, batch.rows * self.in_features);
+        }
+        self.backward(backend, None, dout, x, batch, scratch, false)?;
+        let weight = self.weight.values(backend, &mut scratch.weight)?;
+        backend.gelu_linear_backward(dpre, dout, weight, pre, self.shape(batch.rows))
+    }
+
     /// What is trained here.
     pub fn parameters(&mut self) -> impl Iterator<Item = &mut Parameter<B>> {
         let lora = self

@@ -2,8 +2,9 @@
 //! run reserves.
 
 use super::base::Layout;
-use crate::backend::cuda::{self, LinearWork, MemoryPlan, OpRooms};
+use crate::backend::cuda::{self, GeluAt, LinearWork, MemoryPlan, OpRooms};
 use crate::comm::{nccl, peer_copy};
+use crate::config::architecture::Activation;
 use crate::config::model::ModelConfig;
 use crate::config::run::{AdapterSection, Device, Precision, TransportKind};
 use crate::model::head::chunk_rows;
@@ -199,6 +200,7 @@ impl Layout {
             in_features,
             out_features,
             bias,
+            gelu: None,
             max_rows,
             backward: true,
             weight_gradient: trainables.is_full(),
@@ -207,12 +209,16 @@ impl Layout {
         let sites = Names::of(config).linear_sites();
         let layer = |site: LinearSite| {
             let (in_features, out_features) = site.features(config);
-            work(
-                in_features,
-                out_features,
-                site.has_bias(config),
-                self.max_rows,
-            )
+            let bias = site.has_bias(config);
+            let gelu = match (config.architecture.activation, site) {
+                (Activation::Gelu, LinearSite::HTo4h) => Some(GeluAt::Output),
+                (Activation::Gelu, LinearSite::FourHToH) => Some(GeluAt::Input),
+                _ => None,
+            };
+            LinearWork {
+                gelu,
+                ..work(in_features, out_features, bias, self.max_rows)
+            }
         };
         let mut all: Vec<LinearWork> = sites.map(layer).collect();
         if spec.head {

@@ -157,7 +157,7 @@ fn elements<B: Backend, T: Element>(b: &B, len: usize, size: f32) -> B::Buffer<T
     filled(b, len, |index| T::from_f32(size * value(index)))
 }
 
-fn filled<B: Backend, T: Plain>(b: &B, len: usize, of: impl Fn(usize) -> T) -> B::Buffer<T> {
+fn filled<B: Backend, T: Plain>(b: &B, len: usize, of: impl Fn(usize) -> T + Sync) -> B::Buffer<T> {
     if BLANK.load(Ordering::Relaxed) {
         return b.zeros(len).unwrap();
     }

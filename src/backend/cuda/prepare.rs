@@ -16,6 +16,15 @@ pub const OWN_MEMORY: u64 = 512 << 20;
 /// direction. That is 64 to 147 MiB; this lies between.
 pub const NCCL_MEMORY_PER_PEER: u64 = 96 << 20;
 
+/// Where a linear layer has GELU beside it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GeluAt {
+    /// GELU is taken of what comes out.
+    Output,
+    /// What goes in came out of GELU.
+    Input,
+}
+
 /// A linear layer that a run will compute.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LinearWork {
@@ -25,6 +34,8 @@ pub struct LinearWork {
     pub out_features: usize,
     /// Whether it has a bias.
     pub bias: bool,
+    /// GELU, where it may be part of the product.
+    pub gelu: Option<GeluAt>,
     /// Most rows at once.
     pub max_rows: usize,
     /// Whether the gradient of its input is computed.
