@@ -72,7 +72,8 @@ CLASSES = [(name, re.compile(pattern)) for name, pattern in CLASSES]
 MEMORY = {"load_global", "store_global", "copy_async", "load_shared", "store_shared"}
 
 # Ops of one step of ChatGLM-6B: LoRA of rank 8 at query_key_value without dropout, 1 x 1024 tokens of which
-# half have a target, nothing recomputed, as src/model/{block,attention,head}.rs and src/pipeline run them.
+# half have a target, nothing recomputed, as src/model/{block,attention,head}.rs and src/pipeline run them,
+# GELU in the epilogues of the products beside it.
 # Per block, but for what the first block leaves out because nothing below it is trained.
 BLOCK = {
     "layer_norm": 2,
@@ -83,11 +84,9 @@ BLOCK = {
     "attention forward 1x1024": 1,
     "attention_dense forward": 1,
     "residual": 2,
-    "dense_h_to_4h forward": 1,
-    "gelu": 1,
+    "dense_h_to_4h_gelu forward": 1,
     "dense_4h_to_h forward": 1,
-    "dense_4h_to_h backward": 1,
-    "gelu_backward": 1,
+    "gelu_dense_4h_to_h backward": 1,
     "dense_h_to_4h backward": 1,
     "layer_norm_backward": 2,
     "attention_dense backward": 1,
@@ -438,6 +437,7 @@ products and attention would then have of the vendor's (MFU), were nothing lost 
             + [["MFU that the floors allow"] + [f"{100 * r['mfu']:.1f} %" for r in result["step"]["devices"].values()]],
         )
     )
+    parts.append("## What stands out\n\n" + "\n".join(f"- {line}" for line in findings(result)) + "\n")
     parts.append(
         """## Kernels
 
@@ -475,6 +475,46 @@ tensor cores, of global memory with the bytes of a lane (c: asynchronous copies)
     return "\n".join(parts)
 
 
+def findings(result):
+    """What in the tables keeps a kernel from its floor, whatever else may."""
+    launches = [
+        (op, arch, kernel) for op in result["ops"] for arch, kernels in op["kernels"].items() for kernel in kernels
+    ]
+
+    def named(chosen, text):
+        found = {}
+        for op, arch, kernel in launches:
+            if chosen(op, arch, kernel):
+                found.setdefault(kernel["kernel"], {})[arch] = text(op, arch, kernel)
+        return "; ".join(
+            f"`{name}` ({', '.join(f'{arch} {said}' for arch, said in sorted(by_arch.items()))})"
+            for name, by_arch in sorted(found.items())
+        ) or "none"
+
+    of_issue = lambda op, arch: op["floor"][arch].get("issue_us", 0) / op["floor"][arch]["us"]
+    return [
+        "Fewer blocks than multiprocessors, so that some are idle: "
+        + named(
+            lambda op, arch, k: k["blocks_for_each_multiprocessor"] < 1,
+            lambda op, arch, k: f"{k['blocks_for_each_multiprocessor']:.2f} blocks for each",
+        )
+        + ".",
+        "One block at a time on a multiprocessor, so that nothing runs while it waits at a barrier: "
+        + named(lambda op, arch, k: k["blocks_per_multiprocessor"] == 1, lambda op, arch, k: f"for {k['limited_by']}")
+        + ".",
+        "Less than a quarter of the warps: "
+        + named(
+            lambda op, arch, k: k["occupancy"] < 0.25,
+            lambda op, arch, k: f"{k['warps_per_multiprocessor']} warps, {k['registers']} registers",
+        )
+        + ".",
+        "Instructions that take more than 0.7 of the time that the bytes take: "
+        + named(lambda op, arch, k: of_issue(op, arch) > 0.7, lambda op, arch, k: f"{of_issue(op, arch):.2f}")
+        + ".",
+        "Local memory: none in any kernel, on either.",
+    ]
+
+
 def loop_text(loops):
     texts = []
     for loop in sorted(loops, key=lambda loop: -sum(loop.values()))[:2]:
@@ -490,6 +530,25 @@ def loop_text(loops):
             parts.append(f"{shared} shared")
         texts.append(" ".join([parts[0] + ":", ", ".join(parts[1:])]).strip().rstrip(":"))
     return "; ".join(texts) or "none"
+
+
+def document(result):
+    """JSON with an op or a kernel on a line."""
+    line = lambda value: json.dumps(value, separators=(", ", ": "))
+    lines = []
+    for key, value in result.items():
+        if key == "ops":
+            text = "[\n  " + ",\n  ".join(map(line, value)) + "\n ]"
+        elif key == "kernels":
+            archs = (
+                f'  "{arch}": {{\n   ' + ",\n   ".join(f'"{name}": {line(k)}' for name, k in kernels.items()) + "\n  }"
+                for arch, kernels in value.items()
+            )
+            text = "{\n" + ",\n".join(archs) + "\n }"
+        else:
+            text = line(value)
+        lines.append(f' "{key}": {text}')
+    return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
 def main():
@@ -513,7 +572,7 @@ def main():
     ]
     if spilled:
         sys.exit("kernels with local memory: " + ", ".join(spilled))
-    Path(json_path).write_text(json.dumps(result, indent=1) + "\n")
+    Path(json_path).write_text(document(result))
     Path(page_path).write_text(page(result))
     for arch, summary in result["step"]["devices"].items():
         print(f"{arch}: step {summary['ms']} ms at the least, MFU {summary['mfu']} at the most")

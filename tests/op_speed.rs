@@ -2,7 +2,7 @@
 //! the rates that they are held against taken in the same run.
 //!
 //! `MP_TRAIN_TEST_GPU=1 OP_SPEED_RESULTS=FILE cargo test --release --test op_speed` measures and writes JSON;
-//! scripts/check_gpu.sh runs it. Without a GPU only the way it goes is tested, on an emulated one.
+//! scripts/check_gpu.sh runs it; `OP_SPEED_SIZES=tiny` takes the smallest shapes. Without a GPU only the way it goes is tested, on an emulated one.
 
 #![allow(clippy::unwrap_used)]
 
@@ -34,6 +34,13 @@ struct Pace {
 const PACE: Pace = Pace {
     rounds: 7,
     round: Duration::from_millis(40),
+};
+
+/// To see that it goes, on an emulated GPU.
+const TINY_BATCHES: [Batch; 2] = [(1, 65), (2, 33)];
+const TINY_PACE: Pace = Pace {
+    rounds: 5,
+    round: Duration::ZERO,
 };
 
 /// Seconds of one run of an op, over several rounds of many.
@@ -78,8 +85,11 @@ fn on_this_gpu() {
         println!("skipped: MP_TRAIN_TEST_GPU is not 1");
         return;
     }
-    let sizes = Sizes::CHATGLM_6B;
-    let results = measure(&sizes, &BATCHES, 1 << 30, PACE);
+    let results = match std::env::var("OP_SPEED_SIZES").as_deref() {
+        Err(_) => measure(&Sizes::CHATGLM_6B, &BATCHES, 1 << 30, PACE),
+        Ok("tiny") => measure(&Sizes::TINY, &TINY_BATCHES, 1 << 12, TINY_PACE),
+        Ok(other) => panic!("OP_SPEED_SIZES is {other}: tiny, or nothing for ChatGLM-6B"),
+    };
     let text = serde_json::to_string_pretty(&results).unwrap();
     match std::env::var_os("OP_SPEED_RESULTS") {
         Some(path) => std::fs::write(path, text + "\n").unwrap(),
@@ -102,13 +112,9 @@ fn on_an_emulated_gpu_every_op_is_measured() {
         return;
     };
     emulator.load_here();
-    let pace = Pace {
-        rounds: 5,
-        round: Duration::ZERO,
-    };
-    let results = measure(&Sizes::TINY, &[(1, 65), (2, 33)], 1 << 12, pace);
+    let results = measure(&Sizes::TINY, &TINY_BATCHES, 1 << 12, TINY_PACE);
     let number = |of: &dyn Fn(&Measured) -> bool| results.ops.iter().filter(|op| of(op)).count();
-    assert_eq!(number(&|op| op.bound == Bound::Products), 11);
+    assert_eq!(number(&|op| op.bound == Bound::Products), 13);
     assert_eq!(number(&|op| op.op.starts_with("attention")), 4 + 2);
     let names: std::collections::BTreeSet<&str> =
         results.ops.iter().map(|op| op.op.as_str()).collect();

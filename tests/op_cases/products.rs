@@ -28,6 +28,7 @@ pub(super) fn visit<B: Backend>(b: &B, sizes: &Sizes, visit: &mut Visit<'_, B>) 
     };
     forward(b, visit, "lm_head", head, false);
     backward(b, visit, "lm_head", head);
+    with_gelu(b, sizes, visit);
     weight_gradient(b, sizes, visit);
     low_rank(b, sizes, visit);
 }
@@ -104,6 +105,49 @@ fn backward<B: Backend>(b: &B, visit: &mut Visit<'_, B>, name: &str, shape: Line
         .with_flops(flops(shape));
     product(b, visit, format!("{name} backward"), work, move |b| {
         b.linear_backward(&mut dx, &dout, &weight, shape, 1.0, false)
+    });
+}
+
+/// The products beside GELU, which may have it in their epilogues.
+fn with_gelu<B: Backend>(b: &B, sizes: &Sizes, visit: &mut Visit<'_, B>) {
+    let (t, h, f) = (sizes.rows, sizes.hidden_size, sizes.inner_hidden_size);
+    let (widen, narrow) = (
+        LinearShape {
+            rows: t,
+            in_features: h,
+            out_features: f,
+        },
+        LinearShape {
+            rows: t,
+            in_features: f,
+            out_features: h,
+        },
+    );
+    let inner = stored::<B>(t * f);
+    let [input, weights, output] = operands::<B>(widen);
+    let work = Work::over(t * f, input + weights, output + inner).with_flops(flops(widen));
+    let (x, matrix, bias) = (
+        elements(b, t * h, 1.0),
+        weight(b, widen),
+        elements(b, f, 0.1),
+    );
+    let (mut out, mut pre) = (b.zeros(t * f).unwrap(), b.zeros(t * f).unwrap());
+    let name = "dense_h_to_4h_gelu forward".to_owned();
+    product(b, visit, name, work, move |b| {
+        b.linear_gelu(&mut out, &mut pre, &x, &matrix, Some(&bias), widen)
+    });
+
+    let [input, weights, output] = operands::<B>(narrow);
+    let work = Work::over(t * f, output + weights + inner, input).with_flops(flops(narrow));
+    let (dout, matrix, pre) = (
+        elements(b, t * h, 0.1),
+        weight(b, narrow),
+        elements(b, t * f, 1.0),
+    );
+    let mut dpre = b.zeros(t * f).unwrap();
+    let name = "gelu_dense_4h_to_h backward".to_owned();
+    product(b, visit, name, work, move |b| {
+        b.gelu_linear_backward(&mut dpre, &dout, &matrix, &pre, narrow)
     });
 }
 
