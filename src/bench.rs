@@ -1,5 +1,7 @@
 //! `mp-train bench`: how fast a model of a named size trains here, with made-up weights and rows.
 
+pub mod timeline;
+
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 

@@ -18,6 +18,7 @@ mod left_behind;
 mod memory;
 mod pulse;
 mod shapes;
+mod work;
 
 use half::f16;
 
@@ -34,6 +35,7 @@ pub use shapes::{
     AdamwStep, AdamwTensor, AttentionLayout, Dropout, HeadLayout, LinearShape, NormShape, Prefix,
     RotaryPositions, RowGradient, Span, SumOf,
 };
+pub use work::{Counting, HostClock, Measured, Work, WorkSeconds};
 
 type Result<T> = std::result::Result<T, BackendError>;
 
@@ -50,6 +52,15 @@ pub trait Backend: Sized + 'static {
     /// Lets the worker's [`Pulse`] reach `place` when everything queued so far is done.
     fn mark(&self, place: u64) -> Result<()>;
 
+    /// Begins to measure: ops are timed until [`Backend::measured`]. What was queued before is waited for.
+    fn measure(&self) -> Result<()>;
+
+    /// Notes, where it measures, when everything queued so far is done, without waiting for it.
+    fn stamp(&self) -> Result<()>;
+
+    /// Ends measuring, when everything queued is done.
+    fn measured(&self) -> Result<Measured>;
+
     /// How the memory that was planned for a run is used; nothing where none is taken ahead.
     fn memory_use(&self) -> Option<MemoryUse> {
         None
@@ -62,16 +73,17 @@ pub trait Backend: Sized + 'static {
     fn upload<T: Plain>(&self, host: &[T]) -> Result<Self::Buffer<T>>;
 
     /// A buffer of `len` values that never stand in host memory together: `fill` gets where a piece
-    /// begins and the room for its values, which it fills, from the first piece to the last. A piece
-    /// is a number of whole `unit`s, as is the buffer; it has [`PIECE_BYTES`] at most, or is one unit.
+    /// begins and the room for its values, which it fills. Pieces come in any order, several at a time
+    /// from several threads. A piece is a number of whole `unit`s, as is the buffer; it has
+    /// [`PIECE_BYTES`] at most, or is one unit.
     ///
     /// # Errors
-    /// Of the device, or the first of `fill`.
-    fn upload_pieces<T: Plain, E: From<BackendError>>(
+    /// Of the device, or of `fill` for the first piece that it fails for.
+    fn upload_pieces<T: Plain, E: From<BackendError> + Send>(
         &self,
         len: usize,
         unit: usize,
-        fill: impl FnMut(usize, &mut [T]) -> std::result::Result<(), E>,
+        fill: impl Fn(usize, &mut [T]) -> std::result::Result<(), E> + Sync,
     ) -> std::result::Result<Self::Buffer<T>, E>;
 
     /// Overwrites the first `host.len()` values of `out`.

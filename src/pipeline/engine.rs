@@ -202,7 +202,7 @@ impl Engine {
         Ok(())
     }
 
-    fn ask<R>(
+    pub(super) fn ask<R>(
         &mut self,
         task: Task,
         command: impl Fn() -> Command,
@@ -338,7 +338,7 @@ impl Engine {
     }
 
     /// A failure of a worker that says nothing itself.
-    fn failure(&self, rank: usize, cause: Cause) -> Failure {
+    pub(super) fn failure(&self, rank: usize, cause: Cause) -> Failure {
         let seat = self.seats.get(rank);
         let doing = seat.map(|seat| lock(&seat.doing).clone());
         let Doing { step, action } = doing.unwrap_or_default();

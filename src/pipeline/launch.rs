@@ -143,6 +143,7 @@ where
                     pulse: Arc::clone(&post.pulse),
                     doing: Arc::clone(&post.doing),
                     command: 0,
+                    noted: None,
                 })
             });
         });

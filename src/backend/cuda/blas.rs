@@ -18,7 +18,7 @@ use cudarc::cublaslt::sys;
 use super::device::{Device, Pointer};
 use super::error::CudaError;
 use super::memory::{CudaBuffer, Memory};
-use crate::backend::BackendError;
+use crate::backend::{BackendError, Work};
 
 type Result<T> = std::result::Result<T, BackendError>;
 
@@ -317,13 +317,12 @@ impl Blas {
 
     /// Queues a product.
     pub fn multiply(&self, product: &Product) -> Result<()> {
-        match self.try_multiply(product) {
-            Ok(true) => Ok(()),
-            Ok(false) => {
+        match self.counted(product)? {
+            true => Ok(()),
+            false => {
                 let none = sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED;
                 Err(self.failure(product, CublasError(none)))
             }
-            Err(error) => Err(self.failure(product, error)),
         }
     }
 
@@ -333,8 +332,15 @@ impl Blas {
         if !product.out_cols().is_multiple_of(PRE_COLS) {
             return Ok(false);
         }
-        let queued = self.try_multiply(product);
-        queued.map_err(|error| self.failure(product, error))
+        self.counted(product)
+    }
+
+    fn counted(&self, product: &Product) -> Result<bool> {
+        let multiply = || {
+            let queued = self.try_multiply(product);
+            queued.map_err(|error| self.failure(product, error))
+        };
+        self.device.counted(Work::Products, multiply)
     }
 
     fn failure(&self, product: &Product, error: CublasError) -> BackendError {

@@ -33,6 +33,7 @@ mod spans;
 mod staging;
 mod survey;
 mod tiles;
+mod timing;
 
 use std::rc::Rc;
 use std::sync::Arc;

@@ -8,7 +8,8 @@ use super::{
 };
 use crate::backend::{
     AdamwStep, AdamwTensor, AttentionLayout, Backend, BackendError, Dropout, Element, LinearShape,
-    MemoryUse, NormShape, Plain, Prefix, RotaryPositions, RowGradient, Span, SumOf, piece_len,
+    Measured, MemoryUse, NormShape, Plain, Prefix, RotaryPositions, RowGradient, Span, SumOf,
+    piece_len,
 };
 use crate::quant::Bits;
 
@@ -18,6 +19,18 @@ impl Backend for Cuda {
 
     fn mark(&self, place: u64) -> Result<()> {
         self.device.mark(place)
+    }
+
+    fn measure(&self) -> Result<()> {
+        self.device.measure()
+    }
+
+    fn stamp(&self) -> Result<()> {
+        self.device.stamp()
+    }
+
+    fn measured(&self) -> Result<Measured> {
+        self.device.measured()
     }
 
     fn memory_use(&self) -> Option<MemoryUse> {
@@ -37,19 +50,16 @@ impl Backend for Cuda {
         Ok(buffer)
     }
 
-    fn upload_pieces<T: Plain, E: From<BackendError>>(
+    fn upload_pieces<T: Plain, E: From<BackendError> + Send>(
         &self,
         len: usize,
         unit: usize,
-        mut fill: impl FnMut(usize, &mut [T]) -> std::result::Result<(), E>,
+        fill: impl Fn(usize, &mut [T]) -> std::result::Result<(), E> + Sync,
     ) -> std::result::Result<CudaBuffer<T>, E> {
         let buffer = self.memory.buffer(len)?;
-        let piece_len = piece_len::<T>(unit);
-        for start in (0..len).step_by(piece_len) {
-            let count = piece_len.min(len - start);
-            self.staging
-                .write_with(buffer.at_index(start), count, |piece| fill(start, piece))?;
-        }
+        let to = |start| buffer.at_index(start);
+        self.staging
+            .write_pieces(len, piece_len::<T>(unit), to, fill)?;
         Ok(buffer)
     }
 
