@@ -30,6 +30,8 @@ mod linear;
 mod linear_gelu;
 #[path = "ops/loss.rs"]
 mod loss;
+#[path = "ops/low_rank.rs"]
+mod low_rank;
 #[path = "ops/memory.rs"]
 mod memory;
 #[path = "ops/norm.rs"]
@@ -40,6 +42,8 @@ mod numbers;
 mod optimiser;
 #[path = "ops/quant.rs"]
 mod quant;
+#[path = "ops/residual_norm.rs"]
+mod residual_norm;
 #[path = "ops/rms_norm.rs"]
 mod rms_norm;
 #[path = "ops/rotary.rs"]
@@ -208,13 +212,15 @@ fn reports<B: Backend>(b: &B, pulse: &Pulse, check: &mut Check) {
 
 type Cases<B> = fn(&B, &mut Check);
 
-fn families<B: Backend>() -> [(&'static str, Cases<B>); 14] {
+fn families<B: Backend>() -> [(&'static str, Cases<B>); 16] {
     [
         ("memory", memory::cases::<B>),
         ("rows", rows::cases::<B>),
         ("norm", norm::cases::<B>),
         ("rms_norm", rms_norm::cases::<B>),
         ("linear", linear::cases::<B>),
+        ("residual_norm", residual_norm::cases::<B>),
+        ("low_rank", low_rank::cases::<B>),
         ("linear_gelu", linear_gelu::cases::<B>),
         ("rotary", rotary::cases::<B>),
         ("attention", attention::cases::<B>),

@@ -15,17 +15,21 @@ pub mod cuda;
 mod element;
 mod error;
 mod left_behind;
+mod memory;
 mod pulse;
 mod shapes;
 mod work;
 
 use half::f16;
 
+use memory::piece_len;
+
 use crate::quant::Bits;
 
 pub use element::{Element, ElementsMut, Plain};
 pub use error::BackendError;
 pub use left_behind::{any_left_behind, leave_behind};
+pub use memory::{MemoryUse, PIECE_BYTES};
 pub use pulse::Pulse;
 pub use shapes::{
     AdamwStep, AdamwTensor, AttentionLayout, Dropout, HeadLayout, LinearShape, NormShape, Prefix,
@@ -34,28 +38,6 @@ pub use shapes::{
 pub use work::{Counting, HostClock, Measured, Work, WorkSeconds};
 
 type Result<T> = std::result::Result<T, BackendError>;
-
-/// Bytes of a piece of [`Backend::upload_pieces`]: much longer than a copy takes to start, and small
-/// beside any model.
-pub const PIECE_BYTES: usize = 1 << 20;
-
-/// Values of a piece: as many whole units of `unit` values as [`PIECE_BYTES`] has room for, or one.
-fn piece_len<T>(unit: usize) -> usize {
-    let unit = unit.max(1);
-    let fitting = PIECE_BYTES / size_of::<T>().max(1);
-    (fitting / unit).max(1) * unit
-}
-
-/// What a backend was told to take of its device, and what became of it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct MemoryUse {
-    /// Bytes taken at once when the run started.
-    pub planned: u64,
-    /// Bytes of them that buffers lie in, at the most.
-    pub used: u64,
-    /// Bytes of buffers that had no room there, so far.
-    pub beside: u64,
-}
 
 /// A device that holds buffers and runs the ops of the engine on them.
 ///
@@ -304,6 +286,24 @@ pub trait Backend: Sized + 'static {
         shape: LinearShape,
     ) -> Result<()>;
 
+    /// Gradients of a low-rank `out = scale * low weightᵀ`, as LoRA has it, in one pass over `dout`:
+    /// `dlow = scale * dout weight` and `dweight += scale * doutᵀ low`.
+    /// `dlow`, `low [T, I]`, `dweight`, `weight [O, I]`, `dout [T, O]`.
+    #[allow(clippy::too_many_arguments)]
+    fn low_rank_backward(
+        &self,
+        dlow: &mut Self::Buffer<Self::Element>,
+        dweight: &mut Self::Buffer<f32>,
+        dout: &Self::Buffer<Self::Element>,
+        low: &Self::Buffer<Self::Element>,
+        weight: &Self::Buffer<Self::Element>,
+        shape: LinearShape,
+        scale: f32,
+    ) -> Result<()> {
+        self.weight_gradient(dweight, dout, low, shape, scale)?;
+        self.linear_backward(dlow, dout, weight, shape, scale, false)
+    }
+
     /// Rotary embedding (Su et al. 2021) on the query and key heads of x, in place: each pair of
     /// elements `(a, b)` that [`RotaryPositions`] names becomes `(a cos - b sin, b cos + a sin)`.
     /// With `inverse` the rotation is undone, which is also its gradient.
@@ -510,6 +510,42 @@ pub trait Backend: Sized + 'static {
         branch: &Self::Buffer<Self::Element>,
         len: usize,
     ) -> Result<()>;
+
+    /// [`Backend::residual`] into `sum [T, H]` and [`Backend::layer_norm`] of it, to the bits of one
+    /// after the other.
+    #[allow(clippy::too_many_arguments)]
+    fn residual_layer_norm(
+        &self,
+        out: &mut Self::Buffer<Self::Element>,
+        stats: &mut Self::Buffer<f32>,
+        sum: &mut Self::Buffer<f32>,
+        x: &Self::Buffer<Self::Element>,
+        alpha: f32,
+        branch: &Self::Buffer<Self::Element>,
+        weight: &Self::Buffer<Self::Element>,
+        bias: &Self::Buffer<Self::Element>,
+        shape: NormShape,
+    ) -> Result<()> {
+        self.residual(sum, x, alpha, branch, shape.rows * shape.cols)?;
+        self.layer_norm(out, stats, sum, weight, bias, shape)
+    }
+
+    /// [`Backend::residual_sum`] into `sum [T, H]` and [`Backend::rms_norm`] of it, to the bits of one
+    /// after the other.
+    #[allow(clippy::too_many_arguments)]
+    fn residual_rms_norm(
+        &self,
+        out: &mut Self::Buffer<Self::Element>,
+        stats: &mut Self::Buffer<f32>,
+        sum: &mut Self::Buffer<f32>,
+        x: &Self::Buffer<f32>,
+        branch: &Self::Buffer<Self::Element>,
+        weight: &Self::Buffer<Self::Element>,
+        shape: NormShape,
+    ) -> Result<()> {
+        self.residual_sum(sum, x, branch, shape.rows * shape.cols)?;
+        self.rms_norm(out, stats, sum, weight, shape)
+    }
 
     /// Softmax cross-entropy of rows `first .. first + rows` of a list of targets, and its gradient.
     /// `loss[first + i] = -log softmax(logits[i])[ids[first + i]]`; afterwards

@@ -219,6 +219,30 @@ pub(super) fn weight_gradient<T: Element>(
     })
 }
 
+/// One pass over `dout` where there is a kernel for the shape, else two.
+#[allow(clippy::too_many_arguments)]
+pub(super) fn low_rank_backward(
+    cuda: &Cuda,
+    dlow: &mut CudaBuffer<f16>,
+    dweight: &mut CudaBuffer<f32>,
+    dout: &CudaBuffer<f16>,
+    low: &CudaBuffer<f16>,
+    weight: &CudaBuffer<f16>,
+    shape: LinearShape,
+    scale: f32,
+) -> Result<()> {
+    if empty(shape) {
+        return Ok(());
+    }
+    let gradients = (dlow.at(), dweight.at());
+    let operands = (dout.at(), low.at(), weight.at());
+    if adapter::low_rank_backward(cuda, gradients, operands, shape, scale)? {
+        return Ok(());
+    }
+    weight_gradient(cuda, dweight, dout, low, shape, scale)?;
+    linear_backward(cuda, dlow, dout, weight, shape, scale, false)
+}
+
 pub(super) fn bias_gradient<T: Element>(
     cuda: &Cuda,
     dbias: &mut CudaBuffer<f32>,
@@ -256,8 +280,11 @@ pub(super) fn prepare(cuda: &Cuda, layer: &LinearWork, at: Pointer, bytes: usize
     if layer.backward && layer.gelu == Some(GeluAt::Input) {
         kinds.push((Kind::Backward { gelu: true }, types, false));
     }
-    if layer.backward && layer.single {
-        // Into the gradient of the prefix's embedding.
+    if layer.lora {
+        kinds.push((forward(false), types, true));
+    }
+    if layer.backward && (layer.single || layer.lora) {
+        // Into the gradient of the prefix's embedding, or onto LoRA's share.
         kinds.push((Kind::Backward { gelu: false }, types, true));
     }
     if layer.weight_gradient {

@@ -280,6 +280,19 @@ impl Backend for Cuda {
         linear::bias_gradient(self, dbias, dout, shape)
     }
 
+    fn low_rank_backward(
+        &self,
+        dlow: &mut CudaBuffer<f16>,
+        dweight: &mut CudaBuffer<f32>,
+        dout: &CudaBuffer<f16>,
+        low: &CudaBuffer<f16>,
+        weight: &CudaBuffer<f16>,
+        shape: LinearShape,
+        scale: f32,
+    ) -> Result<()> {
+        linear::low_rank_backward(self, dlow, dweight, dout, low, weight, shape, scale)
+    }
+
     fn rotary(
         &self,
         x: &mut CudaBuffer<f16>,
@@ -473,6 +486,34 @@ impl Backend for Cuda {
         len: usize,
     ) -> Result<()> {
         elementwise::residual_sum(self, out, x, branch, len)
+    }
+
+    fn residual_layer_norm(
+        &self,
+        out: &mut CudaBuffer<f16>,
+        stats: &mut CudaBuffer<f32>,
+        sum: &mut CudaBuffer<f32>,
+        x: &CudaBuffer<f16>,
+        alpha: f32,
+        branch: &CudaBuffer<f16>,
+        weight: &CudaBuffer<f16>,
+        bias: &CudaBuffer<f16>,
+        shape: NormShape,
+    ) -> Result<()> {
+        norm::residual_layer_norm(self, out, stats, sum, x, alpha, branch, weight, bias, shape)
+    }
+
+    fn residual_rms_norm(
+        &self,
+        out: &mut CudaBuffer<f16>,
+        stats: &mut CudaBuffer<f32>,
+        sum: &mut CudaBuffer<f32>,
+        x: &CudaBuffer<f32>,
+        branch: &CudaBuffer<f16>,
+        weight: &CudaBuffer<f16>,
+        shape: NormShape,
+    ) -> Result<()> {
+        norm::residual_rms_norm(self, out, stats, sum, x, branch, weight, shape)
     }
 
     fn cross_entropy(
