@@ -1,7 +1,7 @@
 //! From tensors in files to the layers of a stage.
 
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use half::f16;
 
@@ -49,32 +49,47 @@ pub struct Loader<'a, B: Backend> {
     pub first_stage: bool,
 }
 
+/// A tensor on its way from its file, for all threads that read pieces of it.
+struct Reading<'a> {
+    source: &'a dyn TensorSource,
+    pulse: &'a Pulse,
+    name: &'a str,
+}
+
+impl Reading<'_> {
+    /// A piece is read, or could not be.
+    fn done(&self, read: Result<(), CheckpointError>) -> Result<(), ModelError> {
+        self.pulse.beat();
+        Ok(read.map_err(|error| error.in_tensor(&self.file(), self.name))?)
+    }
+
+    fn file(&self) -> PathBuf {
+        let info = self.source.info(self.name);
+        info.map(|info| info.file).unwrap_or_default()
+    }
+}
+
 impl<B: Backend> Loader<'_, B> {
     /// A tensor of the base model, converted on its way to the device.
     fn base<T: Element>(&self, name: &str) -> Result<B::Buffer<T>, ModelError> {
         let tensor = self.source.open(name)?;
+        let reading = self.reading(name);
         let upload = |start, out: &mut [T]| {
-            let read = match T::by_type(out) {
+            reading.done(match T::by_type(out) {
                 ElementsMut::F32(out) => tensor.read_f32(start, out),
                 ElementsMut::F16(out) => tensor.read_f16(start, out),
-            };
-            self.read(name, read)
+            })
         };
         self.backend
             .upload_pieces(tensor.element_count(), 1, upload)
     }
 
-    /// A piece of a tensor is read, or could not be.
-    fn read(&self, name: &str, read: Result<(), CheckpointError>) -> Result<(), ModelError> {
-        self.pulse.beat();
-        Ok(read.map_err(|error| error.in_tensor(&self.file(name), name))?)
-    }
-
-    fn file(&self, name: &str) -> PathBuf {
-        self.source
-            .info(name)
-            .map(|info| info.file)
-            .unwrap_or_default()
+    fn reading<'b>(&'b self, name: &'b str) -> Reading<'b> {
+        Reading {
+            source: self.source,
+            pulse: self.pulse,
+            name,
+        }
     }
 
     /// The weight of a linear layer as codes: those of a quantised folder, or made of the weights row
@@ -86,8 +101,9 @@ impl<B: Backend> Loader<'_, B> {
         bits: Bits,
     ) -> Result<QuantisedWeight<B>, ModelError> {
         let (cols, rows) = site.features(self.config);
+        let reading = self.reading(name);
         let wrong = |reason| ModelError::Quantised {
-            file: self.file(name),
+            file: reading.file(),
             name: name.to_owned(),
             reason,
         };
@@ -99,24 +115,23 @@ impl<B: Backend> Loader<'_, B> {
             let scale_name = weights::scale_name(name);
             let stored = self.source.open(&scale_name)?;
             let read = stored.read_f16(0, &mut scales);
-            self.read(&scale_name, read)?;
+            self.reading(&scale_name).done(read)?;
             if let Some(row) = scales.iter().position(|scale| !scale.is_finite()) {
                 return Err(wrong(QuantError::Scale { row }));
             }
-            let upload = |start, out: &mut [i8]| {
-                let read = tensor.read_i8(start, out);
-                self.read(name, read)
-            };
+            let upload = |start, out: &mut [i8]| reading.done(tensor.read_i8(start, out));
             self.backend.upload_pieces(rows * row_bytes, 1, upload)?
         } else {
-            let mut row_values = vec![f16::ZERO; cols];
+            // Rows are quantised by several threads; each piece has the scales of its own rows.
+            let made = Mutex::new(&mut scales[..]);
             let upload = |start, out: &mut [i8]| {
+                let mut row_values = vec![f16::ZERO; cols];
                 for (index, codes) in out.chunks_exact_mut(row_bytes).enumerate() {
                     let row = start / row_bytes + index;
-                    let read = tensor.read_f16(row * cols, &mut row_values);
-                    self.read(name, read)?;
-                    scales[row] = quantise_row(codes, &row_values, bits)
+                    reading.done(tensor.read_f16(row * cols, &mut row_values))?;
+                    let scale = quantise_row(codes, &row_values, bits)
                         .map_err(|col| wrong(QuantError::NotFinite { row, col }))?;
+                    made.lock().unwrap_or_else(PoisonError::into_inner)[row] = scale;
                 }
                 Ok::<_, ModelError>(())
             };

@@ -7,11 +7,13 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::mem::take;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
+use super::writer::Saved;
 use super::{TrainError, result_folder};
 use crate::adapter::{ParameterState, files};
 use crate::checkpoint::adapter_files::{LoraFileConfig, LoraFiles};
@@ -286,42 +288,51 @@ pub(super) struct Run<'a> {
     pub template: Option<&'a TemplateSettings>,
 }
 
-/// Saves `checkpoint-{step}` and returns its path.
+/// Saves `checkpoint-{step}`. The three parts of the state are put together one after another, each giving
+/// its memory back before the next.
 pub(super) fn save(
     run: Run<'_>,
     state: &TrainerState,
-    parameters: &[ParameterState],
-    reporter: &mut dyn FnMut(Event),
-) -> Result<PathBuf, TrainError> {
+    mut parameters: Vec<ParameterState>,
+) -> Result<Saved, TrainError> {
     let Run {
         config, trainables, ..
     } = run;
-    let specs = trainables.specs();
-    let values = files::put_together(specs, parameters.iter().map(|p| &p.values[..]))?;
-    let mut tensors = named("values", values.clone());
-    let exp_avg = files::put_together(specs, parameters.iter().map(|p| &p.exp_avg[..]))?;
+    let mut whole = |part: fn(&mut ParameterState) -> Vec<f32>| {
+        let parts: Vec<Vec<f32>> = parameters.iter_mut().map(part).collect();
+        files::put_together(trainables.specs(), parts.iter().map(|part| &part[..]))
+    };
+    let values = whole(|parameter| take(&mut parameter.values))?;
+    let exp_avg = whole(|parameter| take(&mut parameter.exp_avg))?;
+    let exp_avg_sq = whole(|parameter| take(&mut parameter.exp_avg_sq))?;
+    // A whole model is no adapter, and by far the largest thing that is saved.
+    let adapter = (!trainables.is_full()).then(|| values.clone());
+    let mut tensors = named("values", values);
     tensors.extend(named("exp_avg", exp_avg));
-    let exp_avg_sq = files::put_together(specs, parameters.iter().map(|p| &p.exp_avg_sq[..]))?;
     tensors.extend(named("exp_avg_sq", exp_avg_sq));
     let toml = config.to_toml()?;
     let (output, limit) = (&config.run.output, config.run.save_total_limit);
     let saved = run_state::save_checkpoint(output, state.step, limit, |folder| {
-        if !trainables.is_full() {
-            write_adapter(run, values, &folder.join(ADAPTER))?;
+        if let Some(adapter) = adapter {
+            write_adapter(run, adapter, &folder.join(ADAPTER))?;
         }
         run_state::write_tensors(&folder.join(TENSORS), &tensors)?;
         run_state::write_json(&folder.join(TRAINER_STATE), state)?;
         write_text(&folder.join(CONFIG), &toml)
     });
     match saved {
+        Ok(path) => Ok(Saved {
+            path,
+            warning: None,
+        }),
         Err(error @ CheckpointError::Prune { .. }) => {
-            reporter(Event::Warning(error.to_string()));
+            let warning = Some(error.to_string());
             match error {
-                CheckpointError::Prune { saved, .. } => Ok(saved),
+                CheckpointError::Prune { saved: path, .. } => Ok(Saved { path, warning }),
                 other => Err(other.into()),
             }
         }
-        saved => Ok(saved?),
+        Err(error) => Err(error.into()),
     }
 }
 

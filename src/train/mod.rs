@@ -1,9 +1,11 @@
 //! `mp-train train`: fetch, forward and backward, agree, update, report, save.
 
+mod batches;
 mod checkpoint;
 mod error;
 mod initial;
 mod validation;
+mod writer;
 
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
@@ -15,7 +17,7 @@ use crate::data::DataError;
 use crate::data::batch::MicroBatch;
 use crate::data::cache::{Phase, Progress};
 use crate::data::rows::Rows;
-use crate::data::sampler::{Sampler, SamplerState};
+use crate::data::sampler::SamplerState;
 use crate::model::weights;
 use crate::optim::curve::learning_rate;
 use crate::optim::loss_scale::LossScale;
@@ -29,8 +31,10 @@ use crate::report::{
     TokenisingReport,
 };
 
+use self::batches::{Batches, StepBatches};
 use self::checkpoint::{Fingerprint, Run, TrainerState};
 pub use self::error::TrainError;
+use self::writer::Writer;
 
 /// How a run ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -82,7 +86,7 @@ pub fn run(
         validation,
         trainables,
         layout,
-        mut sampler,
+        sampler,
         max_steps,
         template,
         warnings,
@@ -116,53 +120,117 @@ pub fn run(
         base: &base,
         template: template.as_ref(),
     };
-    let mut saved = resumed_step(config, state.step);
-    while state.step < max_steps {
-        let began = Instant::now();
-        let plan = fetch(config, max_steps, &rows, &mut sampler, &state);
-        let outcome = engine.step(plan.clone())?;
-        state.advance(&outcome, sampler.state());
-        reporter(Event::Step(report(max_steps, &plan, &outcome, began)));
-        if state.loss_scale.skipped_in_a_row() >= config.optimizer.max_skipped_steps {
-            let batch = checkpoint::write_diverged_batch(&config.run.output, &plan)?;
-            return Err(TrainError::Diverged {
-                step: state.step,
-                skipped: state.loss_scale.skipped_in_a_row(),
-                batch,
-            });
-        }
-        let eval_steps = config.run.eval_steps;
-        let measured =
-            state.step == max_steps || eval_steps > 0 && state.step.is_multiple_of(eval_steps);
-        if let Some(rows) = validation.as_ref().filter(|_| measured) {
-            let (tokens, sequences) = (layout.max_rows, layout.max_sequences);
-            let report = validation::measure(&mut engine, rows, tokens, sequences, state.step)?;
-            reporter(Event::Validation(report));
-        }
-        let interrupted = stop.load(Ordering::Relaxed);
-        let due = config.run.save_steps > 0 && state.step.is_multiple_of(config.run.save_steps);
-        if due || interrupted {
-            save(this, &mut engine, &state, reporter)?;
-            saved = Some(state.step);
-        }
-        if interrupted {
-            report_memory(&layout, &mut engine, state.step, reporter)?;
-            return Ok(Outcome::Interrupted { step: state.step });
-        }
-    }
-
-    if saved != Some(state.step) {
-        save(this, &mut engine, &state, reporter)?;
-    }
-    let states = engine.snapshot()?;
-    let result = checkpoint::write_result(this, &states)?;
+    let steps = max_steps.saturating_sub(state.step);
+    let training = Training {
+        run: this,
+        validation: validation.as_ref(),
+        layout: &layout,
+        max_steps,
+    };
+    // Data ahead of the steps and checkpoints behind them; both threads end with this.
+    let trained = std::thread::scope(|threads| {
+        let batches = Batches::start(threads, config, &rows, sampler, steps);
+        let mut writer = Writer::start(threads, move |state, parameters| {
+            checkpoint::save(this, state, parameters)
+        });
+        let trained = training.steps(
+            &mut engine,
+            &mut state,
+            batches,
+            &mut writer,
+            reporter,
+            stop,
+        );
+        writer.close(trained, reporter)
+    })?;
+    let result = match trained {
+        Trained::Interrupted => None,
+        Trained::Finished => Some(checkpoint::write_result(this, &engine.snapshot()?)?),
+    };
     report_memory(&layout, &mut engine, state.step, reporter)?;
+    let Some(result) = result else {
+        return Ok(Outcome::Interrupted { step: state.step });
+    };
     reporter(Event::Finished(RunFinished {
         steps: state.step,
         seconds: started.elapsed().as_secs_f64(),
         result,
     }));
     Ok(Outcome::Finished)
+}
+
+/// How the steps of a run ended.
+enum Trained {
+    /// All are done.
+    Finished,
+    /// A signal came.
+    Interrupted,
+}
+
+/// What stays the same over the steps of a run.
+struct Training<'a> {
+    run: Run<'a>,
+    validation: Option<&'a Rows>,
+    layout: &'a Layout,
+    max_steps: u64,
+}
+
+impl Training<'_> {
+    /// Fetch, step, report, save, until all is done or a signal comes.
+    fn steps(
+        &self,
+        engine: &mut Engine,
+        state: &mut TrainerState,
+        mut batches: Batches<'_>,
+        writer: &mut Writer<'_>,
+        reporter: &mut dyn FnMut(Event),
+        stop: &AtomicBool,
+    ) -> Result<Trained, TrainError> {
+        let Run { config, .. } = self.run;
+        let max_steps = self.max_steps;
+        let mut saved = resumed_step(config, state.step);
+        loop {
+            let began = Instant::now();
+            let Some(fetched) = batches.next() else {
+                break;
+            };
+            let after = fetched.after;
+            let plan = plan(config, max_steps, fetched, state);
+            let outcome = engine.step(plan.clone())?;
+            state.advance(&outcome, after);
+            reporter(Event::Step(report(max_steps, &plan, &outcome, began)));
+            writer.poll(reporter)?;
+            if state.loss_scale.skipped_in_a_row() >= config.optimizer.max_skipped_steps {
+                let batch = checkpoint::write_diverged_batch(&config.run.output, &plan)?;
+                return Err(TrainError::Diverged {
+                    step: state.step,
+                    skipped: state.loss_scale.skipped_in_a_row(),
+                    batch,
+                });
+            }
+            let eval_steps = config.run.eval_steps;
+            let measured =
+                state.step == max_steps || eval_steps > 0 && state.step.is_multiple_of(eval_steps);
+            if let Some(rows) = self.validation.filter(|_| measured) {
+                let (tokens, sequences) = (self.layout.max_rows, self.layout.max_sequences);
+                let report = validation::measure(engine, rows, tokens, sequences, state.step)?;
+                reporter(Event::Validation(report));
+            }
+            let interrupted = stop.load(Ordering::Relaxed);
+            let due = config.run.save_steps > 0 && state.step.is_multiple_of(config.run.save_steps);
+            if due || interrupted {
+                writer.save(state, reporter, || Ok(engine.snapshot()?))?;
+                saved = Some(state.step);
+            }
+            if interrupted {
+                return Ok(Trained::Interrupted);
+            }
+        }
+        if saved != Some(state.step) {
+            writer.save(state, reporter, || Ok(engine.snapshot()?))?;
+        }
+        Ok(Trained::Finished)
+    }
 }
 
 /// Forward and backward of the largest micro-batches before the first step.
@@ -288,27 +356,20 @@ fn model_parameters(base: &Base) -> u64 {
         .sum()
 }
 
-/// The next step's micro-batches, and how much each of their targets weighs.
-fn fetch(
+/// What the stages do with the micro-batches of a step.
+fn plan(
     config: &RunConfig,
     max_steps: u64,
-    rows: &Rows,
-    sampler: &mut Sampler,
+    batches: StepBatches,
     state: &TrainerState,
 ) -> StepPlan {
-    let micro_batches: Vec<MicroBatch> = (0..config.run.gradient_accumulation)
-        .map(|_| {
-            let indices = sampler.next_micro_batch();
-            MicroBatch::from_rows(indices.into_iter().filter_map(|index| rows.get(index)))
-        })
-        .collect();
     StepPlan {
         step: state.step,
         updates: state.updates,
         learning_rate: learning_rate(&config.optimizer, state.updates, max_steps),
         loss_scale: state.loss_scale.scale(),
-        target_weights: target_weights(config.optimizer.loss_normalisation, &micro_batches),
-        micro_batches,
+        target_weights: batches.target_weights,
+        micro_batches: batches.micro_batches,
         optimizer: config.optimizer.clone(),
         seed: config.run.seed,
     }
@@ -353,21 +414,6 @@ fn report(max_steps: u64, plan: &StepPlan, outcome: &StepOutcome, began: Instant
         tokens: batches.map(|batch| batch.tokens() as u64).sum(),
         seconds: began.elapsed().as_secs_f64(),
     }
-}
-
-fn save(
-    run: Run<'_>,
-    engine: &mut Engine,
-    state: &TrainerState,
-    reporter: &mut dyn FnMut(Event),
-) -> Result<(), TrainError> {
-    let states = engine.snapshot()?;
-    let path = checkpoint::save(run, state, &states, reporter)?;
-    reporter(Event::CheckpointSaved {
-        path,
-        step: state.step,
-    });
-    Ok(())
 }
 
 /// Where the result of a run of this kind goes, inside its output folder.

@@ -1,5 +1,7 @@
 //! Buffers, casts and sums of buffers.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use half::f16;
 use mp_train::backend::{Backend, BackendError, Element, PIECE_BYTES, Plain};
 
@@ -58,37 +60,45 @@ fn pieces<B: Backend, T: Plain>(b: &B, check: &mut Check, host: &[T], unit: usiz
     let (len, size) = (host.len(), size_of::<T>());
     let label = format!("{len} values of {size} bytes in units of {unit}");
     check.run(b, "upload_pieces", label, &[], || Ok(()));
-    let mut done = 0;
+    let done = AtomicUsize::new(0);
     let uploaded = b
         .upload_pieces(len, unit, |start, out: &mut [T]| {
-            assert_eq!(start, done, "pieces come in order");
             assert!(!out.is_empty() && out.len().is_multiple_of(unit));
             assert!(out.len() == unit || out.len() * size <= PIECE_BYTES);
             out.copy_from_slice(&host[start..start + out.len()]);
-            done += out.len();
+            done.fetch_add(out.len(), Ordering::Relaxed);
             Ok::<_, BackendError>(())
         })
         .unwrap();
-    assert_eq!(done, len);
+    assert_eq!(done.into_inner(), len);
     check.expect_bits(&b.read(&uploaded, len).unwrap(), host);
 
-    // A piece that cannot be had is the caller's own error.
-    let refused = b.upload_pieces(len, unit, |start, _: &mut [T]| match start {
-        0 => Err(NoPiece(None)),
-        _ => Ok(()),
+    // A piece that cannot be had is the caller's own error: that of the first one, even where another
+    // thread comes to a later one sooner.
+    let refused = b.upload_pieces(len, unit, |start, _: &mut [T]| {
+        if start == 0 {
+            std::thread::sleep(std::time::Duration::from_millis(2));
+        }
+        Err::<(), _>(NoPiece::At(start))
     });
     match (refused, len) {
-        (Ok(_), 0) | (Err(NoPiece(None)), 1..) => {}
-        _ => check.fail("the error of a piece was lost"),
+        (Ok(_), 0) | (Err(NoPiece::At(0)), 1..) => {}
+        _ => check.fail("the error of the first piece was lost"),
     }
+    // What comes behind a failure is whole.
+    let uploaded = b.upload(host).unwrap();
+    check.expect_bits(&b.read(&uploaded, len).unwrap(), host);
 }
 
 /// An error of whoever fills pieces, or of the device.
-struct NoPiece(Option<BackendError>);
+enum NoPiece {
+    At(usize),
+    Device,
+}
 
 impl From<BackendError> for NoPiece {
-    fn from(error: BackendError) -> Self {
-        NoPiece(Some(error))
+    fn from(_: BackendError) -> Self {
+        NoPiece::Device
     }
 }
 

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use half::f16;
 use mp_train::backend::{
     AdamwStep, AdamwTensor, AttentionLayout, Backend, BackendError, Dropout, Element, LinearShape,
-    NormShape, Plain, Prefix, RotaryPositions, RowGradient, Span, SumOf,
+    Measured, NormShape, Plain, Prefix, RotaryPositions, RowGradient, Span, SumOf,
 };
 use mp_train::pipeline::place::Place;
 use mp_train::quant::Bits;
@@ -121,6 +121,18 @@ impl<B: Backend> Backend for FaultyBackend<B> {
         self.inner.mark(place)
     }
 
+    fn measure(&self) -> Result<()> {
+        self.inner.measure()
+    }
+
+    fn stamp(&self) -> Result<()> {
+        self.inner.stamp()
+    }
+
+    fn measured(&self) -> Result<Measured> {
+        self.inner.measured()
+    }
+
     fn residual(
         &self,
         out: &mut B::Buffer<f32>,
@@ -137,11 +149,11 @@ impl<B: Backend> Backend for FaultyBackend<B> {
         }
     }
 
-    fn upload_pieces<T: Plain, E: From<BackendError>>(
+    fn upload_pieces<T: Plain, E: From<BackendError> + Send>(
         &self,
         len: usize,
         unit: usize,
-        fill: impl FnMut(usize, &mut [T]) -> std::result::Result<(), E>,
+        fill: impl Fn(usize, &mut [T]) -> std::result::Result<(), E> + Sync,
     ) -> std::result::Result<B::Buffer<T>, E> {
         self.before("upload_pieces")?;
         self.inner.upload_pieces(len, unit, fill)

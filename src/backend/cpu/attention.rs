@@ -9,7 +9,7 @@ use multiversion::multiversion;
 use super::matmul::{Extent, Matrix, multiply, transpose};
 use super::reduce;
 use super::threads::{Scattered, Threads, with_scratch};
-use crate::backend::{AttentionLayout, Element, HeadLayout, Span};
+use crate::backend::{AttentionLayout, Element, HeadLayout, Span, Work};
 
 /// Query rows whose scores are held at once.
 const QUERY_TILE: usize = 64;
@@ -138,6 +138,7 @@ pub fn attention<E: Element>(
     prefix: Option<PrefixRows<'_, E>>,
     geometry: Geometry<'_>,
 ) {
+    let _counting = threads.clock.count(Work::Attention);
     let layout = geometry.layout;
     let dim = layout.head_dim;
     let group = layout.heads / layout.kv_heads;
@@ -276,6 +277,7 @@ pub fn attention_backward<E: Element>(
     prefix: Option<PrefixRows<'_, E>>,
     geometry: Geometry<'_>,
 ) {
+    let _counting = threads.clock.count(Work::Attention);
     let layout = geometry.layout;
     let dim = layout.head_dim;
     let group = layout.heads / layout.kv_heads;

@@ -4,7 +4,7 @@ use multiversion::multiversion;
 
 use super::reduce;
 use super::threads::{Scattered, Threads, with_scratch};
-use crate::backend::Element;
+use crate::backend::{Element, Work};
 
 pub fn cross_entropy<E: Element>(
     threads: &Threads,
@@ -14,6 +14,7 @@ pub fn cross_entropy<E: Element>(
     vocab_size: usize,
     scale: f32,
 ) {
+    let _counting = threads.clock.count(Work::Loss);
     let loss = Scattered::new(loss);
     let logits = &mut logits[..ids.len() * vocab_size];
     threads.rows(logits, vocab_size, |row, logits| {

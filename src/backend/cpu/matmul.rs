@@ -7,7 +7,7 @@
 use multiversion::multiversion;
 
 use super::threads::{Scattered, Threads, with_scratch};
-use crate::backend::{Element, LinearShape};
+use crate::backend::{Element, LinearShape, Work};
 
 /// Output tiles to choose from, rows and columns, large to small. Tall ones, since the right operand, a
 /// weight, is brought into the kernels' order for every tile of rows anew; all run at the speed of one
@@ -17,11 +17,9 @@ const TILES: [(usize, usize); 5] = [(1024, 256), (1024, 128), (512, 128), (256, 
 const ENOUGH_TILES: usize = 16;
 /// Length of sums for which operands are copied at once: panels of it stay in the second-level cache.
 const PANEL_DEPTH: usize = 512;
-/// Rows of a tile from which on f32 operands are copied too. The right one is transposed, as the
-/// library's own packing of columns takes a tenth of a product of 512 rows. The left one is gathered, as
-/// its rows, a power of two apart, drive each other out of the cache: two threads ran at 58 GFLOP/s each
-/// without, 68 with (AMD EPYC, Zen 5, 2 cores, 1024 x 4096 x 1024).
-const ROWS_WORTH_COPYING: usize = 64;
+/// Rows of a tile from which on the right operand is transposed here: the library's own packing of
+/// columns takes a tenth of a product of 512 rows.
+const ROWS_WORTH_TRANSPOSING: usize = 64;
 
 fn tile_size(m: usize, n: usize) -> (usize, usize) {
     let enough =
@@ -95,6 +93,7 @@ pub fn linear<E: Element>(
     scale: f32,
     accumulate: bool,
 ) {
+    let _counting = threads.clock.count(Work::Products);
     let extent = Extent {
         m: shape.rows,
         n: shape.out_features,
@@ -115,6 +114,7 @@ pub fn linear_backward<E: Element>(
     scale: f32,
     accumulate: bool,
 ) {
+    let _counting = threads.clock.count(Work::Products);
     let extent = Extent {
         m: shape.rows,
         n: shape.in_features,
@@ -134,6 +134,7 @@ pub fn weight_gradient<E: Element>(
     shape: LinearShape,
     scale: f32,
 ) {
+    let _counting = threads.clock.count(Work::Products);
     let extent = Extent {
         m: shape.out_features,
         n: shape.in_features,
@@ -304,21 +305,16 @@ fn product<T: Element, O: Element>(
     });
 }
 
-/// Whether the left operand of a tile is copied even where it is f32 already.
-fn gathers(tile: Extent) -> bool {
-    tile.m >= ROWS_WORTH_COPYING && tile.n >= ROWS_WORTH_COPYING
-}
-
 /// Whether the right operand of a tile is brought into rows of its columns.
 fn transposes<T>(b: Matrix<'_, T>, tile: Extent) -> bool {
-    b.col_stride != 1 && tile.m >= ROWS_WORTH_COPYING
+    b.col_stride != 1 && tile.m >= ROWS_WORTH_TRANSPOSING
 }
 
 /// Values of scratch memory that [`add_tile`] needs for copies of its operands.
 fn panels_len<T: Element>(b: Matrix<'_, T>, tile: Extent) -> usize {
     let depth = PANEL_DEPTH.min(tile.k);
     let stored_as_f32 = T::as_f32(b.values).is_some();
-    let copies_a = !stored_as_f32 || gathers(tile);
+    let copies_a = !stored_as_f32;
     let copies_b = !stored_as_f32 || transposes(b, tile);
     depth * (if copies_a { tile.m } else { 0 } + if copies_b { tile.n } else { 0 })
 }
@@ -349,20 +345,14 @@ unsafe fn add_tile<T: Element>(
     for first in (0..k).step_by(depth.max(1)) {
         let k = depth.min(k - first);
         let extent = Extent { m, n, k };
-        let (a, panels) = f32_panel(
-            a.part(tile.row, first),
-            m,
-            k,
-            gathers(tile.extent),
-            &mut *panels,
-        );
+        let (a, panels) = f32_panel(a.part(tile.row, first), m, k, &mut *panels);
         let b = b.part(first, tile.col);
         let b = if transposes {
             let panel = &mut panels[..k * n];
             transpose(panel, b.values, b.col_stride, n);
             Matrix::rows(panel, n)
         } else {
-            f32_panel(b, k, n, false, panels).0
+            f32_panel(b, k, n, panels).0
         };
         // SAFETY: as promised by the caller.
         unsafe {
@@ -407,13 +397,12 @@ fn store_with_bias<T: Element, O: Element>(
     }
 }
 
-/// Rows and columns from the start of a matrix, as f32: a view where it is f32 already and is not to be
-/// `gathered`, else a copy at the start of `panels`. What is left of `panels` comes along.
+/// Rows and columns from the start of a matrix, as f32: a view where it is f32 already, else a copy at
+/// the start of `panels`. What is left of `panels` comes along.
 fn f32_panel<'a, T: Element>(
     matrix: Matrix<'a, T>,
     rows: usize,
     cols: usize,
-    gathered: bool,
     panels: &'a mut [f32],
 ) -> (Matrix<'a, f32>, &'a mut [f32]) {
     let Matrix {
@@ -421,7 +410,7 @@ fn f32_panel<'a, T: Element>(
         row_stride,
         col_stride,
     } = matrix;
-    if let Some(values) = T::as_f32(values).filter(|_| !gathered) {
+    if let Some(values) = T::as_f32(values) {
         let view = Matrix {
             values,
             row_stride,

@@ -4,7 +4,7 @@ use multiversion::multiversion;
 
 use super::reduce;
 use super::threads::{Scattered, Threads};
-use crate::backend::{AdamwStep, Element};
+use crate::backend::{AdamwStep, Element, Work};
 
 /// Values per partial sum; partial sums are added in order.
 const PIECE: usize = 8192;
@@ -19,6 +19,7 @@ fn pieces(threads: &Threads, x: &[f32], partial: impl Fn(&[f32]) -> f32 + Sync) 
 }
 
 pub fn sum(threads: &Threads, x: &[f32]) -> f32 {
+    let _counting = threads.clock.count(Work::Loss);
     pieces(threads, x, sum_of_piece)
 }
 
@@ -28,6 +29,7 @@ fn sum_of_piece(x: &[f32]) -> f32 {
 }
 
 pub fn sum_squares(threads: &Threads, x: &[f32], scale: f32) -> f32 {
+    let _counting = threads.clock.count(Work::Optimizer);
     scale * scale * pieces(threads, x, sum_squares_of_piece)
 }
 
@@ -56,6 +58,7 @@ pub fn adamw<E: Element>(
     weight_decay: f32,
     step: AdamwStep,
 ) {
+    let _counting = threads.clock.count(Work::Optimizer);
     let len = tensor.master.len();
     let (working, master) = (
         Scattered::new(tensor.working),
