@@ -348,3 +348,178 @@ FAMILY(UP)
         gradient_product<RANK / 8, VECTOR>(dweight, x_wide, x_low, rows, wide, low, scale, low_major);              \
     }
 FAMILY(GRADIENT)
+
+// low_rank_backward_8, _16: the gradients of out = scale * low weightᵀ in one pass over dout, for rank R =
+// 8 or 16 and wide a multiple of 8: per block what its part of dout adds to dlow and to dweight.
+//
+// dlow_parts [column chunks, T, R] float, dweight_parts [row chunks, wide, R] float, dout [T, wide] half,
+// low [T, R] half, weight [wide, R] half.
+// Precision: half products, float sums on tensor cores; scale comes with add_low_rank_parts.
+// Geometry: 256 threads, gridDim = (ceil(wide / 512), ceil(T / 256)): chunks of 512 columns and 256 rows,
+// taken as tiles of 128 rows and 64 columns, two of which are under way. A warp owns 16 rows of a tile for
+// dlow, which it adds up over all columns of the chunk; for dweight it owns 16 columns and half of the rows,
+// added up over the rows of the chunk.
+// Bound by reading dout once, and writing parts: 2 R / 512 of that for dlow, 2 R / 256 for dweight.
+#define PART_ROWS 256
+#define PART_COLUMNS 512
+#define TILE_ROWS 128
+#define TILE_COLUMNS 64
+// Pieces of 16 bytes in a row of a tile. Piece c of row r stands in place c ^ r % 8, so that the eight rows
+// of one column that ldmatrix takes at once lie in different banks.
+#define TILE_PIECES (TILE_COLUMNS / 8)
+
+DEVICE u32 piece_of_tile(u32 row, u32 piece) { return TILE_PIECES * row + (piece ^ (row & 7)); }
+
+// The second operand of products over 16 rows of `matrix` from `row` on, [rows, 8 N] in pieces.
+template <int N> DEVICE void load_second(u32 (&b)[N][2], const uint4* matrix, u32 row) {
+    const u32 i = (threadIdx.x & 31) >> 3, j = threadIdx.x & 7;
+    u32 word[4];
+    // With N = 1 the upper two matrices are those of the lower two once more.
+    ldmatrix_x4_transposed(word, matrix + N * (row + 8 * (i & 1) + j) + (N == 1 ? 0 : i >> 1));
+#pragma unroll
+    for (u32 n = 0; n < N; n++) {
+        b[n][0] = word[2 * n];
+        b[n][1] = word[2 * n + 1];
+    }
+}
+
+template <int R>
+DEVICE void backward_product(float* dlow_parts, float* dweight_parts, const half* __restrict__ dout,
+                             const half* __restrict__ low, const half* __restrict__ weight, u32 rows, u32 wide) {
+    constexpr int N = R / 8;
+    __shared__ uint4 tile[2][TILE_ROWS * TILE_PIECES];
+    __shared__ uint4 weights[2][TILE_COLUMNS * N];
+    __shared__ uint4 lows[PART_ROWS * N];
+    __shared__ float other[TILE_COLUMNS * R];
+    const Lane lane = lane_of_thread();
+    const u32 i = (threadIdx.x & 31) >> 3, j = threadIdx.x & 7;
+    const u32 first_row = PART_ROWS * blockIdx.y, first_column = PART_COLUMNS * blockIdx.x;
+    const u32 rest = wide - first_column;
+    const u32 steps = ceil_div(rest < PART_COLUMNS ? rest : PART_COLUMNS, TILE_COLUMNS);
+
+    // Tile t of a step: the upper or the lower rows; the weights of its columns come with the upper one.
+    const auto fetch = [&](u32 step, u32 t) {
+        const u32 column = first_column + TILE_COLUMNS * step, top = first_row + TILE_ROWS * t;
+        for (u32 at = threadIdx.x; at < TILE_ROWS * TILE_PIECES; at += ADAPTER_THREADS) {
+            const u32 row = at / TILE_PIECES, piece = at % TILE_PIECES;
+            const bool valid = top + row < rows && column + 8 * piece < wide;
+            const half* from = valid ? dout + (u64)(top + row) * wide + column + 8 * piece : dout;
+            cp_async16(&tile[t][piece_of_tile(row, piece)], from, valid);
+        }
+        if (t == 0 && threadIdx.x < TILE_COLUMNS * N) {
+            const u32 k = column + threadIdx.x / N;
+            const half* from = k < wide ? weight + (u64)k * R + 8 * (threadIdx.x % N) : weight;
+            cp_async16(&weights[step % 2][threadIdx.x], from, k < wide);
+        }
+        cp_async_commit();
+    };
+    for (u32 at = threadIdx.x; at < PART_ROWS * N; at += ADAPTER_THREADS) {
+        const u32 row = first_row + at / N;
+        const half* from = row < rows ? low + (u64)row * R + 8 * (at % N) : low;
+        cp_async16(&lows[at], from, row < rows);
+    }
+    fetch(0, 0);
+
+    // For dlow rows 16 warp .. of a tile; for dweight columns 16 (warp % 4) .. and rows 64 (warp / 4) ...
+    const u32 band = lane.warp % 4, side = lane.warp / 4;
+    float dlow[2][N][4] = {};
+    for (u32 step = 0; step < steps; step++) {
+        float dweight[N][4] = {};
+#pragma unroll
+        for (u32 t = 0; t < 2; t++) {
+            if (t == 0) {
+                fetch(step, 1);
+            } else if (step + 1 < steps) {
+                fetch(step + 1, 0);
+            } else {
+                cp_async_commit();
+            }
+            cp_async_wait<1>();
+            __syncthreads();
+#pragma unroll
+            for (u32 k = 0; k < TILE_COLUMNS / 16; k++) {
+                u32 a[4], b[N][2];
+                const u32 row = 16 * lane.warp + 8 * (i & 1) + j;
+                ldmatrix_x4(a, &tile[t][piece_of_tile(row, 2 * k + (i >> 1))]);
+                load_second<N>(b, weights[step % 2], 16 * k);
+#pragma unroll
+                for (u32 n = 0; n < N; n++) mma_m16n8k16(dlow[t][n], a, b[n][0], b[n][1]);
+            }
+#pragma unroll
+            for (u32 k = 0; k < TILE_ROWS / 32; k++) {
+                u32 a[4], b[N][2];
+                const u32 top = TILE_ROWS / 2 * side + 16 * k;
+                const u32 row = top + 8 * (i >> 1) + j;
+                ldmatrix_x4_transposed(a, &tile[t][piece_of_tile(row, 2 * band + (i & 1))]);
+                load_second<N>(b, lows, TILE_ROWS * t + top);
+#pragma unroll
+                for (u32 n = 0; n < N; n++) mma_m16n8k16(dweight[n], a, b[n][0], b[n][1]);
+            }
+            if (t == 1 && side == 1) {
+#pragma unroll
+                for (u32 n = 0; n < N; n++)
+#pragma unroll
+                    for (u32 q = 0; q < 4; q++) {
+                        const u32 m = 16 * band + lane.g + 8 * (q / 2);
+                        other[m * R + 8 * n + 2 * lane.t + q % 2] = dweight[n][q];
+                    }
+            }
+            __syncthreads();
+        }
+        if (side == 0) {
+            const u32 column = first_column + TILE_COLUMNS * step;
+#pragma unroll
+            for (u32 n = 0; n < N; n++)
+#pragma unroll
+                for (u32 q = 0; q < 4; q++) {
+                    const u32 m = 16 * band + lane.g + 8 * (q / 2), r = 8 * n + 2 * lane.t + q % 2;
+                    if (column + m >= wide) continue;
+                    const u64 place = ((u64)blockIdx.y * wide + column + m) * R + r;
+                    dweight_parts[place] = dweight[n][q] + other[m * R + r];
+                }
+        }
+    }
+#pragma unroll
+    for (u32 t = 0; t < 2; t++)
+#pragma unroll
+        for (u32 n = 0; n < N; n++)
+#pragma unroll
+            for (u32 q = 0; q < 4; q++) {
+                const u32 row = first_row + TILE_ROWS * t + 16 * lane.warp + lane.g + 8 * (q / 2);
+                if (row >= rows) continue;
+                const u64 place = ((u64)blockIdx.x * rows + row) * R + 8 * n + 2 * lane.t + q % 2;
+                dlow_parts[place] = dlow[t][n][q];
+            }
+}
+
+KERNEL __launch_bounds__(ADAPTER_THREADS)
+low_rank_backward_8(float* dlow_parts, float* dweight_parts, const half* dout, const half* low, const half* weight,
+                    u32 rows, u32 wide) {
+    backward_product<8>(dlow_parts, dweight_parts, dout, low, weight, rows, wide);
+}
+
+KERNEL __launch_bounds__(ADAPTER_THREADS)
+low_rank_backward_16(float* dlow_parts, float* dweight_parts, const half* dout, const half* low, const half* weight,
+                     u32 rows, u32 wide) {
+    backward_product<16>(dlow_parts, dweight_parts, dout, low, weight, rows, wide);
+}
+
+// add_low_rank_parts: dlow = scale * (sum of its parts), dweight += scale * (sum of its parts), parts ascending.
+//
+// dlow [T, low] half, dweight [wide, low] float. A thread per value of both; small beside the kernel above.
+KERNEL __launch_bounds__(ADAPTER_THREADS)
+add_low_rank_parts(half* dlow, float* dweight, const float* dlow_parts, const float* dweight_parts, u32 rows, u32 wide,
+                   u32 low, u32 column_chunks, u32 row_chunks, float scale) {
+    const u64 of_dlow = (u64)rows * low, of_dweight = (u64)wide * low;
+    u64 at = grid_first();
+    float sum = 0.0f;
+    if (at < of_dlow) {
+        for (u64 chunk = 0; chunk < column_chunks; chunk++) sum += dlow_parts[chunk * of_dlow + at];
+        dlow[at] = to_half(scale * sum);
+        return;
+    }
+    at -= of_dlow;
+    if (at >= of_dweight) return;
+    for (u64 chunk = 0; chunk < row_chunks; chunk++) sum += dweight_parts[chunk * of_dweight + at];
+    dweight[at] += scale * sum;
+}

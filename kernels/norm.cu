@@ -6,26 +6,82 @@
 // and else 1; a row that fits so is read once, a longer one again for each step.
 #define NORM_THREADS 512
 
+// ---- rows to be normed: `take` gives a span the first time, `again` after that. Those of a residual sum
+// are added up and written on the way, by the expressions of kernels/elementwise.cu.
+
+struct GivenRow {
+    const float* x;
+    template <u32 W> METHOD void take(float (&v)[PIECES][W], u32 start, u32 cols) const {
+        load_span(v, x, start, cols);
+    }
+    template <u32 W> METHOD void again(float (&v)[PIECES][W], u32 start, u32 cols) const {
+        load_span(v, x, start, cols);
+    }
+};
+
+// sum = alpha * x + branch, x half.
+struct ScaledResidualRow {
+    float* sum;
+    const half* x;
+    float alpha;
+    const half* branch;
+    template <u32 W> METHOD void take(float (&v)[PIECES][W], u32 start, u32 cols) const {
+        float along[PIECES][W];
+        load_span(v, branch, start, cols);
+        load_span(along, x, start, cols);
+#pragma unroll
+        for (u32 p = 0; p < PIECES; p++) {
+#pragma unroll
+            for (u32 i = 0; i < W; i++) v[p][i] += alpha * along[p][i];
+        }
+        store_span(sum, v, start, cols);
+    }
+    template <u32 W> METHOD void again(float (&v)[PIECES][W], u32 start, u32 cols) const {
+        load_span(v, sum, start, cols);
+    }
+};
+
+// sum = x + branch, x float.
+struct ResidualRow {
+    float* sum;
+    const float* x;
+    const half* branch;
+    template <u32 W> METHOD void take(float (&v)[PIECES][W], u32 start, u32 cols) const {
+        float along[PIECES][W];
+        load_span(v, x, start, cols);
+        load_span(along, branch, start, cols);
+#pragma unroll
+        for (u32 p = 0; p < PIECES; p++) {
+#pragma unroll
+            for (u32 i = 0; i < W; i++) v[p][i] += along[p][i];
+        }
+        store_span(sum, v, start, cols);
+    }
+    template <u32 W> METHOD void again(float (&v)[PIECES][W], u32 start, u32 cols) const {
+        load_span(v, sum, start, cols);
+    }
+};
+
 // ---- forward
 //
 // out = (x - mean) * rstd * weight + bias per row, rstd = 1 / sqrt(var + eps), var around the mean;
 // RMS norm: mean = 0, no bias, rstd = 1 / sqrt(mean(x²) + eps). out, x [T, H]; weight, bias [H];
 // stats [2, T] means and rstds, or [T] rstds. Grid T, a block per row, H / (4 W) threads or more.
-// Bound by memory: reads 4 bytes and writes 2 per value.
-template <bool CENTRED, u32 W>
+// Bound by memory: reads 4 bytes and writes 2 per value; with a residual sum reads 4 (RMS norm: 6) and
+// writes 6, where a sum of its own and a norm read 8 (10) and write 6.
+template <bool CENTRED, u32 W, class Row>
 DEVICE void forward_row(
-    half* out, float* stats, const float* x, const half* weight, const half* bias, u32 rows,
+    half* out, float* stats, const Row& x, const half* weight, const half* bias, u32 rows,
     u32 cols, float eps) {
     __shared__ float room[32];
     const u32 row = blockIdx.x;
-    x += (u64)row * cols;
     out += (u64)row * cols;
     const bool held = cols <= span_width<W>();
     float v[PIECES][W];
 
     float sum = 0.0f;
     for (u32 start = 0; start < cols; start += span_width<W>()) {
-        load_span(v, x, start, cols);
+        x.take(v, start, cols);
 #pragma unroll
         for (u32 p = 0; p < PIECES; p++) {
 #pragma unroll
@@ -37,7 +93,7 @@ DEVICE void forward_row(
         mean = block_sum(sum, room) / (float)cols;
         sum = 0.0f;
         for (u32 start = 0; start < cols; start += span_width<W>()) {
-            if (!held) load_span(v, x, start, cols);
+            if (!held) x.again(v, start, cols);
 #pragma unroll
             for (u32 p = 0; p < PIECES; p++) {
                 if (piece_column<W>(start, p) >= cols) continue;
@@ -56,7 +112,7 @@ DEVICE void forward_row(
         }
     }
     for (u32 start = 0; start < cols; start += span_width<W>()) {
-        if (!held) load_span(v, x, start, cols);
+        if (!held) x.again(v, start, cols);
 #pragma unroll
         for (u32 p = 0; p < PIECES; p++) {
             const u32 col = piece_column<W>(start, p);
@@ -74,23 +130,44 @@ DEVICE void forward_row(
     }
 }
 
+template <bool CENTRED, class Row>
+DEVICE void forward_any(
+    half* out, float* stats, const Row& x, const half* weight, const half* bias, u32 rows,
+    u32 cols, float eps) {
+    if (cols % 4 == 0) {
+        forward_row<CENTRED, 4>(out, stats, x, weight, bias, rows, cols, eps);
+    } else {
+        forward_row<CENTRED, 1>(out, stats, x, weight, bias, rows, cols, eps);
+    }
+}
+
 KERNEL __launch_bounds__(NORM_THREADS) layer_norm(
     half* out, float* stats, const float* x, const half* weight, const half* bias, u32 rows,
     u32 cols, float eps) {
-    if (cols % 4 == 0) {
-        forward_row<true, 4>(out, stats, x, weight, bias, rows, cols, eps);
-    } else {
-        forward_row<true, 1>(out, stats, x, weight, bias, rows, cols, eps);
-    }
+    const GivenRow row = {x + (u64)blockIdx.x * cols};
+    forward_any<true>(out, stats, row, weight, bias, rows, cols, eps);
 }
 
 KERNEL __launch_bounds__(NORM_THREADS) rms_norm(
     half* out, float* stats, const float* x, const half* weight, u32 rows, u32 cols, float eps) {
-    if (cols % 4 == 0) {
-        forward_row<false, 4>(out, stats, x, weight, nullptr, rows, cols, eps);
-    } else {
-        forward_row<false, 1>(out, stats, x, weight, nullptr, rows, cols, eps);
-    }
+    const GivenRow row = {x + (u64)blockIdx.x * cols};
+    forward_any<false>(out, stats, row, weight, nullptr, rows, cols, eps);
+}
+
+KERNEL __launch_bounds__(NORM_THREADS) residual_layer_norm(
+    half* out, float* stats, float* sum, const half* x, float alpha, const half* branch,
+    const half* weight, const half* bias, u32 rows, u32 cols, float eps) {
+    const u64 first = (u64)blockIdx.x * cols;
+    const ScaledResidualRow row = {sum + first, x + first, alpha, branch + first};
+    forward_any<true>(out, stats, row, weight, bias, rows, cols, eps);
+}
+
+KERNEL __launch_bounds__(NORM_THREADS) residual_rms_norm(
+    half* out, float* stats, float* sum, const float* x, const half* branch, const half* weight,
+    u32 rows, u32 cols, float eps) {
+    const u64 first = (u64)blockIdx.x * cols;
+    const ResidualRow row = {sum + first, x + first, branch + first};
+    forward_any<false>(out, stats, row, weight, nullptr, rows, cols, eps);
 }
 
 // ---- gradient of the norm's output: dout + alpha * residual, where there is a residual. RMS norm has

@@ -77,6 +77,32 @@ fn every_kernel_compiles_for_every_architecture_and_does_not_spill() {
     }
 }
 
+/// `KERNEL_CODE=FOLDER cargo test --test kernel_code machine_code` leaves the machine code of every file, and
+/// the compiler's report on it, in FOLDER/sm_86 and FOLDER/sm_90: scripts/kernel_floors.sh disassembles it.
+#[test]
+fn machine_code_is_left_where_asked() {
+    let Some(folder) = std::env::var_os("KERNEL_CODE") else {
+        println!("skipped: KERNEL_CODE names no folder");
+        return;
+    };
+    let ((major, minor), _) = cuda::nvrtc().unwrap();
+    std::fs::create_dir_all(&folder).unwrap();
+    std::fs::write(
+        Path::new(&folder).join("nvrtc"),
+        format!("{major}.{minor}\n"),
+    )
+    .unwrap();
+    for arch in [86, 90] {
+        let folder = Path::new(&folder).join(format!("sm_{arch}"));
+        std::fs::create_dir_all(&folder).unwrap();
+        for compiled in cuda::compile_kernels(arch, &["--ptxas-options=-v"]).unwrap() {
+            let stem = compiled.file.trim_end_matches(".cu");
+            std::fs::write(folder.join(stem).with_extension("cubin"), compiled.code).unwrap();
+            std::fs::write(folder.join(stem).with_extension("log"), compiled.log).unwrap();
+        }
+    }
+}
+
 /// `Compiling entry function 'NAME'`, then `N bytes stack frame, N bytes spill stores, N bytes spill
 /// loads`, then `Used N registers`.
 fn usages(log: &str) -> Vec<Usage> {

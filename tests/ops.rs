@@ -26,8 +26,12 @@ mod dropout;
 mod layouts;
 #[path = "ops/linear.rs"]
 mod linear;
+#[path = "ops/linear_gelu.rs"]
+mod linear_gelu;
 #[path = "ops/loss.rs"]
 mod loss;
+#[path = "ops/low_rank.rs"]
+mod low_rank;
 #[path = "ops/memory.rs"]
 mod memory;
 #[path = "ops/norm.rs"]
@@ -38,6 +42,8 @@ mod numbers;
 mod optimiser;
 #[path = "ops/quant.rs"]
 mod quant;
+#[path = "ops/residual_norm.rs"]
+mod residual_norm;
 #[path = "ops/rms_norm.rs"]
 mod rms_norm;
 #[path = "ops/rotary.rs"]
@@ -113,15 +119,24 @@ fn cuda_emulated() {
         });
         return drive(&format!("cuda on sm_{arch}"), Tolerance::CUDA, builds);
     }
-    let children = ["75", "80", "86", "90"].map(|arch| {
+    let child = |arch: &'static str, more: &'static [(&str, &str)]| {
         std::thread::spawn(move || {
             Command::new(std::env::current_exe().unwrap())
                 .args(["--exact", "cuda_emulated", "--nocapture"])
                 .env(ARCH_OF_CHILD, arch)
+                .envs(more.iter().copied())
                 .output()
                 .unwrap()
         })
-    });
+    };
+    // A cuBLASLt that has no algorithm with GELU gets the same cases.
+    let children = [
+        child("75", &[]),
+        child("80", &[]),
+        child("86", &[]),
+        child("90", &[]),
+        child("90", &PLAIN),
+    ];
     let ended = children.map(|child| child.join().unwrap());
     for child in &ended {
         print!("{}", String::from_utf8_lossy(&child.stdout));
@@ -129,6 +144,12 @@ fn cuda_emulated() {
     }
     assert!(ended.iter().all(|child| child.status.success()));
 }
+
+/// What makes cuBLASLt have no algorithm with GELU, and the cases that are about it.
+const PLAIN: [(&str, &str); 2] = [
+    ("EMULATOR_EPILOGUES", "plain"),
+    ("OPS_FAMILIES", "linear_gelu"),
+];
 
 /// Tells a child of `cuda_emulated` its generation.
 const ARCH_OF_CHILD: &str = "OPS_EMULATED_ARCH";
@@ -191,13 +212,16 @@ fn reports<B: Backend>(b: &B, pulse: &Pulse, check: &mut Check) {
 
 type Cases<B> = fn(&B, &mut Check);
 
-fn families<B: Backend>() -> [(&'static str, Cases<B>); 13] {
+fn families<B: Backend>() -> [(&'static str, Cases<B>); 16] {
     [
         ("memory", memory::cases::<B>),
         ("rows", rows::cases::<B>),
         ("norm", norm::cases::<B>),
         ("rms_norm", rms_norm::cases::<B>),
         ("linear", linear::cases::<B>),
+        ("residual_norm", residual_norm::cases::<B>),
+        ("low_rank", low_rank::cases::<B>),
+        ("linear_gelu", linear_gelu::cases::<B>),
         ("rotary", rotary::cases::<B>),
         ("attention", attention::cases::<B>),
         ("dropout", dropout::cases::<B>),

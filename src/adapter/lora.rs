@@ -11,12 +11,15 @@ pub struct Lora<B: Backend> {
     pub b: Parameter<B>,
     rank: usize,
     scale: f32,
+    /// Where its part of [`LoraScratch`] is.
+    place: usize,
 }
 
-/// Room for the low-rank activations of one layer at a time, shared by all layers of a stage.
+/// What the LoRAs of a stage leave for the backward pass, and room for one of them at a time.
 pub struct LoraScratch<B: Backend> {
-    /// A(x), `[T, r]`.
-    low: B::Buffer<B::Element>,
+    /// A(dropout(x)) of each LoRA, for each micro-batch in flight through it, `[T, r]`: beside the inputs of
+    /// the blocks next to nothing, and to compute it again x would have to be read again.
+    low: Vec<Vec<B::Buffer<B::Element>>>,
     /// Its gradient, `[T, r]`.
     dlow: B::Buffer<B::Element>,
     /// dropout(x) and its gradient, `[T, I]` each; nothing without dropout.
@@ -24,7 +27,8 @@ pub struct LoraScratch<B: Backend> {
 }
 
 impl<B: Backend> LoraScratch<B> {
-    /// Room for `rows` tokens, rank `rank` and inputs of at most `widest` columns.
+    /// Room for `rows` tokens, rank `rank`, `slots[i]` micro-batches in flight through the LoRA whose place
+    /// is i, and inputs of at most `widest` columns where there is dropout.
     ///
     /// # Errors
     /// When the device has no memory for it.
@@ -32,10 +36,12 @@ impl<B: Backend> LoraScratch<B> {
         backend: &B,
         rows: usize,
         rank: usize,
+        slots: &[usize],
         widest: Option<usize>,
     ) -> Result<Self, BackendError> {
+        let low = |&slots: &usize| (0..slots).map(|_| backend.zeros(rows * rank)).collect();
         Ok(LoraScratch {
-            low: backend.zeros(rows * rank)?,
+            low: slots.iter().map(low).collect::<Result<_, _>>()?,
             dlow: backend.zeros(rows * rank)?,
             wide: match widest {
                 Some(widest) => {
@@ -65,7 +71,13 @@ impl<B: Backend> Lora<B> {
             b,
             rank,
             scale: lora_alpha / rank as f32,
+            place: 0,
         }
+    }
+
+    /// Which of the LoRAs of its stage this is.
+    pub fn set_place(&mut self, place: usize) {
+        self.place = place;
     }
 
     fn down(&self, shape: LinearShape) -> LinearShape {
@@ -82,81 +94,107 @@ impl<B: Backend> Lora<B> {
         }
     }
 
-    /// `out += scale * B(A(dropout(x)))`, for a layer of the given shape.
+    /// `out = scale * B(A(dropout(x)))`, for a layer of the given shape; A(dropout(x)) is kept for the
+    /// micro-batch in `slot`.
     ///
     /// # Errors
     /// When the device fails.
+    #[allow(clippy::too_many_arguments)]
     pub fn forward(
         &self,
         backend: &B,
         out: &mut B::Buffer<B::Element>,
         x: &B::Buffer<B::Element>,
         shape: LinearShape,
-        scratch: &mut LoraScratch<B>,
-        noise: Option<LoraNoise<'_>>,
-    ) -> Result<(), BackendError> {
-        self.low(backend, x, shape, scratch, noise)?;
-        let b = self.b.working();
-        backend.linear(out, &scratch.low, b, None, self.up(shape), self.scale, true)
-    }
-
-    /// A(dropout(x)) into the scratch; what dropout left stays there too.
-    fn low(
-        &self,
-        backend: &B,
-        x: &B::Buffer<B::Element>,
-        shape: LinearShape,
+        slot: usize,
         scratch: &mut LoraScratch<B>,
         noise: Option<LoraNoise<'_>>,
     ) -> Result<(), BackendError> {
         let LoraScratch { low, wide, .. } = scratch;
-        let x = match (noise, wide) {
-            (Some(noise), Some([dropped, _])) => {
-                backend.dropout(dropped, x, noise.dropout, noise.spans, shape.in_features)?;
-                &*dropped
-            }
-            _ => x,
-        };
-        backend.linear(low, x, self.a.working(), None, self.down(shape), 1.0, false)
+        let low = &mut low[self.place][slot];
+        let x = dropped(backend, wide, x, shape, noise)?;
+        let (a, b) = (self.a.working(), self.b.working());
+        backend.linear(low, x, a, None, self.down(shape), 1.0, false)?;
+        backend.linear(out, low, b, None, self.up(shape), self.scale, false)
     }
 
-    /// The mirror of [`Lora::forward`]: adds to the gradients of A and B, and to `dx` where wanted.
-    /// A(dropout(x)) is computed a second time, which costs less than keeping it.
+    /// Adds to the gradients of A and B, and leaves the gradient of A(dropout(x)) in the scratch.
     ///
     /// # Errors
     /// When the device fails.
     #[allow(clippy::too_many_arguments)]
-    pub fn backward(
+    pub fn gradients(
         &mut self,
         backend: &B,
-        dx: Option<&mut B::Buffer<B::Element>>,
         dout: &B::Buffer<B::Element>,
         x: &B::Buffer<B::Element>,
         shape: LinearShape,
+        slot: usize,
         scratch: &mut LoraScratch<B>,
         noise: Option<LoraNoise<'_>>,
     ) -> Result<(), BackendError> {
-        self.low(backend, x, shape, scratch, noise)?;
         let (up, down) = (self.up(shape), self.down(shape));
         let LoraScratch { low, dlow, wide } = scratch;
-        backend.weight_gradient(self.b.accumulate(), dout, low, up, self.scale)?;
-        backend.linear_backward(dlow, dout, self.b.working(), up, self.scale, false)?;
-        match (noise, wide) {
-            (Some(noise), Some([dropped, ddropped])) => {
-                backend.weight_gradient(self.a.accumulate(), dlow, dropped, down, 1.0)?;
-                if let Some(dx) = dx {
-                    backend.linear_backward(ddropped, dlow, self.a.working(), down, 1.0, false)?;
-                    let cols = shape.in_features;
-                    backend.dropout_backward(dx, ddropped, noise.dropout, noise.spans, cols)?;
-                }
-            }
-            _ => {
-                backend.weight_gradient(self.a.accumulate(), dlow, x, down, 1.0)?;
-                if let Some(dx) = dx {
-                    backend.linear_backward(dx, dlow, self.a.working(), down, 1.0, true)?;
-                }
-            }
+        let (b, db) = self.b.working_and_gradient();
+        let low = &low[self.place][slot];
+        backend.low_rank_backward(dlow, db, dout, low, b, up, self.scale)?;
+        let x = dropped(backend, wide, x, shape, noise)?;
+        backend.weight_gradient(self.a.accumulate(), dlow, x, down, 1.0)
+    }
+
+    /// The gradient of x behind [`Lora::gradients`] without dropout, added to what `dx` holds when
+    /// `accumulate`.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn backward(
+        &self,
+        backend: &B,
+        dx: &mut B::Buffer<B::Element>,
+        shape: LinearShape,
+        scratch: &LoraScratch<B>,
+        accumulate: bool,
+    ) -> Result<(), BackendError> {
+        let (a, down) = (self.a.working(), self.down(shape));
+        backend.linear_backward(dx, &scratch.dlow, a, down, 1.0, accumulate)
+    }
+
+    /// Adds the gradient of x behind [`Lora::gradients`] with dropout.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn dropped_backward(
+        &self,
+        backend: &B,
+        dx: &mut B::Buffer<B::Element>,
+        shape: LinearShape,
+        scratch: &mut LoraScratch<B>,
+        noise: LoraNoise<'_>,
+    ) -> Result<(), BackendError> {
+        let LoraScratch { dlow, wide, .. } = scratch;
+        let Some([_, ddropped]) = wide else {
+            return Ok(());
+        };
+        let (a, down) = (self.a.working(), self.down(shape));
+        backend.linear_backward(ddropped, dlow, a, down, 1.0, false)?;
+        let LoraNoise { dropout, spans } = noise;
+        backend.dropout_backward(dx, ddropped, dropout, spans, shape.in_features)
+    }
+}
+
+/// dropout(x), in the scratch, or x where there is none.
+fn dropped<'a, B: Backend>(
+    backend: &B,
+    wide: &'a mut Option<[B::Buffer<B::Element>; 2]>,
+    x: &'a B::Buffer<B::Element>,
+    shape: LinearShape,
+    noise: Option<LoraNoise<'_>>,
+) -> Result<&'a B::Buffer<B::Element>, BackendError> {
+    match (noise, wide) {
+        (Some(LoraNoise { dropout, spans }), Some([dropped, _])) => {
+            backend.dropout(dropped, x, dropout, spans, shape.in_features)?;
+            Ok(dropped)
         }
-        Ok(())
+        _ => Ok(x),
     }
 }

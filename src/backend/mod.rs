@@ -13,88 +13,31 @@
 pub mod cpu;
 pub mod cuda;
 mod element;
+mod error;
 mod left_behind;
+mod memory;
 mod pulse;
 mod shapes;
+mod work;
 
 use half::f16;
+
+use memory::piece_len;
 
 use crate::quant::Bits;
 
 pub use element::{Element, ElementsMut, Plain};
+pub use error::BackendError;
 pub use left_behind::{any_left_behind, leave_behind};
+pub use memory::{MemoryUse, PIECE_BYTES};
 pub use pulse::Pulse;
 pub use shapes::{
     AdamwStep, AdamwTensor, AttentionLayout, Dropout, HeadLayout, LinearShape, NormShape, Prefix,
     RotaryPositions, RowGradient, Span, SumOf,
 };
-
-/// Why a backend could not do what it was asked.
-#[derive(Debug, thiserror::Error)]
-pub enum BackendError {
-    /// Memory for a buffer could not be had.
-    #[error(
-        "{device}: no memory for {:.1} MiB more: use more devices, a smaller micro_batch_size, shorter \
-         rows or recompute = \"block\"; `mp-train plan` shows what each stage takes",
-        *bytes as f64 / f64::from(1 << 20)
-    )]
-    OutOfMemory {
-        /// The device, in words.
-        device: String,
-        /// Size of the buffer asked for.
-        bytes: usize,
-    },
-    /// The threads of the CPU backend could not be started.
-    #[error("cannot start {threads} compute threads: {reason}")]
-    Threads {
-        /// How many were asked for.
-        threads: usize,
-        /// What the system said.
-        reason: String,
-    },
-    /// The worker was told to give up while it waited for its device.
-    #[error("gave up waiting for the device, because the run is ending")]
-    Stopped,
-    /// A CUDA device, its driver or its libraries.
-    #[error(transparent)]
-    Cuda(#[from] cuda::CudaError),
-}
-
-impl BackendError {
-    /// Whether the machine or a bug is to blame, not what was asked for.
-    pub fn is_machine(&self) -> bool {
-        match self {
-            BackendError::OutOfMemory { .. }
-            | BackendError::Threads { .. }
-            | BackendError::Stopped => true,
-            BackendError::Cuda(error) => error.is_machine(),
-        }
-    }
-}
+pub use work::{Counting, HostClock, Measured, Work, WorkSeconds};
 
 type Result<T> = std::result::Result<T, BackendError>;
-
-/// Bytes of a piece of [`Backend::upload_pieces`]: much longer than a copy takes to start, and small
-/// beside any model.
-pub const PIECE_BYTES: usize = 1 << 20;
-
-/// Values of a piece: as many whole units of `unit` values as [`PIECE_BYTES`] has room for, or one.
-fn piece_len<T>(unit: usize) -> usize {
-    let unit = unit.max(1);
-    let fitting = PIECE_BYTES / size_of::<T>().max(1);
-    (fitting / unit).max(1) * unit
-}
-
-/// What a backend was told to take of its device, and what became of it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct MemoryUse {
-    /// Bytes taken at once when the run started.
-    pub planned: u64,
-    /// Bytes of them that buffers lie in, at the most.
-    pub used: u64,
-    /// Bytes of buffers that had no room there, so far.
-    pub beside: u64,
-}
 
 /// A device that holds buffers and runs the ops of the engine on them.
 ///
@@ -108,6 +51,15 @@ pub trait Backend: Sized + 'static {
 
     /// Lets the worker's [`Pulse`] reach `place` when everything queued so far is done.
     fn mark(&self, place: u64) -> Result<()>;
+
+    /// Begins to measure: ops are timed until [`Backend::measured`]. What was queued before is waited for.
+    fn measure(&self) -> Result<()>;
+
+    /// Notes, where it measures, when everything queued so far is done, without waiting for it.
+    fn stamp(&self) -> Result<()>;
+
+    /// Ends measuring, when everything queued is done.
+    fn measured(&self) -> Result<Measured>;
 
     /// How the memory that was planned for a run is used; nothing where none is taken ahead.
     fn memory_use(&self) -> Option<MemoryUse> {
@@ -334,6 +286,24 @@ pub trait Backend: Sized + 'static {
         shape: LinearShape,
     ) -> Result<()>;
 
+    /// Gradients of a low-rank `out = scale * low weightᵀ`, as LoRA has it, in one pass over `dout`:
+    /// `dlow = scale * dout weight` and `dweight += scale * doutᵀ low`.
+    /// `dlow`, `low [T, I]`, `dweight`, `weight [O, I]`, `dout [T, O]`.
+    #[allow(clippy::too_many_arguments)]
+    fn low_rank_backward(
+        &self,
+        dlow: &mut Self::Buffer<Self::Element>,
+        dweight: &mut Self::Buffer<f32>,
+        dout: &Self::Buffer<Self::Element>,
+        low: &Self::Buffer<Self::Element>,
+        weight: &Self::Buffer<Self::Element>,
+        shape: LinearShape,
+        scale: f32,
+    ) -> Result<()> {
+        self.weight_gradient(dweight, dout, low, shape, scale)?;
+        self.linear_backward(dlow, dout, weight, shape, scale, false)
+    }
+
     /// Rotary embedding (Su et al. 2021) on the query and key heads of x, in place: each pair of
     /// elements `(a, b)` that [`RotaryPositions`] names becomes `(a cos - b sin, b cos + a sin)`.
     /// With `inverse` the rotation is undone, which is also its gradient.
@@ -458,6 +428,38 @@ pub trait Backend: Sized + 'static {
         len: usize,
     ) -> Result<()>;
 
+    /// [`Backend::gelu`] behind a linear layer: `pre = x weightᵀ + bias` and `out = gelu(pre)`.
+    /// `out`, `pre`: `[T, O]`.
+    ///
+    /// A device may take GELU of the sum before it is rounded to `pre`, the same way every time for a
+    /// device and a shape. Unless it has something better, it takes one op after the other.
+    fn linear_gelu(
+        &self,
+        out: &mut Self::Buffer<Self::Element>,
+        pre: &mut Self::Buffer<Self::Element>,
+        x: &Self::Buffer<Self::Element>,
+        weight: &Self::Buffer<Self::Element>,
+        bias: Option<&Self::Buffer<Self::Element>>,
+        shape: LinearShape,
+    ) -> Result<()> {
+        self.linear(pre, x, weight, bias, shape, 1.0, false)?;
+        self.gelu(out, pre, shape.rows * shape.out_features)
+    }
+
+    /// Gradient of a linear layer behind GELU, `linear(gelu(pre))`, with respect to `pre [T, I]`:
+    /// `dpre = (dout weight) * gelu'(pre)`. A device may round the product on the way, as above.
+    fn gelu_linear_backward(
+        &self,
+        dpre: &mut Self::Buffer<Self::Element>,
+        dout: &Self::Buffer<Self::Element>,
+        weight: &Self::Buffer<Self::Element>,
+        pre: &Self::Buffer<Self::Element>,
+        shape: LinearShape,
+    ) -> Result<()> {
+        self.linear_backward(dpre, dout, weight, shape, 1.0, false)?;
+        self.gelu_backward(dpre, pre, shape.rows * shape.in_features)
+    }
+
     /// SwiGLU (Shazeer 2020): `out = silu(x[.., ..F]) * x[.., F..]` with
     /// `silu(a) = a / (1 + e^-a)`. `out [T, F]`, `x [T, 2 F]`.
     fn swiglu(
@@ -508,6 +510,42 @@ pub trait Backend: Sized + 'static {
         branch: &Self::Buffer<Self::Element>,
         len: usize,
     ) -> Result<()>;
+
+    /// [`Backend::residual`] into `sum [T, H]` and [`Backend::layer_norm`] of it, to the bits of one
+    /// after the other.
+    #[allow(clippy::too_many_arguments)]
+    fn residual_layer_norm(
+        &self,
+        out: &mut Self::Buffer<Self::Element>,
+        stats: &mut Self::Buffer<f32>,
+        sum: &mut Self::Buffer<f32>,
+        x: &Self::Buffer<Self::Element>,
+        alpha: f32,
+        branch: &Self::Buffer<Self::Element>,
+        weight: &Self::Buffer<Self::Element>,
+        bias: &Self::Buffer<Self::Element>,
+        shape: NormShape,
+    ) -> Result<()> {
+        self.residual(sum, x, alpha, branch, shape.rows * shape.cols)?;
+        self.layer_norm(out, stats, sum, weight, bias, shape)
+    }
+
+    /// [`Backend::residual_sum`] into `sum [T, H]` and [`Backend::rms_norm`] of it, to the bits of one
+    /// after the other.
+    #[allow(clippy::too_many_arguments)]
+    fn residual_rms_norm(
+        &self,
+        out: &mut Self::Buffer<Self::Element>,
+        stats: &mut Self::Buffer<f32>,
+        sum: &mut Self::Buffer<f32>,
+        x: &Self::Buffer<f32>,
+        branch: &Self::Buffer<Self::Element>,
+        weight: &Self::Buffer<Self::Element>,
+        shape: NormShape,
+    ) -> Result<()> {
+        self.residual_sum(sum, x, branch, shape.rows * shape.cols)?;
+        self.rms_norm(out, stats, sum, weight, shape)
+    }
 
     /// Softmax cross-entropy of rows `first .. first + rows` of a list of targets, and its gradient.
     /// `loss[first + i] = -log softmax(logits[i])[ids[first + i]]`; afterwards

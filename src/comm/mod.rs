@@ -9,7 +9,8 @@ use std::sync::Arc;
 use crate::backend::{Backend, BackendError, Plain, Pulse};
 
 /// Which way activations or their gradients go through the model.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Flow {
     /// Activations, from the embedding to the head.
     Forward,

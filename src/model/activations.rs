@@ -106,13 +106,14 @@ pub struct Slot<B: Backend> {
 }
 
 impl<B: Backend> Slot<B> {
-    /// Room for one micro-batch in flight through `blocks` blocks.
+    /// Room for one micro-batch in flight through `blocks` blocks, the one in `slot`.
     ///
     /// # Errors
     /// When the device has no memory for it.
     pub fn new(
         backend: &B,
         shape: ActivationShape,
+        slot: usize,
         blocks: usize,
         head: bool,
         recompute: Recompute,
@@ -125,7 +126,7 @@ impl<B: Backend> Slot<B> {
         ));
         let dense = count(recompute == Recompute::None);
         Ok(Slot {
-            batch: Batch::new(backend, shape.limits)?,
+            batch: Batch::new(backend, shape.limits, slot)?,
             inputs: many(blocks, || backend.zeros(rows * hidden))?,
             attention: many(attention, || AttentionActivations::new(backend, shape))?,
             dense: many(dense, || DenseActivations::new(backend, shape))?,
@@ -189,11 +190,15 @@ pub struct Workspace<B: Backend> {
 }
 
 impl<B: Backend> Workspace<B> {
-    /// Room for the largest micro-batch.
+    /// Room for the largest micro-batch; `lora_slots`: how many are in flight through each LoRA.
     ///
     /// # Errors
     /// When the device has no memory for it.
-    pub fn new(backend: &B, shape: ActivationShape) -> Result<Self, BackendError> {
+    pub fn new(
+        backend: &B,
+        shape: ActivationShape,
+        lora_slots: &[usize],
+    ) -> Result<Self, BackendError> {
         let (rows, hidden) = (shape.limits.rows, shape.hidden_size);
         let inner = shape.inner_hidden_size;
         let prefix = shape.limits.sequences * shape.prefix_len * shape.key_value_width;
@@ -224,7 +229,7 @@ impl<B: Backend> Workspace<B> {
                 dprefix: backend.zeros(prefix)?,
                 linear: LinearScratch {
                     weight: backend.zeros(shape.dequantised)?,
-                    lora: LoraScratch::new(backend, rows, shape.lora_rank, widest)?,
+                    lora: LoraScratch::new(backend, rows, shape.lora_rank, lora_slots, widest)?,
                 },
             },
         })

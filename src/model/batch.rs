@@ -41,6 +41,8 @@ pub struct BatchLimits {
 /// Room for one micro-batch on the device, and the one that is in it.
 pub struct Batch<B: Backend> {
     limits: BatchLimits,
+    /// Which of the micro-batches in flight through its blocks this is.
+    pub slot: usize,
     /// T.
     pub rows: usize,
     /// R, rows with a target.
@@ -64,13 +66,14 @@ pub struct Batch<B: Backend> {
 }
 
 impl<B: Backend> Batch<B> {
-    /// Room for a micro-batch.
+    /// Room for a micro-batch, the one in `slot`.
     ///
     /// # Errors
     /// When the device has no memory for it.
-    pub fn new(backend: &B, limits: BatchLimits) -> Result<Self, BackendError> {
+    pub fn new(backend: &B, limits: BatchLimits, slot: usize) -> Result<Self, BackendError> {
         Ok(Batch {
             limits,
+            slot,
             rows: 0,
             targets: 0,
             spans: Vec::with_capacity(limits.sequences),

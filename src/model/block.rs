@@ -9,6 +9,7 @@ use super::norm::Norm;
 use super::qkv::QkvScratch;
 use super::rotary::Rotary;
 use crate::adapter::Parameter;
+use crate::adapter::lora::Lora;
 use crate::backend::{Backend, BackendError};
 
 /// A place in the block, in the order of the forward pass.
@@ -45,8 +46,17 @@ pub struct Shared<'a, B: Backend> {
     pub batch: &'a Batch<B>,
 }
 
+/// The block behind a block, on the same stage.
+pub struct Next<'a, B: Backend> {
+    /// Its first norm.
+    pub norm1: &'a Norm<B>,
+    /// Where that norm's output and statistics go; nothing where both blocks use one room.
+    pub dense: Option<&'a mut DenseActivations<B>>,
+}
+
 impl<B: Backend> Block<B> {
-    /// `x [T, H]` to `out [T, H]`, f32 sums both; fills `attention` and `dense`.
+    /// `x [T, H]` to `out [T, H]`, f32 sums both; fills `attention` and `dense`. The first norm is taken
+    /// here for the first block of a stage, and for every other by the block before it, its `next`.
     ///
     /// # Errors
     /// When the device fails.
@@ -60,18 +70,43 @@ impl<B: Backend> Block<B> {
         dense: &mut DenseActivations<B>,
         prefix: Option<&BlockPrefix<'_, B>>,
         cache: Option<&mut B::Buffer<B::Element>>,
+        (is_first, next): (bool, Option<Next<'_, B>>),
         scratch: &mut Scratch<B>,
     ) -> Result<(), BackendError> {
-        self.norm1(shared, dense, x)?;
+        if is_first {
+            self.norm1(shared, dense, x)?;
+        }
         self.attend(shared, x, attention, dense, prefix, cache, scratch)?;
-        self.norm2_and_widen(shared, attention, dense, scratch)?;
         let Shared { backend, batch, .. } = *shared;
         let Scratch { branch, linear, .. } = scratch;
+        self.mlp.widen(backend, dense, batch, linear)?;
         let narrow = &self.mlp.dense_4h_to_h;
         narrow.forward(backend, branch, &dense.activated, batch, linear)?;
-        let (sum, normed) = (&attention.sum, &dense.norm2);
-        self.norm2
-            .residual(backend, out, sum, normed, branch, batch.rows)
+        let (sum, rows) = (&attention.sum, batch.rows);
+        let Some(next) = next else {
+            let normed = &dense.norm2;
+            return self.norm2.residual(backend, out, sum, normed, branch, rows);
+        };
+        let DenseActivations {
+            norm1,
+            norm1_stats,
+            norm2: normed,
+            ..
+        } = dense;
+        let normed_next = match next.dense {
+            Some(dense) => (&mut dense.norm1, &mut dense.norm1_stats),
+            None => (norm1, norm1_stats),
+        };
+        self.norm2.residual_and_norm(
+            backend,
+            next.norm1,
+            normed_next,
+            out,
+            sum,
+            normed,
+            branch,
+            rows,
+        )
     }
 
     /// Fills `dense` again from the block's input and what attention left (`attention_free`).
@@ -87,7 +122,11 @@ impl<B: Backend> Block<B> {
         scratch: &mut Scratch<B>,
     ) -> Result<(), BackendError> {
         self.norm1(shared, dense, x)?;
-        self.norm2_and_widen(shared, attention, dense, scratch)
+        let Shared { backend, batch, .. } = *shared;
+        let (out, stats) = (&mut dense.norm2, &mut dense.norm2_stats);
+        self.norm2
+            .forward(backend, out, stats, &attention.sum, batch.rows)?;
+        self.mlp.widen(backend, dense, batch, &mut scratch.linear)
     }
 
     /// Fills `attention` and `dense` again from the block's input (`block`).
@@ -105,7 +144,8 @@ impl<B: Backend> Block<B> {
     ) -> Result<(), BackendError> {
         self.norm1(shared, dense, x)?;
         self.attend(shared, x, attention, dense, prefix, None, scratch)?;
-        self.norm2_and_widen(shared, attention, dense, scratch)
+        let Shared { backend, batch, .. } = *shared;
+        self.mlp.widen(backend, dense, batch, &mut scratch.linear)
     }
 
     fn norm1(
@@ -121,13 +161,14 @@ impl<B: Backend> Block<B> {
             .forward(shared.backend, norm1, norm1_stats, x, shared.batch.rows)
     }
 
+    /// Attention, its residual sum and the norm of that.
     #[allow(clippy::too_many_arguments)]
     fn attend(
         &self,
         shared: &Shared<'_, B>,
         x: &B::Buffer<f32>,
         attention: &mut AttentionActivations<B>,
-        dense: &DenseActivations<B>,
+        dense: &mut DenseActivations<B>,
         prefix: Option<&BlockPrefix<'_, B>>,
         cache: Option<&mut B::Buffer<B::Element>>,
         scratch: &mut Scratch<B>,
@@ -137,32 +178,28 @@ impl<B: Backend> Block<B> {
             rotary,
             batch,
         } = *shared;
-        let normed = &dense.norm1;
+        let DenseActivations {
+            norm1: normed,
+            norm2,
+            norm2_stats,
+            ..
+        } = dense;
         self.attention.forward(
             backend, attention, normed, batch, rotary, prefix, cache, scratch,
         )?;
         let Scratch { branch, linear, .. } = scratch;
         let layer = &self.attention.dense;
         layer.forward(backend, branch, &attention.context, batch, linear)?;
-        self.norm1
-            .residual(backend, &mut attention.sum, x, normed, branch, batch.rows)
-    }
-
-    fn norm2_and_widen(
-        &self,
-        shared: &Shared<'_, B>,
-        attention: &AttentionActivations<B>,
-        dense: &mut DenseActivations<B>,
-        scratch: &mut Scratch<B>,
-    ) -> Result<(), BackendError> {
-        let Shared { backend, batch, .. } = *shared;
-        let DenseActivations {
-            norm2, norm2_stats, ..
-        } = dense;
-        let sum = &attention.sum;
-        self.norm2
-            .forward(backend, norm2, norm2_stats, sum, batch.rows)?;
-        self.mlp.widen(backend, dense, batch, &mut scratch.linear)
+        self.norm1.residual_and_norm(
+            backend,
+            &self.norm2,
+            (norm2, norm2_stats),
+            &mut attention.sum,
+            x,
+            normed,
+            branch,
+            batch.rows,
+        )
     }
 
     /// The lowest place of the block with something to train; `None` when there is nothing.
@@ -217,15 +254,13 @@ impl<B: Backend> Block<B> {
             linear,
             ..
         } = &mut *scratch;
-        let narrow = &mut self.mlp.dense_4h_to_h;
-        let wanted_here = below.then_some(&mut *dactivated);
-        let activated = &dense.activated;
-        narrow.backward(backend, wanted_here, dout, activated, batch, linear, false)?;
+        let rooms = [dinner, dactivated];
+        let dinner = self
+            .mlp
+            .narrow_backward(backend, rooms, below, dout, dense, batch, linear)?;
         if !below {
             return Ok(());
         }
-        let (mlp, inner) = (&self.mlp, &dense.inner);
-        let dinner = mlp.activation_backward(backend, dinner, dactivated, inner, batch.rows)?;
 
         let below = wanted(Depth::HTo4h);
         let dnorm2 = below.then_some(branch);
@@ -282,6 +317,18 @@ impl<B: Backend> Block<B> {
         let stats = &dense.norm1_stats;
         self.norm1
             .backward(backend, dx, dnorm1, Some(dsum), x, stats, batch.rows)
+    }
+
+    /// The LoRAs of this block.
+    pub fn loras_mut(&mut self) -> impl Iterator<Item = &mut Lora<B>> {
+        let behind = [
+            &mut self.attention.dense,
+            &mut self.mlp.dense_h_to_4h,
+            &mut self.mlp.dense_4h_to_h,
+        ];
+        let layers = self.attention.query_key_value.layers_mut().iter_mut();
+        let layers = layers.chain(behind);
+        layers.filter_map(|layer| layer.lora.as_mut())
     }
 
     /// What is trained in this block, prefix apart.

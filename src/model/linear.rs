@@ -47,7 +47,7 @@ pub struct LinearScratch<B: Backend> {
     pub lora: LoraScratch<B>,
 }
 
-/// `out = x weightᵀ + bias`, and LoRA's share.
+/// `out = x weightᵀ + bias + LoRA's share`.
 pub struct Linear<B: Backend> {
     /// Which layer of the block.
     pub site: LinearSite,
@@ -109,14 +109,16 @@ impl<B: Backend> Linear<B> {
         scratch: &mut LinearScratch<B>,
     ) -> Result<(), BackendError> {
         let shape = self.shape(batch.rows);
-        let weight = self.weight.values(backend, &mut scratch.weight)?;
-        let bias = self.bias.as_ref().map(Weight::values);
-        backend.linear(out, x, weight, bias, shape, 1.0, false)?;
+        // LoRA's share goes first: the product of the layer adds to it in its own sums, so that `out` is
+        // not read again for it.
         if let Some(lora) = &self.lora {
             let noise = self.noise(batch);
-            lora.forward(backend, out, x, shape, &mut scratch.lora, noise)?;
+            lora.forward(backend, out, x, shape, batch.slot, &mut scratch.lora, noise)?;
         }
-        Ok(())
+        let weight = self.weight.values(backend, &mut scratch.weight)?;
+        let bias = self.bias.as_ref().map(Weight::values);
+        let accumulate = self.lora.is_some();
+        backend.linear(out, x, weight, bias, shape, 1.0, accumulate)
     }
 
     /// The mirror of [`Linear::forward`]: gradients of what is trained, and `dx` where wanted, added to
@@ -142,15 +144,77 @@ impl<B: Backend> Linear<B> {
         if let Some(dbias) = self.bias.as_mut().and_then(Weight::accumulate) {
             backend.bias_gradient(dbias, dout, shape)?;
         }
-        if let Some(dx) = dx.as_deref_mut() {
-            let weight = self.weight.values(backend, &mut scratch.weight)?;
-            backend.linear_backward(dx, dout, weight, shape, 1.0, accumulate)?;
-        }
         let noise = self.noise(batch);
+        let mut accumulate = accumulate;
         if let Some(lora) = &mut self.lora {
-            lora.backward(backend, dx, dout, x, shape, &mut scratch.lora, noise)?;
+            let (slot, scratch) = (batch.slot, &mut scratch.lora);
+            lora.gradients(backend, dout, x, shape, slot, scratch, noise)?;
+            if let (Some(dx), None) = (dx.as_deref_mut(), noise) {
+                lora.backward(backend, dx, shape, scratch, accumulate)?;
+                accumulate = true;
+            }
         }
-        Ok(())
+        let Some(dx) = dx else {
+            return Ok(());
+        };
+        let weight = self.weight.values(backend, &mut scratch.weight)?;
+        backend.linear_backward(dx, dout, weight, shape, 1.0, accumulate)?;
+        match (&self.lora, noise) {
+            (Some(lora), Some(noise)) => {
+                lora.dropped_backward(backend, dx, shape, &mut scratch.lora, noise)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// As [`Linear::forward`], into `pre`, and `out` is GELU of it: in one op where no LoRA adds to it.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn forward_gelu(
+        &self,
+        backend: &B,
+        out: &mut B::Buffer<B::Element>,
+        pre: &mut B::Buffer<B::Element>,
+        x: &B::Buffer<B::Element>,
+        batch: &Batch<B>,
+        scratch: &mut LinearScratch<B>,
+    ) -> Result<(), BackendError> {
+        if self.lora.is_some() {
+            self.forward(backend, pre, x, batch, scratch)?;
+            return backend.gelu(out, pre, batch.rows * self.out_features);
+        }
+        let weight = self.weight.values(backend, &mut scratch.weight)?;
+        let bias = self.bias.as_ref().map(Weight::values);
+        backend.linear_gelu(out, pre, x, weight, bias, self.shape(batch.rows))
+    }
+
+    /// As [`Linear::backward`] of a layer whose input is `x = gelu(pre)`, down to the gradient of `pre`:
+    /// in one op where no LoRA adds to that of `x`.
+    ///
+    /// # Errors
+    /// When the device fails.
+    #[allow(clippy::too_many_arguments)]
+    pub fn backward_gelu(
+        &mut self,
+        backend: &B,
+        dpre: Option<&mut B::Buffer<B::Element>>,
+        dout: &B::Buffer<B::Element>,
+        x: &B::Buffer<B::Element>,
+        pre: &B::Buffer<B::Element>,
+        batch: &Batch<B>,
+        scratch: &mut LinearScratch<B>,
+    ) -> Result<(), BackendError> {
+        let Some(dpre) = dpre else {
+            return self.backward(backend, None, dout, x, batch, scratch, false);
+        };
+        if self.lora.is_some() {
+            self.backward(backend, Some(dpre), dout, x, batch, scratch, false)?;
+            return backend.gelu_backward(dpre, pre, batch.rows * self.in_features);
+        }
+        self.backward(backend, None, dout, x, batch, scratch, false)?;
+        let weight = self.weight.values(backend, &mut scratch.weight)?;
+        backend.gelu_linear_backward(dpre, dout, weight, pre, self.shape(batch.rows))
     }
 
     /// What is trained here.

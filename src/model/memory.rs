@@ -204,7 +204,7 @@ pub fn stage_buffers(
         weights(&mut inventory, config, trainables, sizes);
     }
     trained(&mut inventory, config, trainables, sizes);
-    slots(&mut inventory, config, sizes, recompute);
+    slots(&mut inventory, config, trainables, sizes, recompute);
     workspace(&mut inventory, config, trainables, sizes);
     if sizes.head {
         head(&mut inventory, config, sizes);
@@ -293,7 +293,13 @@ fn dense(config: &ModelConfig, sizes: &StageSizes) -> [(&'static str, u64); 6] {
     ]
 }
 
-fn slots(all: &mut Inventory, config: &ModelConfig, sizes: &StageSizes, recompute: Recompute) {
+fn slots(
+    all: &mut Inventory,
+    config: &ModelConfig,
+    trainables: &Trainables,
+    sizes: &StageSizes,
+    recompute: Recompute,
+) {
     use Purpose::Activations;
     let (t, e) = (sizes.max_rows as u64, sizes.element_size as u64);
     let h = config.hidden_size as u64;
@@ -302,6 +308,12 @@ fn slots(all: &mut Inventory, config: &ModelConfig, sizes: &StageSizes, recomput
         let in_blocks = slots * chunk.blocks.len() as u64;
         all.add(Activations, "ids, positions, targets", t * WORD, 6 * slots);
         all.add(Activations, "block's input", t * h * WORD, in_blocks);
+        if let Some(AdapterSection::Lora(lora)) = &trainables.adapter {
+            // Two matrices each.
+            let loras = trainables.specs().len() / (2 * config.num_layers.max(1));
+            let bytes = t * lora.r as u64 * e;
+            all.add(Activations, "LoRA's A(x)", bytes, in_blocks * loras as u64);
+        }
         if matches!(recompute, Recompute::None | Recompute::AttentionFree) {
             for (name, bytes) in attention(config, sizes) {
                 all.add(Activations, name, bytes, in_blocks);
@@ -370,7 +382,12 @@ fn workspace(
     }
     match &trainables.adapter {
         Some(AdapterSection::Lora(lora)) => {
-            all.add(Workspace, "low rank", t * lora.r as u64 * e, 2);
+            all.add(
+                Workspace,
+                "gradient of LoRA's A(x)",
+                t * lora.r as u64 * e,
+                1,
+            );
             if lora.lora_dropout > 0.0 {
                 let widest = h.max(f).max(queries);
                 all.add(Workspace, "LoRA's dropped input", t * widest * e, 2);

@@ -29,36 +29,47 @@ impl<B: Backend> Mlp<B> {
         scratch: &mut LinearScratch<B>,
     ) -> Result<(), BackendError> {
         let (inner, activated) = (&mut acts.inner, &mut acts.activated);
-        let layer = &self.dense_h_to_4h;
-        layer.forward(backend, inner, &acts.norm2, batch, scratch)?;
-        let (rows, width) = (batch.rows, self.dense_4h_to_h.in_features);
+        let (layer, x) = (&self.dense_h_to_4h, &acts.norm2);
         match self.activation {
-            Activation::Gelu => backend.gelu(activated, inner, rows * width),
-            Activation::SwiGlu => backend.swiglu(activated, inner, rows, width),
+            Activation::Gelu => layer.forward_gelu(backend, activated, inner, x, batch, scratch),
+            Activation::SwiGlu => {
+                layer.forward(backend, inner, x, batch, scratch)?;
+                let width = self.dense_4h_to_h.in_features;
+                backend.swiglu(activated, inner, batch.rows, width)
+            }
         }
     }
 
-    /// The mirror of the activation: the gradient of `inner` from that of `activated`, in either of the two
-    /// rooms. That of GELU takes the place of what it came from, `dinner` is needed for SwiGLU alone.
+    /// The mirror of `dense_4h_to_h(activation(inner))`: gradients of what is trained in the layer, and the
+    /// gradient of `inner` where wanted, which ends up in one of the two rooms: `dinner` is needed for
+    /// SwiGLU alone.
     ///
     /// # Errors
     /// When the device fails.
-    pub fn activation_backward<'a>(
-        &self,
+    #[allow(clippy::too_many_arguments)]
+    pub fn narrow_backward<'a>(
+        &mut self,
         backend: &B,
-        dinner: &'a mut B::Buffer<B::Element>,
-        dactivated: &'a mut B::Buffer<B::Element>,
-        inner: &B::Buffer<B::Element>,
-        rows: usize,
+        [dinner, dactivated]: [&'a mut B::Buffer<B::Element>; 2],
+        wanted: bool,
+        dout: &B::Buffer<B::Element>,
+        acts: &DenseActivations<B>,
+        batch: &Batch<B>,
+        scratch: &mut LinearScratch<B>,
     ) -> Result<&'a B::Buffer<B::Element>, BackendError> {
-        let width = self.dense_4h_to_h.in_features;
+        let (layer, activated, inner) = (&mut self.dense_4h_to_h, &acts.activated, &acts.inner);
+        let room = wanted.then_some(&mut *dactivated);
         match self.activation {
             Activation::Gelu => {
-                backend.gelu_backward(dactivated, inner, rows * width)?;
+                layer.backward_gelu(backend, room, dout, activated, inner, batch, scratch)?;
                 Ok(dactivated)
             }
             Activation::SwiGlu => {
-                backend.swiglu_backward(dinner, dactivated, inner, rows, width)?;
+                layer.backward(backend, room, dout, activated, batch, scratch, false)?;
+                if wanted {
+                    let width = layer.in_features;
+                    backend.swiglu_backward(dinner, dactivated, inner, batch.rows, width)?;
+                }
                 Ok(dinner)
             }
         }

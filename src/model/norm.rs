@@ -75,6 +75,35 @@ impl<B: Backend> Norm<B> {
         }
     }
 
+    /// [`Norm::residual`] into `sum [T, H]` and what the norm behind it, `next`, makes of that, in one pass.
+    /// Both are of one kind, as all norms of a model are.
+    ///
+    /// # Errors
+    /// When the device fails.
+    #[allow(clippy::too_many_arguments)]
+    pub fn residual_and_norm(
+        &self,
+        backend: &B,
+        next: &Norm<B>,
+        (out, stats): (&mut B::Buffer<B::Element>, &mut B::Buffer<f32>),
+        sum: &mut B::Buffer<f32>,
+        x: &B::Buffer<f32>,
+        normed: &B::Buffer<B::Element>,
+        branch: &B::Buffer<B::Element>,
+        rows: usize,
+    ) -> Result<(), BackendError> {
+        let (weight, shape) = (next.weight.values(), next.shape(rows));
+        match &next.bias {
+            Some(bias) => {
+                let (alpha, bias) = (RESIDUAL_ALPHA, bias.values());
+                backend.residual_layer_norm(
+                    out, stats, sum, normed, alpha, branch, weight, bias, shape,
+                )
+            }
+            None => backend.residual_rms_norm(out, stats, sum, x, branch, weight, shape),
+        }
+    }
+
     /// The mirror of [`Norm::forward`] and [`Norm::residual`]: gradients of weight and bias where trained,
     /// and `dx` where wanted, from the gradient of the norm's output, `dout`, and that of the residual sum.
     ///

@@ -81,6 +81,14 @@ impl<B: Backend> QueryKeyValue<B> {
         Ok(())
     }
 
+    /// The layers.
+    pub fn layers_mut(&mut self) -> &mut [Linear<B>] {
+        match self {
+            QueryKeyValue::Fused(layer) => std::slice::from_mut(layer),
+            QueryKeyValue::Split(layers) => layers.as_mut_slice(),
+        }
+    }
+
     /// Whether anything of them is trained.
     pub fn is_trained(&self) -> bool {
         match self {

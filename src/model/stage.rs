@@ -7,7 +7,7 @@ use super::ModelError;
 use super::activations::{ActivationShape, Slot, Workspace};
 use super::attention::BlockPrefix;
 use super::batch::{BatchLimits, BatchRows};
-use super::block::{Block, Shared};
+use super::block::{Block, Next, Shared};
 use super::embedding::Embedding;
 use super::head::{Head, HeadMatrix, Logits, LogitsRows};
 use super::linear::Weight;
@@ -140,7 +140,9 @@ impl<B: Backend> Stage<B> {
             true => Some(backend.zeros(config.vocab_size * config.hidden_size)?),
             false => None,
         };
-        let mut blocks = Vec::new();
+        let mut blocks: Vec<Block<B>> = Vec::new();
+        // Micro-batches in flight through each LoRA of the stage.
+        let mut lora_slots = Vec::new();
         let mut chunks = Vec::with_capacity(shape.chunks.len());
         for (index, chunk) in shape.chunks.iter().enumerate() {
             let first = blocks.len();
@@ -149,7 +151,12 @@ impl<B: Backend> Stage<B> {
             }
             let (count, recompute) = (chunk.blocks.len(), shape.recompute);
             let head = shape.head && index + 1 == shape.chunks.len();
-            let slot = |_| Slot::new(backend, activations, count, head, recompute);
+            let loras = blocks[first..].iter_mut().flat_map(Block::loras_mut);
+            for lora in loras {
+                lora.set_place(lora_slots.len());
+                lora_slots.push(chunk.slots);
+            }
+            let slot = |slot| Slot::new(backend, activations, slot, count, head, recompute);
             chunks.push(Chunk {
                 blocks: first..blocks.len(),
                 slots: (0..chunk.slots).map(slot).collect::<Result<_, _>>()?,
@@ -173,7 +180,7 @@ impl<B: Backend> Stage<B> {
             )?,
             chunks,
             pulse: Arc::clone(loader.pulse),
-            workspace: Workspace::new(backend, activations)?,
+            workspace: Workspace::new(backend, activations, &lora_slots)?,
             tied_gradient,
             activations,
             shape,
@@ -307,17 +314,28 @@ impl<B: Backend> Stage<B> {
             rotary: &self.rotary,
             batch,
         };
-        for (index, block) in self.blocks[blocks.clone()].iter().enumerate() {
+        let in_chunk = &self.blocks[blocks.clone()];
+        for (index, block) in in_chunk.iter().enumerate() {
             let (before, after) = inputs.split_at_mut(index + 1);
             let x = &before[index];
             let out = after.first_mut().unwrap_or(output);
             let attention = kept_attention.get_mut(index).unwrap_or(attention);
-            let dense = kept_dense.get_mut(index).unwrap_or(dense);
+            let (dense, dense_of_next) = match kept_dense.get_mut(index..) {
+                Some([own, others @ ..]) => (own, others.first_mut()),
+                _ => (&mut *dense, None),
+            };
+            let next = in_chunk.get(index + 1).map(|block| Next {
+                norm1: &block.norm1,
+                dense: dense_of_next,
+            });
+            let ends = (index == 0, next);
             let place = blocks.start + index;
             let prefix = block_prefix(self.prefix.as_mut(), place, self.prefix_dropout);
             let cache = cache.as_mut().map(|cache| &mut cache.blocks[place]);
             let prefix = prefix.as_ref();
-            block.forward(&shared, out, x, attention, dense, prefix, cache, scratch)?;
+            block.forward(
+                &shared, out, x, attention, dense, prefix, cache, ends, scratch,
+            )?;
             self.pulse.beat();
         }
         Ok(())

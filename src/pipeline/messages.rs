@@ -1,5 +1,6 @@
 //! What the controlling thread asks of the workers, and what they answer.
 
+use super::profile::Record;
 use super::rehearsal::Rehearsal;
 use crate::adapter::ParameterState;
 use crate::backend::MemoryUse;
@@ -78,6 +79,8 @@ pub(super) enum Command {
     Rehearse(std::sync::Arc<Rehearsal>),
     /// One training step.
     Step(std::sync::Arc<StepPlan>),
+    /// The same, measured.
+    Profile(std::sync::Arc<StepPlan>),
     /// Loss of a micro-batch, without a gradient.
     Evaluate(std::sync::Arc<MicroBatch>),
     /// A forward pass.
@@ -94,6 +97,8 @@ pub(super) enum Reply {
     Ready,
     /// The step is done.
     Step(StepOutcome),
+    /// The step is done, and measured.
+    Profile(StepOutcome, Record),
     /// Sum of the losses of all targets, on the last stage.
     Evaluate(Option<f32>),
     /// Logits, on the last stage.

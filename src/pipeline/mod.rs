@@ -14,6 +14,7 @@ pub mod partition;
 pub mod permits;
 pub mod place;
 pub mod prepare;
+pub mod profile;
 pub mod rehearsal;
 pub mod schedule;
 mod template;

@@ -2,14 +2,15 @@
 //! run reserves.
 
 use super::base::Layout;
-use crate::backend::cuda::{self, LinearWork, MemoryPlan, OpRooms};
+use crate::backend::cuda::{self, GeluAt, LinearWork, MemoryPlan, OpRooms};
 use crate::comm::{nccl, peer_copy};
+use crate::config::architecture::Activation;
 use crate::config::model::ModelConfig;
 use crate::config::run::{AdapterSection, Device, Precision, TransportKind};
 use crate::model::head::chunk_rows;
 use crate::model::memory::{self, Inventory, Purpose, StageSizes};
 use crate::model::names::{LinearSite, Names};
-use crate::model::trainables::{Trainables, prefix_shape};
+use crate::model::trainables::{self, Trainables, prefix_shape};
 
 /// Bytes of a stage by purpose, each buffer rounded up as its device does.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -172,7 +173,15 @@ impl Layout {
     fn rooms(&self, config: &ModelConfig, trainables: &Trainables, rank: usize) -> OpRooms {
         let parameters = self.sizes(rank).parameters(config, trainables);
         let counted = parameters.iter().filter(|parameter| parameter.counted);
+        let lora_rank = match &trainables.adapter {
+            Some(AdapterSection::Lora(lora)) => lora.r,
+            _ => 0,
+        };
+        let with_lora = self.linear_work(config, trainables, rank).into_iter();
+        let with_lora = with_lora.filter(|layer| layer.lora);
         OpRooms {
+            lora_rank,
+            lora_widest: with_lora.map(|layer| layer.out_features).max().unwrap_or(0),
             rows: self.max_rows,
             sequences: self.max_sequences,
             heads: config.num_attention_heads,
@@ -199,22 +208,30 @@ impl Layout {
             in_features,
             out_features,
             bias,
+            gelu: None,
+            lora: false,
             max_rows,
             backward: true,
             weight_gradient: trainables.is_full(),
             single: false,
         };
-        let sites = Names::of(config).linear_sites();
+        let names = Names::of(config);
         let layer = |site: LinearSite| {
             let (in_features, out_features) = site.features(config);
-            work(
-                in_features,
-                out_features,
-                site.has_bias(config),
-                self.max_rows,
-            )
+            let bias = site.has_bias(config);
+            let gelu = match (config.architecture.activation, site) {
+                (Activation::Gelu, LinearSite::HTo4h) => Some(GeluAt::Output),
+                (Activation::Gelu, LinearSite::FourHToH) => Some(GeluAt::Input),
+                _ => None,
+            };
+            let lora = trainables::lora_name(names, site, 0, "lora_A");
+            LinearWork {
+                gelu,
+                lora: trainables.find(&lora, None).is_some(),
+                ..work(in_features, out_features, bias, self.max_rows)
+            }
         };
-        let mut all: Vec<LinearWork> = sites.map(layer).collect();
+        let mut all: Vec<LinearWork> = names.linear_sites().map(layer).collect();
         if spec.head {
             let rows = chunk_rows(config.vocab_size, self.max_rows);
             all.push(work(h, config.vocab_size, false, rows));

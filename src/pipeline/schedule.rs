@@ -12,11 +12,13 @@ use crate::config::run::ScheduleKind;
 use crate::model::stage::ChunkShape;
 
 mod graph;
+mod measured;
 mod simulate;
 mod timeline;
 mod validate;
 
 pub use crate::comm::Flow;
+pub use measured::ActionTimes;
 pub use simulate::Transfers;
 pub use timeline::Prediction;
 pub use validate::ScheduleError;
@@ -25,7 +27,7 @@ pub use validate::ScheduleError;
 ///
 /// A stage holds v chunks of the model (v = 1 but for the interleaved schedule). Chunk `c` of stage
 /// `r` of `p` is virtual stage `c p + r`; a micro-batch goes through the virtual stages in order.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize)]
 pub struct Action {
     /// Forward or backward pass.
     pub flow: Flow,

@@ -7,6 +7,7 @@ use super::gradients::{self, Agreement};
 use super::messages::{Command, InferPlan, Reply, StepOutcome, StepPlan};
 use super::permits::Permits;
 use super::place::{Phase, Place, action_name};
+use super::profile::{Record, SpanKind};
 use super::rehearsal::Rehearsal;
 use super::schedule::{Action, Flow, Operation, Schedule};
 use crate::backend::{Backend, Element, Pulse, Span};
@@ -36,6 +37,8 @@ pub(super) struct Worker<B: Backend, T> {
     pub doing: Arc<std::sync::Mutex<Doing>>,
     /// Commands obeyed, the present one included.
     pub command: u32,
+    /// What was done so far in the step that is measured.
+    pub noted: Option<Vec<SpanKind>>,
 }
 
 /// What a worker is at.
@@ -56,6 +59,7 @@ impl<B: Backend, T: Transport<B>> Worker<B, T> {
             Command::Connect => self.connect(),
             Command::Rehearse(rehearsal) => self.rehearse(&rehearsal),
             Command::Step(plan) => self.step(&plan).map(Reply::Step),
+            Command::Profile(plan) => self.profile(&plan),
             Command::Evaluate(batch) => self.evaluate(&batch).map(Reply::Evaluate),
             Command::Infer(plan) => self.infer(&plan).map(Reply::Infer),
             Command::Snapshot => self.snapshot(),
@@ -97,6 +101,26 @@ impl<B: Backend, T: Transport<B>> Worker<B, T> {
         self.update(plan, end)
     }
 
+    /// A step that is measured.
+    fn profile(&mut self, plan: &StepPlan) -> Result<Reply, Cause> {
+        self.backend.measure()?;
+        self.backend.stamp()?;
+        self.noted = Some(Vec::new());
+        let outcome = self.step(plan)?;
+        let noted = self.noted.take().unwrap_or_default();
+        let record = Record::new(noted, self.backend.measured()?);
+        Ok(Reply::Profile(outcome, record))
+    }
+
+    /// Notes what the stage was at until here, in a step that is measured.
+    fn note(&mut self, what: SpanKind) -> Result<(), Cause> {
+        if let Some(noted) = &mut self.noted {
+            self.backend.stamp()?;
+            noted.push(what);
+        }
+        Ok(())
+    }
+
     /// A step without its update. What it leaves is overwritten or cleared when the next one begins;
     /// weights and moments are changed by an update alone.
     fn rehearse(&mut self, rehearsal: &Rehearsal) -> Result<Reply, Cause> {
@@ -117,6 +141,7 @@ impl<B: Backend, T: Transport<B>> Worker<B, T> {
         self.at(step, "begin".to_owned());
         self.stage.begin_step(&self.backend)?;
         self.agreement.clear(&self.backend)?;
+        self.note(SpanKind::Prepare)?;
         let program = self.schedule.program(self.transport.rank());
         // The last action of each flow, whose output the next exchange of the flow sends.
         let mut done = [None; 2];
@@ -145,6 +170,7 @@ impl<B: Backend, T: Transport<B>> Worker<B, T> {
                     let (peer, awaited) = receive.unzip();
                     let (send, receive) = (parcel(send, sent), parcel(peer, awaited));
                     self.exchange(flow, send, receive)?;
+                    self.note(SpanKind::Exchange(flow))?;
                 }
             }
         }
@@ -172,16 +198,19 @@ impl<B: Backend, T: Transport<B>> Worker<B, T> {
         self.complete(end)?;
         self.agreement
             .enter_norms(&self.backend, &self.stage.parameters(), plan)?;
+        self.note(SpanKind::Update)?;
         self.reach(end + 1, Phase::Input)?;
         let (backend, transport) = (&self.backend, &mut self.transport);
         let parameters = self.stage.parameters();
         let agreement = &mut self.agreement;
         let outcome = agreement.decide(backend, transport, &parameters, plan)?;
         drop(parameters);
+        self.note(SpanKind::Agree)?;
         self.reach(end + 1, Phase::Work)?;
         if outcome.applied {
             gradients::update(&self.backend, self.stage.parameters(), plan, &outcome)?;
         }
+        self.note(SpanKind::Update)?;
         Ok(outcome)
     }
 
@@ -221,10 +250,13 @@ impl<B: Backend, T: Transport<B>> Worker<B, T> {
             &[],
             Some(noise),
         )?;
+        self.note(SpanKind::Prepare)?;
         self.take_input(chunk, slot)?;
         let destination = self.schedule.destination(self.transport.rank(), action);
         {
-            let _permit = self.permits.acquire(&self.pulse)?;
+            let permits = Arc::clone(&self.permits);
+            let _permit = permits.acquire(&self.pulse)?;
+            self.note(SpanKind::Wait(Flow::Forward))?;
             self.reach(place, Phase::Work)?;
             let (stage, backend) = (&mut self.stage, &self.backend);
             stage.forward(backend, chunk, slot, None)?;
@@ -238,9 +270,11 @@ impl<B: Backend, T: Transport<B>> Worker<B, T> {
             Some(loss) if destination.is_none() => {
                 let (backend, targets) = (&self.backend, filled.batch.targets);
                 self.agreement
-                    .enter_loss(backend, micro_batch, loss, targets)
+                    .enter_loss(backend, micro_batch, loss, targets)?;
+                self.note(SpanKind::Run(action))
             }
             _ => {
+                self.note(SpanKind::Run(action))?;
                 self.reach(place, Phase::Output)?;
                 self.give_output()
             }
@@ -255,9 +289,12 @@ impl<B: Backend, T: Transport<B>> Worker<B, T> {
             std::mem::swap(stage.gradient_mut(), &mut self.gradients.incoming);
         }
         {
-            let _permit = self.permits.acquire(&self.pulse)?;
+            let permits = Arc::clone(&self.permits);
+            let _permit = permits.acquire(&self.pulse)?;
+            self.note(SpanKind::Wait(Flow::Backward))?;
             self.reach(place, Phase::Work)?;
             self.stage.backward(&self.backend, chunk, slot)?;
+            self.note(SpanKind::Run(action))?;
         }
         if self.schedule.destination(rank, action).is_some() {
             self.reach(place, Phase::Output)?;

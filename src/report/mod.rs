@@ -12,6 +12,7 @@ pub mod atomic_file;
 pub mod metrics;
 pub mod progress;
 pub mod tensorboard;
+pub mod timeline;
 
 /// Something that happened in a run.
 #[derive(Clone, Debug, PartialEq)]

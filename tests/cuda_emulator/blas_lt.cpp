@@ -180,6 +180,15 @@ Status check_layout(const char* name, const Layout& layout, int batches) {
     return success;
 }
 
+// EMULATOR_EPILOGUES=plain: a library without algorithms for epilogues that have a side matrix.
+bool plain_epilogues() {
+    static const bool plain = [] {
+        const char* value = getenv("EMULATOR_EPILOGUES");
+        return value != nullptr && strcmp(value, "plain") == 0;
+    }();
+    return plain;
+}
+
 Status check(const Product& p, const Layout& a, const Layout& b, const Layout& c, const Layout& d) {
     if (p.compute != 68 && p.compute != 69 && p.compute != 74 && p.compute != 77) return refuse(not_supported, "only 32-bit float sums are emulated");
     if (p.scale != real_32) return refuse(not_supported, "only float alpha and beta are emulated");
@@ -202,6 +211,8 @@ Status check(const Product& p, const Layout& a, const Layout& b, const Layout& c
             // As cuBLASLt documents it for these: the leading dimension of the side matrix is a
             // multiple of 8.
             if (p.auxiliary == nullptr || p.auxiliary_leading % 8 != 0 || p.auxiliary_leading < (int64_t)d.rows) return refuse(invalid_value, "the epilogue's side matrix: no pointer or a bad leading dimension");
+            if ((uintptr_t)p.auxiliary % 16 != 0) return refuse(invalid_value, "the epilogue's side matrix: not aligned to 16 bytes");
+            if (plain_epilogues()) return not_supported;
             break;
         default: return refuse(not_supported, "epilogue " + std::to_string(p.epilogue));
     }

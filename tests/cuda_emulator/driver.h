@@ -203,6 +203,8 @@ struct Allocation {
 };
 // The allocation that holds the range. A range of no bytes may lie at an end.
 std::optional<Allocation> find_allocation(CUdeviceptr address, size_t bytes);
+// All allocations of devices.
+std::vector<Allocation> device_allocations();
 // Why work of `device` may not touch the range, or "".
 SHARED std::string wrong_range(int device, CUdeviceptr address, size_t bytes);
 // Looks at the red zones of all that is allocated.

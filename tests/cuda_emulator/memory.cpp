@@ -23,6 +23,15 @@ std::optional<Allocation> find_allocation(CUdeviceptr address, size_t bytes) {
     return allocation == nullptr ? std::nullopt : std::optional(*allocation);
 }
 
+std::vector<Allocation> device_allocations() {
+    std::lock_guard<std::mutex> lock(state);
+    std::vector<Allocation> all;
+    for (const auto& [address, allocation] : allocations) {
+        if (allocation.residence == Residence::device) all.push_back(allocation);
+    }
+    return all;
+}
+
 // ---- red zones
 
 // NaNs as halves, far off as floats and as integers.

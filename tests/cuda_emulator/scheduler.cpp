@@ -1,4 +1,5 @@
 #include "block.h"
+#include "traffic.h"
 #include <algorithm>
 #include <atomic>
 #include <cstdarg>
@@ -401,7 +402,7 @@ std::string run(const Launch& launch, const Schedule& schedule) {
     std::atomic<uint64_t> next{0};
     std::atomic<bool> stop{false};
     const uint64_t blocks = (uint64_t)launch.grid.x * launch.grid.y * launch.grid.z;
-    const unsigned os_threads = (unsigned)std::min<uint64_t>(thread_sanitizer() || address_sanitizer() ? 1 : std::max(1u, schedule.os_threads), blocks);
+    const unsigned os_threads = (unsigned)std::min<uint64_t>(thread_sanitizer() || address_sanitizer() || traffic_is_counted() ? 1 : std::max(1u, schedule.os_threads), blocks);
     std::vector<std::string> errors(os_threads);
     std::vector<std::thread> others;
     for (unsigned i = 1; i < os_threads; i++) {

@@ -1,5 +1,6 @@
 // mma, ldmatrix and cp.async. Fragment layouts: PTX ISA, "Matrix fragments for mma.m16n8k16".
 #include "block.h"
+#include "traffic.h"
 
 namespace emulator {
 
@@ -115,6 +116,7 @@ static void perform(const PendingCopy& copy) {
 void copy16(void* shared, const void* global, bool valid, Site site) {
     check_shared(shared, "copy", site);
     if ((uintptr_t)global & 15) fail("%s:%d: copy: the global address is not a multiple of 16", site.file, site.line);
+    if (valid) note_traffic(global, 16, false);
     perform(PendingCopy{shared, global, valid, 0});
 }
 
@@ -123,6 +125,7 @@ void copy16(void* shared, const void* global, bool valid, Site site) {
 void cp_async16(void* shared, const void* global, bool valid, Site site) {
     check_shared(shared, "cp.async", site);
     if ((uintptr_t)global & 15) fail("%s:%d: cp.async: the global address is not a multiple of 16", site.file, site.line);
+    if (valid) note_traffic(global, 16, false);
     Fiber& fiber = this_fiber();
     const PendingCopy copy = {shared, global, valid, fiber.copy_group};
     const Order order = worker->schedule.order;

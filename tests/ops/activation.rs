@@ -23,12 +23,12 @@ pub fn cases<B: Backend>(b: &B, check: &mut Check) {
     saturated(b, check);
 }
 
-fn gelu_exact(x: f64) -> f64 {
+pub fn gelu_exact(x: f64) -> f64 {
     0.5 * x * (1.0 + (C * x * (1.0 + 0.044_715 * x * x)).tanh())
 }
 
 /// The derivative, and the size of what is added up in it.
-fn gelu_slope(x: f64) -> (f64, f64) {
+pub fn gelu_slope(x: f64) -> (f64, f64) {
     let t = (C * x * (1.0 + 0.044_715 * x * x)).tanh();
     let inner = C * (1.0 + 3.0 * 0.044_715 * x * x);
     let value = 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * inner;

@@ -15,6 +15,9 @@ const NOISE: &[(&str, f64)] = &[
     ("linear", 4.0),
     ("linear_backward", 4.0),
     ("weight_gradient", 4.0),
+    ("linear_gelu", 4.0),
+    ("low_rank_backward", 4.0),
+    ("gelu_linear_backward", 4.0),
     ("cross_entropy", 4.0),
     // The noise of six steps, carried along.
     ("adamw", 6.0),

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use half::f16;
 use mp_train::backend::{
     AdamwStep, AdamwTensor, AttentionLayout, Backend, BackendError, Dropout, Element, LinearShape,
-    NormShape, Plain, Prefix, RotaryPositions, RowGradient, Span, SumOf,
+    Measured, NormShape, Plain, Prefix, RotaryPositions, RowGradient, Span, SumOf,
 };
 use mp_train::pipeline::place::Place;
 use mp_train::quant::Bits;
@@ -119,6 +119,18 @@ impl<B: Backend> Backend for FaultyBackend<B> {
         self.place.set(place);
         self.nth.set(0);
         self.inner.mark(place)
+    }
+
+    fn measure(&self) -> Result<()> {
+        self.inner.measure()
+    }
+
+    fn stamp(&self) -> Result<()> {
+        self.inner.stamp()
+    }
+
+    fn measured(&self) -> Result<Measured> {
+        self.inner.measured()
     }
 
     fn residual(

@@ -6,7 +6,7 @@
 use super::matmul::{Extent, Matrix, multiply};
 use super::reduce;
 use super::threads::{Scattered, Threads};
-use crate::backend::{AttentionLayout, Element, HeadLayout, Span};
+use crate::backend::{AttentionLayout, Element, HeadLayout, Span, Work};
 
 /// Query rows whose scores are held at once.
 const QUERY_TILE: usize = 64;
@@ -151,6 +151,7 @@ pub fn attention<E: Element>(
     prefix: Option<PrefixRows<'_, E>>,
     geometry: Geometry<'_>,
 ) {
+    let _counting = threads.clock.count(Work::Attention);
     let layout = geometry.layout;
     let dim = layout.head_dim;
     let group = layout.heads / layout.kv_heads;
@@ -236,6 +237,7 @@ pub fn attention_backward<E: Element>(
     prefix: Option<PrefixRows<'_, E>>,
     geometry: Geometry<'_>,
 ) {
+    let _counting = threads.clock.count(Work::Attention);
     let layout = geometry.layout;
     let dim = layout.head_dim;
     let group = layout.heads / layout.kv_heads;

@@ -2,7 +2,8 @@
 
 use std::ops::{Deref, DerefMut};
 
-use crate::backend::{BackendError, Plain};
+use super::threads::Threads;
+use crate::backend::{BackendError, Plain, piece_len};
 
 /// Host memory.
 pub struct CpuBuffer<T>(Vec<T>);
@@ -25,6 +26,18 @@ impl<T: Plain> CpuBuffer<T> {
             Ok(values) => Ok(CpuBuffer(values)),
             Err(()) => Err(out_of_memory::<T>(len)),
         }
+    }
+
+    /// As [`Backend::upload_pieces`](crate::backend::Backend::upload_pieces).
+    pub(super) fn from_pieces<E: From<BackendError> + Send>(
+        threads: &Threads,
+        len: usize,
+        unit: usize,
+        fill: impl Fn(usize, &mut [T]) -> Result<(), E> + Sync,
+    ) -> Result<Self, E> {
+        let mut buffer = CpuBuffer::untouched(len)?;
+        threads.try_pieces(&mut buffer, piece_len::<T>(unit), fill)?;
+        Ok(buffer)
     }
 }
 

@@ -2,7 +2,7 @@
 
 use super::reduce;
 use super::threads::{Scattered, Threads};
-use crate::backend::Element;
+use crate::backend::{Element, Work};
 
 pub fn cross_entropy<E: Element>(
     threads: &Threads,
@@ -12,6 +12,7 @@ pub fn cross_entropy<E: Element>(
     vocab_size: usize,
     scale: f32,
 ) {
+    let _counting = threads.clock.count(Work::Loss);
     let loss = Scattered::new(loss);
     let rows = ids.len();
     threads.rows(

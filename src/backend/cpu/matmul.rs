@@ -5,7 +5,7 @@
 //! f32 with one rounding at the end (the crate's own f16 path rounds partial sums).
 
 use super::threads::{Scattered, Threads};
-use crate::backend::{Element, LinearShape};
+use crate::backend::{Element, LinearShape, Work};
 
 /// Output tiles to choose from, rows and columns, large to small: the library packs its operands anew
 /// for every tile, so large ones are faster (512 rows instead of 128: 90 to 162 GFLOP/s on one thread
@@ -78,6 +78,7 @@ pub fn linear<E: Element>(
     scale: f32,
     accumulate: bool,
 ) {
+    let _counting = threads.clock.count(Work::Products);
     let extent = Extent {
         m: shape.rows,
         n: shape.out_features,
@@ -98,6 +99,7 @@ pub fn linear_backward<E: Element>(
     scale: f32,
     accumulate: bool,
 ) {
+    let _counting = threads.clock.count(Work::Products);
     let extent = Extent {
         m: shape.rows,
         n: shape.in_features,
@@ -117,6 +119,7 @@ pub fn weight_gradient<E: Element>(
     shape: LinearShape,
     scale: f32,
 ) {
+    let _counting = threads.clock.count(Work::Products);
     let extent = Extent {
         m: shape.out_features,
         n: shape.in_features,

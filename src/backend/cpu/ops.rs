@@ -8,7 +8,7 @@ use super::{
 };
 use crate::backend::{
     AdamwStep, AdamwTensor, AttentionLayout, Backend, BackendError, Dropout, Element, LinearShape,
-    NormShape, Plain, Prefix, RotaryPositions, RowGradient, Span, SumOf, piece_len,
+    Measured, NormShape, Plain, Prefix, RotaryPositions, RowGradient, Span, SumOf, Work,
 };
 use crate::quant::Bits;
 
@@ -38,6 +38,20 @@ impl<E: Element> Backend for Cpu<E> {
         Ok(())
     }
 
+    fn measure(&self) -> Done {
+        self.threads.clock.start();
+        Ok(())
+    }
+
+    fn stamp(&self) -> Done {
+        self.threads.clock.stamp();
+        Ok(())
+    }
+
+    fn measured(&self) -> Result<Measured, BackendError> {
+        Ok(self.threads.clock.stop())
+    }
+
     fn zeros<T: Plain>(&self, len: usize) -> Result<CpuBuffer<T>, BackendError> {
         CpuBuffer::zeros(len)
     }
@@ -54,10 +68,7 @@ impl<E: Element> Backend for Cpu<E> {
         unit: usize,
         fill: impl Fn(usize, &mut [T]) -> Result<(), F> + Sync,
     ) -> Result<CpuBuffer<T>, F> {
-        let mut buffer = CpuBuffer::untouched(len)?;
-        self.threads
-            .try_pieces(&mut buffer, piece_len::<T>(unit), fill)?;
-        Ok(buffer)
+        CpuBuffer::from_pieces(&self.threads, len, unit, fill)
     }
 
     fn write<T: Plain>(&self, out: &mut CpuBuffer<T>, host: &[T]) -> Done {
@@ -70,6 +81,7 @@ impl<E: Element> Backend for Cpu<E> {
     }
 
     fn clear<T: Plain>(&self, out: &mut CpuBuffer<T>, len: usize) -> Done {
+        let _counting = self.threads.clock.count(Work::Elementwise);
         out[..len].fill(T::zeroed());
         Ok(())
     }
@@ -130,6 +142,7 @@ impl<E: Element> Backend for Cpu<E> {
         rows: usize,
         cols: usize,
     ) -> Done {
+        let _counting = self.threads.clock.count(Work::Elementwise);
         rows::scatter(out, x, &index[first..first + rows], cols);
         Ok(())
     }
@@ -323,6 +336,7 @@ impl<E: Element> Backend for Cpu<E> {
         layout: &AttentionLayout,
         rows: usize,
     ) -> Done {
+        let _counting = self.threads.clock.count(Work::Elementwise);
         rows::store_key_value(cache, x, slots, layout, rows);
         Ok(())
     }

@@ -2,7 +2,7 @@
 
 use super::reduce;
 use super::threads::{Scattered, Threads};
-use crate::backend::{AdamwStep, Element};
+use crate::backend::{AdamwStep, Element, Work};
 
 /// Values per partial sum; partial sums are added in order.
 const PIECE: usize = 8192;
@@ -17,10 +17,12 @@ fn pieces(threads: &Threads, x: &[f32], partial: impl Fn(&[f32]) -> f32 + Sync) 
 }
 
 pub fn sum(threads: &Threads, x: &[f32]) -> f32 {
+    let _counting = threads.clock.count(Work::Loss);
     pieces(threads, x, reduce::sum)
 }
 
 pub fn sum_squares(threads: &Threads, x: &[f32], scale: f32) -> f32 {
+    let _counting = threads.clock.count(Work::Optimizer);
     scale * scale * pieces(threads, x, |x| reduce::sum_squares(x, 0.0))
 }
 
@@ -44,6 +46,7 @@ pub fn adamw<E: Element>(
     weight_decay: f32,
     step: AdamwStep,
 ) {
+    let _counting = threads.clock.count(Work::Optimizer);
     let len = tensor.master.len();
     let (working, master) = (
         Scattered::new(tensor.working),

@@ -7,7 +7,7 @@ use std::sync::{Mutex, PoisonError};
 
 use rayon::prelude::*;
 
-use crate::backend::BackendError;
+use crate::backend::{BackendError, HostClock, Work};
 
 /// Elements below which a piece of an elementwise loop is not cut further (about 10 µs of work).
 const GRAIN: usize = 16 * 1024;
@@ -15,13 +15,18 @@ const GRAIN: usize = 16 * 1024;
 /// A pool of compute threads; with one thread everything runs on the caller's.
 pub struct Threads {
     pool: Option<rayon::ThreadPool>,
+    /// Where the loops count their time, as elementwise work, unless the op they belong to counts it.
+    pub clock: HostClock,
 }
 
 impl Threads {
     /// Starts `count` threads; 0 counts as 1.
     pub fn new(count: usize) -> Result<Self, BackendError> {
         if count <= 1 {
-            return Ok(Threads { pool: None });
+            return Ok(Threads {
+                pool: None,
+                clock: HostClock::default(),
+            });
         }
         let pool = rayon::ThreadPoolBuilder::new()
             .num_threads(count)
@@ -31,11 +36,15 @@ impl Threads {
                 threads: count,
                 reason: error.to_string(),
             })?;
-        Ok(Threads { pool: Some(pool) })
+        Ok(Threads {
+            pool: Some(pool),
+            clock: HostClock::default(),
+        })
     }
 
     /// Calls `work(0) .. work(tasks - 1)`, in any order.
     pub fn tasks(&self, tasks: usize, work: impl Fn(usize) + Sync) {
+        let _counting = self.clock.count(Work::Elementwise);
         match &self.pool {
             Some(pool) if tasks > 1 => {
                 pool.install(|| (0..tasks).into_par_iter().for_each(&work));
@@ -49,6 +58,7 @@ impl Threads {
         if cols == 0 {
             return;
         }
+        let _counting = self.clock.count(Work::Elementwise);
         let rows_per_piece = (GRAIN / cols).max(1);
         let piece = |(index, piece): (usize, &mut [T])| {
             for (row, values) in piece.chunks_mut(cols).enumerate() {
@@ -71,6 +81,7 @@ impl Threads {
 
     /// Calls `work(item, value)` for every value, where each costs a look at `cost` elements.
     pub fn items<T: Send>(&self, out: &mut [T], cost: usize, work: impl Fn(usize, &mut T) + Sync) {
+        let _counting = self.clock.count(Work::Elementwise);
         let items_per_piece = (GRAIN / cost.max(1)).max(1);
         let piece = |(index, piece): (usize, &mut [T])| {
             for (item, value) in piece.iter_mut().enumerate() {
@@ -123,6 +134,7 @@ impl Threads {
 
     /// Calls `work(start, values)` for pieces of a flat list.
     pub fn pieces<T: Send>(&self, out: &mut [T], work: impl Fn(usize, &mut [T]) + Sync) {
+        let _counting = self.clock.count(Work::Elementwise);
         let piece = |(index, values): (usize, &mut [T])| work(index * GRAIN, values);
         match &self.pool {
             Some(pool) if out.len() > GRAIN => {

@@ -5,7 +5,7 @@
 
 use super::device::{Argument, Geometry, Kernel, Pointer};
 use super::module::Modules;
-use super::{Cuda, Result};
+use super::{Cuda, OpRooms, Result};
 use crate::backend::LinearShape;
 
 /// Kernels of the family. An array holds those for ranks up to [`RANKS`] where rows of the wide side
@@ -16,7 +16,17 @@ pub(super) struct Kernels {
     /// `out = x weightᵀ` with weight `[wide, low]`, and with weight `[low, wide]`.
     up: [[Kernel; 5]; 2],
     gradient: [Kernel; 5],
+    /// Both gradients in one pass, for ranks 8 and 16.
+    backward: [Kernel; 2],
+    add_parts: Kernel,
 }
+
+/// Ranks that `backward` is made for.
+const BACKWARD_RANKS: [usize; 2] = [8, 16];
+
+/// `PART_COLUMNS` and `PART_ROWS` of kernels/adapter.cu.
+const PART_COLUMNS: usize = 512;
+const PART_ROWS: usize = 256;
 
 /// Ranks that kernels are made for.
 const RANKS: [usize; 4] = [8, 16, 32, 64];
@@ -50,6 +60,11 @@ impl Kernels {
             ],
             up: [family!("low_rank_up"), family!("low_rank_up_transposed")],
             gradient: family!("low_rank_gradient"),
+            backward: [
+                modules.kernel("adapter.cu", "low_rank_backward_8")?,
+                modules.kernel("adapter.cu", "low_rank_backward_16")?,
+            ],
+            add_parts: modules.kernel("adapter.cu", "add_low_rank_parts")?,
         })
     }
 }
@@ -164,4 +179,80 @@ pub(super) fn weight_gradient(
             &u32::from(low_major),
         ],
     )
+}
+
+/// Values of the parts of dlow and of dweight.
+fn part_lens(rows: usize, wide: usize, low: usize) -> [usize; 2] {
+    [
+        wide.div_ceil(PART_COLUMNS) * rows * low,
+        rows.div_ceil(PART_ROWS) * wide * low,
+    ]
+}
+
+/// Bytes of scratch for the largest micro-batch.
+pub(super) fn scratch_bytes(rooms: &OpRooms) -> usize {
+    let (rank, widest) = (rooms.lora_rank, rooms.lora_widest);
+    if !BACKWARD_RANKS.contains(&rank) {
+        return 0;
+    }
+    let lens = part_lens(rooms.rows, widest, rank);
+    lens.iter().sum::<usize>() * size_of::<f32>()
+}
+
+/// `dlow [T, I] = scale * dout [T, O] weight [O, I]` and `dweight += scale * doutᵀ low`, dout read once;
+/// `operands` are dout, low and weight. `false` where no kernel is made for the shape, and nothing was
+/// queued.
+pub(super) fn low_rank_backward(
+    cuda: &Cuda,
+    (dlow, dweight): (Pointer, Pointer),
+    (dout, low, weight): (Pointer, Pointer, Pointer),
+    shape: LinearShape,
+    scale: f32,
+) -> Result<bool> {
+    let (rank, wide) = (shape.in_features, shape.out_features);
+    let made = BACKWARD_RANKS.iter().position(|&made| made == rank);
+    let Some(index) = made.filter(|_| wide.is_multiple_of(8)) else {
+        return Ok(false);
+    };
+    let [of_dlow, of_dweight] = part_lens(shape.rows, wide, rank);
+    let dlow_parts = cuda.scratch((of_dlow + of_dweight) * size_of::<f32>())?;
+    let dweight_parts = dlow_parts.offset(of_dlow * size_of::<f32>());
+    let column_chunks = wide.div_ceil(PART_COLUMNS) as u32;
+    let row_chunks = shape.rows.div_ceil(PART_ROWS) as u32;
+    let values = (shape.rows + wide) * rank;
+    let (rows, wide, rank) = (shape.rows as u32, wide as u32, rank as u32);
+    let geometry = Geometry {
+        grid: [column_chunks, row_chunks, 1],
+        ..Geometry::line(0, THREADS)
+    };
+    cuda.device.launch(
+        &cuda.adapter.backward[index],
+        geometry,
+        &[
+            &dlow_parts,
+            &dweight_parts,
+            &dout,
+            &low,
+            &weight,
+            &rows,
+            &wide,
+        ],
+    )?;
+    cuda.device.launch(
+        &cuda.adapter.add_parts,
+        Geometry::line(values.div_ceil(THREADS as usize) as u32, THREADS),
+        &[
+            &dlow,
+            &dweight,
+            &dlow_parts,
+            &dweight_parts,
+            &rows,
+            &wide,
+            &rank,
+            &column_chunks,
+            &row_chunks,
+            &scale,
+        ],
+    )?;
+    Ok(true)
 }

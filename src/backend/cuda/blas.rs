@@ -4,7 +4,8 @@
 //! number of rows rounded up to [`BUCKET`], by the library's first proposal for a fixed workspace and
 //! never by timing, so that results repeat; the product itself has the exact number of rows. Whether
 //! an algorithm takes it is asked once per number of rows; should one refuse, the first proposal for
-//! exactly these rows is taken, which repeats as well.
+//! exactly these rows is taken, which repeats as well. GELU stands in the product's epilogue where the
+//! library has an algorithm for that; where it has none for a shape, the caller is told so.
 
 use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
@@ -17,7 +18,7 @@ use cudarc::cublaslt::sys;
 use super::device::{Device, Pointer};
 use super::error::CudaError;
 use super::memory::{CudaBuffer, Memory};
-use crate::backend::BackendError;
+use crate::backend::{BackendError, Work};
 
 type Result<T> = std::result::Result<T, BackendError>;
 
@@ -68,9 +69,14 @@ pub(super) enum Kind {
     Forward {
         /// Whether a bias is added.
         bias: bool,
+        /// Whether `out` is GELU of that, and that itself goes to `pre [T, O]`.
+        gelu: bool,
     },
     /// `dx [T, I] = dout [T, O] weight [O, I]`.
-    Backward,
+    Backward {
+        /// Whether each value is multiplied by `gelu'` of that of `pre [T, I]`.
+        gelu: bool,
+    },
     /// `dweight [O, I] = dout [T, O]ᵀ x [T, I]`.
     WeightGradient,
 }
@@ -78,11 +84,42 @@ pub(super) enum Kind {
 impl std::fmt::Display for Kind {
     fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         out.write_str(match self {
-            Kind::Forward { bias: true } => "forward with bias",
-            Kind::Forward { bias: false } => "forward",
-            Kind::Backward => "backward",
+            Kind::Forward { gelu: true, .. } => "forward with GELU",
+            Kind::Forward { bias: true, .. } => "forward with bias",
+            Kind::Forward { bias: false, .. } => "forward",
+            Kind::Backward { gelu: true } => "backward through GELU",
+            Kind::Backward { gelu: false } => "backward",
             Kind::WeightGradient => "gradient of the weight",
         })
+    }
+}
+
+impl Kind {
+    fn has_bias(self) -> bool {
+        matches!(self, Kind::Forward { bias: true, .. })
+    }
+
+    /// Whether GELU or its gradient is part of it.
+    pub fn has_gelu(self) -> bool {
+        matches!(
+            self,
+            Kind::Forward { gelu: true, .. } | Kind::Backward { gelu: true }
+        )
+    }
+
+    /// What is done with the sums, where that is anything.
+    fn epilogue(self) -> Option<sys::cublasLtEpilogue_t> {
+        use sys::cublasLtEpilogue_t as Epilogue;
+        match self {
+            Kind::Forward { bias, gelu } => match (bias, gelu) {
+                (true, true) => Some(Epilogue::CUBLASLT_EPILOGUE_GELU_AUX_BIAS),
+                (false, true) => Some(Epilogue::CUBLASLT_EPILOGUE_GELU_AUX),
+                (true, false) => Some(Epilogue::CUBLASLT_EPILOGUE_BIAS),
+                (false, false) => None,
+            },
+            Kind::Backward { gelu: true } => Some(Epilogue::CUBLASLT_EPILOGUE_DGELU),
+            Kind::Backward { gelu: false } | Kind::WeightGradient => None,
+        }
     }
 }
 
@@ -102,9 +139,24 @@ pub(super) struct Product {
     pub out: Pointer,
     pub left: Pointer,
     pub right: Pointer,
-    /// Read with `Kind::Forward { bias: true }` alone.
+    /// Read where the kind has a bias.
     pub bias: Pointer,
+    /// Of the kinds with GELU: written by the forward product, read by the backward one.
+    pub pre: Pointer,
 }
+
+impl Product {
+    /// Columns of `out`.
+    fn out_cols(&self) -> usize {
+        match self.kind {
+            Kind::Forward { .. } => self.out_features,
+            Kind::Backward { .. } | Kind::WeightGradient => self.in_features,
+        }
+    }
+}
+
+/// The library takes `pre` where its rows are a multiple of so many values.
+const PRE_COLS: usize = 8;
 
 #[derive(PartialEq, Eq, Hash)]
 struct Key {
@@ -152,7 +204,7 @@ impl Drop for Layout {
 struct Description(sys::cublasLtMatmulDesc_t);
 
 impl Description {
-    fn new(transposed: [bool; 2], bias: bool) -> std::result::Result<Self, CublasError> {
+    fn new(product: &Product, transposed: [bool; 2]) -> std::result::Result<Self, CublasError> {
         let compute = sys::cublasComputeType_t::CUBLAS_COMPUTE_32F;
         let desc = result::create_matmul_desc(compute, sys::cudaDataType::CUDA_R_32F)?;
         let desc = Description(desc);
@@ -164,11 +216,29 @@ impl Description {
             // cublasOperation_t: 0 as it is, 1 transposed.
             desc.set(attribute, i32::from(transposed))?;
         }
-        if bias {
-            let epilogue = sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS;
+        if let Some(epilogue) = product.kind.epilogue() {
             desc.set(Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE, epilogue as u32)?;
         }
+        if product.kind.has_gelu() {
+            let leading = product.out_cols() as i64;
+            desc.set(Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, leading)?;
+        }
+        desc.set_sides(product)?;
         Ok(desc)
+    }
+
+    /// Where the bias and the input of GELU are.
+    fn set_sides(&self, product: &Product) -> std::result::Result<(), CublasError> {
+        use sys::cublasLtMatmulDescAttributes_t as Attribute;
+        if product.kind.has_bias() {
+            let attribute = Attribute::CUBLASLT_MATMUL_DESC_BIAS_POINTER;
+            self.set(attribute, product.bias.0)?;
+        }
+        if product.kind.has_gelu() {
+            let attribute = Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER;
+            self.set(attribute, product.pre.0)?;
+        }
+        Ok(())
     }
 
     fn set<T: Copy>(
@@ -204,8 +274,8 @@ struct Plan {
     algorithm: sys::cublasLtMatmulAlgo_t,
     /// Numbers of rows that the algorithm has agreed to.
     agreed: HashSet<usize>,
-    /// Algorithms for numbers of rows that it has refused.
-    exact: HashMap<usize, sys::cublasLtMatmulAlgo_t>,
+    /// Algorithms for numbers of rows that it has refused; nothing where there is none.
+    exact: HashMap<usize, Option<sys::cublasLtMatmulAlgo_t>>,
 }
 
 /// cuBLASLt on one device, with its own workspace.
@@ -213,7 +283,8 @@ pub(super) struct Blas {
     device: Rc<Device>,
     handle: sys::cublasLtHandle_t,
     workspace: CudaBuffer<u32>,
-    plans: RefCell<HashMap<Key, Plan>>,
+    /// Nothing for a bucket that the library has no algorithm for.
+    plans: RefCell<HashMap<Key, Option<Plan>>>,
 }
 
 /// Bytes of the workspace by compute capability (times ten); the larger one where that is not known.
@@ -246,29 +317,55 @@ impl Blas {
 
     /// Queues a product.
     pub fn multiply(&self, product: &Product) -> Result<()> {
-        self.try_multiply(product).map_err(|error| {
-            if error.0 == sys::cublasStatus_t::CUBLAS_STATUS_ALLOC_FAILED {
-                return BackendError::Cuda(CudaError::NoMemory {
-                    ordinal: self.device.ordinal(),
-                    call: "cuBLASLt",
-                });
+        match self.counted(product)? {
+            true => Ok(()),
+            false => {
+                let none = sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED;
+                Err(self.failure(product, CublasError(none)))
             }
-            BackendError::Cuda(CudaError::Product {
+        }
+    }
+
+    /// Queues a product with GELU; `false` where the library has no algorithm for it, and nothing was
+    /// queued.
+    pub fn multiply_with_gelu(&self, product: &Product) -> Result<bool> {
+        if !product.out_cols().is_multiple_of(PRE_COLS) {
+            return Ok(false);
+        }
+        self.counted(product)
+    }
+
+    fn counted(&self, product: &Product) -> Result<bool> {
+        let multiply = || {
+            let queued = self.try_multiply(product);
+            queued.map_err(|error| self.failure(product, error))
+        };
+        self.device.counted(Work::Products, multiply)
+    }
+
+    fn failure(&self, product: &Product, error: CublasError) -> BackendError {
+        if error.0 == sys::cublasStatus_t::CUBLAS_STATUS_ALLOC_FAILED {
+            return BackendError::Cuda(CudaError::NoMemory {
                 ordinal: self.device.ordinal(),
-                shape: format!(
-                    "{}, {} rows, {} in_features, {} out_features, {}",
-                    product.kind,
-                    product.rows,
-                    product.in_features,
-                    product.out_features,
-                    product.types
-                ),
-                reason: format!("{:?}", error.0),
-            })
+                call: "cuBLASLt",
+            });
+        }
+        BackendError::Cuda(CudaError::Product {
+            ordinal: self.device.ordinal(),
+            shape: format!(
+                "{}, {} rows, {} in_features, {} out_features, {}",
+                product.kind,
+                product.rows,
+                product.in_features,
+                product.out_features,
+                product.types
+            ),
+            reason: format!("{:?}", error.0),
         })
     }
 
-    fn try_multiply(&self, product: &Product) -> std::result::Result<(), CublasError> {
+    /// Queues a product, unless there is no algorithm for it: then `false`.
+    fn try_multiply(&self, product: &Product) -> std::result::Result<bool, CublasError> {
         let bucket = product.rows.next_multiple_of(BUCKET);
         let key = Key {
             kind: product.kind,
@@ -285,24 +382,27 @@ impl Blas {
                 entry.insert(self.plan(product, bucket)?)
             }
         };
+        let Some(plan) = plan else {
+            return Ok(false);
+        };
         plan.set_rows(product.kind, product.rows)?;
+        plan.description.set_sides(product)?;
         let algorithm = match plan.exact.get(&product.rows) {
             Some(exact) => *exact,
-            None if plan.agreed.contains(&product.rows) => plan.algorithm,
+            None if plan.agreed.contains(&product.rows) => Some(plan.algorithm),
             None if self.agrees(plan) => {
                 plan.agreed.insert(product.rows);
-                plan.algorithm
+                Some(plan.algorithm)
             }
             None => {
-                let exact = self.propose(plan)?;
+                let exact = self.propose(plan, product.kind)?;
                 plan.exact.insert(product.rows, exact);
                 exact
             }
         };
-        if let Kind::Forward { bias: true } = product.kind {
-            let attribute = sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER;
-            plan.description.set(attribute, product.bias.0)?;
-        }
+        let Some(algorithm) = algorithm else {
+            return Ok(false);
+        };
         let (alpha, beta) = (product.scale, f32::from(u8::from(product.accumulate)));
         let at = |pointer: Pointer| pointer.0 as *mut c_void;
         // SAFETY: handle, descriptor and layouts are alive; the buffers have the shapes of the layouts
@@ -326,22 +426,26 @@ impl Blas {
                 self.workspace.len() * 4,
                 self.device.stream().cast(),
             )
-        }
+        }?;
+        Ok(true)
     }
 
-    /// Description, layouts and algorithm of a bucket.
-    fn plan(&self, product: &Product, bucket: usize) -> std::result::Result<Plan, CublasError> {
+    /// Description, layouts and algorithm of a bucket; nothing where there is no algorithm.
+    fn plan(
+        &self,
+        product: &Product,
+        bucket: usize,
+    ) -> std::result::Result<Option<Plan>, CublasError> {
         let (t, i, o) = (bucket, product.in_features, product.out_features);
         let (input, output) = (product.types.input(), product.types.output());
         // A matrix [rows, cols] of ours is [cols, rows] in columns, so every product is turned over.
         let (transposed, left, right, out) = match product.kind {
             Kind::Forward { .. } => ([true, false], (i, o), (i, t), (o, t)),
-            Kind::Backward => ([false, false], (i, o), (o, t), (i, t)),
+            Kind::Backward { .. } => ([false, false], (i, o), (o, t), (i, t)),
             Kind::WeightGradient => ([false, true], (i, t), (o, t), (i, o)),
         };
-        let bias = matches!(product.kind, Kind::Forward { bias: true });
         let mut plan = Plan {
-            description: Description::new(transposed, bias)?,
+            description: Description::new(product, transposed)?,
             left: Layout::new(input, left.0, left.1)?,
             right: Layout::new(input, right.0, right.1)?,
             out: Layout::new(output, out.0, out.1)?,
@@ -349,12 +453,19 @@ impl Blas {
             agreed: HashSet::new(),
             exact: HashMap::new(),
         };
-        plan.algorithm = self.propose(&plan)?;
-        Ok(plan)
+        let Some(algorithm) = self.propose(&plan, product.kind)? else {
+            return Ok(None);
+        };
+        plan.algorithm = algorithm;
+        Ok(Some(plan))
     }
 
-    /// The library's first proposal for the layouts as they are.
-    fn propose(&self, plan: &Plan) -> std::result::Result<sys::cublasLtMatmulAlgo_t, CublasError> {
+    /// The library's first proposal for the layouts as they are; nothing where it has none.
+    fn propose(
+        &self,
+        plan: &Plan,
+        kind: Kind,
+    ) -> std::result::Result<Option<sys::cublasLtMatmulAlgo_t>, CublasError> {
         struct Preference(sys::cublasLtMatmulPreference_t);
         impl Drop for Preference {
             fn drop(&mut self) {
@@ -385,8 +496,15 @@ impl Blas {
                 plan.out.0,
                 preference.0,
             )
-        }?;
-        Ok(proposal.algo)
+        };
+        use sys::cublasStatus_t as Status;
+        match proposal {
+            Ok(proposal) => Ok(Some(proposal.algo)),
+            Err(CublasError(Status::CUBLAS_STATUS_NOT_SUPPORTED)) => Ok(None),
+            // What a library says that does not know the epilogue for these types.
+            Err(CublasError(Status::CUBLAS_STATUS_INVALID_VALUE)) if kind.has_gelu() => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 
     /// Whether the bucket's algorithm takes the layouts as they are, within the workspace.
@@ -416,7 +534,7 @@ impl Plan {
     fn set_rows(&self, kind: Kind, rows: usize) -> std::result::Result<(), CublasError> {
         self.right.set_cols(rows)?;
         match kind {
-            Kind::Forward { .. } | Kind::Backward => self.out.set_cols(rows),
+            Kind::Forward { .. } | Kind::Backward { .. } => self.out.set_cols(rows),
             Kind::WeightGradient => self.left.set_cols(rows),
         }
     }

@@ -12,7 +12,8 @@ use cudarc::driver::{result, sys};
 use super::error::CudaError;
 use super::events::Event;
 use super::survey;
-use crate::backend::{BackendError, Pulse};
+use super::timing::Timing;
+use crate::backend::{BackendError, Pulse, Work};
 
 type Result<T> = std::result::Result<T, BackendError>;
 
@@ -30,6 +31,7 @@ pub(super) struct Device {
     /// Stopped when the worker is to give up.
     pulse: Arc<Pulse>,
     marks: RefCell<Marks>,
+    timing: Timing,
     watched: RefCell<Vec<Check>>,
     /// When what is watched was last looked at.
     looked: Cell<Instant>,
@@ -84,6 +86,8 @@ impl Geometry {
 pub(super) struct Kernel {
     pub function: sys::CUfunction,
     pub name: &'static str,
+    /// What its time counts as.
+    pub work: Work,
 }
 
 /// A value that a kernel takes as a parameter.
@@ -185,6 +189,7 @@ impl Device {
             stream,
             pulse: Arc::clone(pulse),
             marks: RefCell::default(),
+            timing: Timing::default(),
             watched: RefCell::default(),
             looked: Cell::new(Instant::now()),
         })
@@ -208,6 +213,11 @@ impl Device {
     /// The context that everything lives in.
     pub fn context(&self) -> sys::CUcontext {
         self.context
+    }
+
+    /// The events of a measurement.
+    pub(super) fn timing(&self) -> &Timing {
+        &self.timing
     }
 
     /// Signs of life go here.
@@ -265,20 +275,22 @@ impl Device {
         for (address, argument) in addresses.iter_mut().zip(arguments) {
             *address = argument.address();
         }
-        // SAFETY: the function belongs to a loaded module of this context; the driver copies the
-        // arguments, which have the layout that `Argument` promises, during the call. That they fit
-        // the kernel's declaration is kept by the launcher of each kernel and its op case.
-        let launched = unsafe {
-            result::launch_kernel(
-                kernel.function,
-                (x, y, z),
-                (geometry.threads, 1, 1),
-                geometry.shared,
-                self.stream,
-                &mut addresses[..arguments.len()],
-            )
-        };
-        self.check(kernel.name, launched)
+        self.counted(kernel.work, || {
+            // SAFETY: the function belongs to a loaded module of this context; the driver copies the
+            // arguments, which have the layout that `Argument` promises, during the call. That they fit
+            // the kernel's declaration is kept by the launcher of each kernel and its op case.
+            let launched = unsafe {
+                result::launch_kernel(
+                    kernel.function,
+                    (x, y, z),
+                    (geometry.threads, 1, 1),
+                    geometry.shared,
+                    self.stream,
+                    &mut addresses[..arguments.len()],
+                )
+            };
+            self.check(kernel.name, launched)
+        })
     }
 
     /// Waits until everything queued is done.
@@ -301,7 +313,7 @@ impl Device {
     ///
     /// # Errors
     /// Something queued failed, or the pulse was stopped meanwhile.
-    fn wait_for(&self, event: &Event) -> Result<()> {
+    pub(super) fn wait_for(&self, event: &Event) -> Result<()> {
         let began = Instant::now();
         loop {
             self.glance()?;
@@ -387,9 +399,11 @@ impl Device {
         if bytes == 0 {
             return Ok(());
         }
-        // SAFETY: callers give places inside their own allocations.
-        let done = unsafe { result::memset_d8_async(at.0, 0, bytes, self.stream) };
-        self.check("cuMemsetD8Async", done)
+        self.counted(Work::Elementwise, || {
+            // SAFETY: callers give places inside their own allocations.
+            let done = unsafe { result::memset_d8_async(at.0, 0, bytes, self.stream) };
+            self.check("cuMemsetD8Async", done)
+        })
     }
 }
 
@@ -398,6 +412,7 @@ impl Drop for Device {
         // Nothing can be done about an error here; it was or will be seen by a call that matters.
         let finished = self.synchronize().is_ok();
         *self.marks.get_mut() = Marks::default();
+        self.timing = Timing::default();
         // What a hung GPU works on is left to the end of the process: to wait for it would be to hang.
         if !finished && self.pulse.is_stopped() {
             return;

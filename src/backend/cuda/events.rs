@@ -26,9 +26,25 @@ unsafe impl Sync for Event {}
 impl Event {
     /// An event that has not been recorded: whoever waits for it goes on at once.
     pub(super) fn new(device: &Device) -> Result<Self> {
-        let raw = result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING);
-        let raw = device.check("cuEventCreate", raw)?;
+        Self::with_flags(device, sys::CUevent_flags::CU_EVENT_DISABLE_TIMING)
+    }
+
+    /// An event that also tells when it was reached.
+    pub(super) fn timed(device: &Device) -> Result<Self> {
+        Self::with_flags(device, sys::CUevent_flags::CU_EVENT_DEFAULT)
+    }
+
+    fn with_flags(device: &Device, flags: sys::CUevent_flags) -> Result<Self> {
+        let raw = device.check("cuEventCreate", result::event::create(flags))?;
         Ok(Event { raw })
+    }
+
+    /// Seconds between two timed events that have passed, to about half a microsecond (CUDA Driver API,
+    /// cuEventElapsedTime).
+    pub(super) fn seconds_since(&self, device: &Device, begin: &Event) -> Result<f64> {
+        // SAFETY: both events are alive.
+        let milliseconds = unsafe { result::event::elapsed(begin.raw, self.raw) };
+        Ok(f64::from(device.check("cuEventElapsedTime", milliseconds)?) / 1e3)
     }
 
     /// Records everything queued on `stream` so far.

@@ -1,12 +1,13 @@
 //! Linear layers: large products by cuBLASLt, low-rank ones by kernels/adapter.cu.
 
-use super::adapter;
 use super::blas::{BUCKET, Kind, Product, Types};
 use super::device::{Geometry, Kernel, Pointer};
 use super::memory::CudaBuffer;
 use super::module::Modules;
-use super::{Cuda, LinearWork, Result};
+use super::prepare::GeluAt;
+use super::{Cuda, LinearWork, Result, adapter, elementwise};
 use crate::backend::{Element, LinearShape};
+use half::f16;
 
 /// Kernels of kernels/linear.cu.
 pub(super) struct Kernels {
@@ -58,6 +59,7 @@ pub(super) fn linear<T: Element>(
     cuda.blas.multiply(&Product {
         kind: Kind::Forward {
             bias: bias.is_some(),
+            gelu: false,
         },
         types: if is_half::<T>() {
             Types::F16
@@ -73,6 +75,7 @@ pub(super) fn linear<T: Element>(
         left: weight.at(),
         right: x.at(),
         bias: bias.map_or(Pointer::NULL, CudaBuffer::at),
+        pre: Pointer::NULL,
     })
 }
 
@@ -93,7 +96,7 @@ pub(super) fn linear_backward<T: Element>(
         return adapter::backward(cuda, operands, shape, scale, accumulate);
     }
     cuda.blas.multiply(&Product {
-        kind: Kind::Backward,
+        kind: Kind::Backward { gelu: false },
         types: if is_half::<T>() {
             Types::F16
         } else {
@@ -108,7 +111,78 @@ pub(super) fn linear_backward<T: Element>(
         left: weight.at(),
         right: dout.at(),
         bias: Pointer::NULL,
+        pre: Pointer::NULL,
     })
+}
+
+/// GELU in the epilogue of the product, or behind it where cuBLASLt has no algorithm for that.
+pub(super) fn linear_gelu(
+    cuda: &Cuda,
+    out: &mut CudaBuffer<f16>,
+    pre: &mut CudaBuffer<f16>,
+    x: &CudaBuffer<f16>,
+    weight: &CudaBuffer<f16>,
+    bias: Option<&CudaBuffer<f16>>,
+    shape: LinearShape,
+) -> Result<()> {
+    if empty(shape) {
+        return Ok(());
+    }
+    let in_one = cuda.blas.multiply_with_gelu(&Product {
+        kind: Kind::Forward {
+            bias: bias.is_some(),
+            gelu: true,
+        },
+        types: Types::F16,
+        rows: shape.rows,
+        in_features: shape.in_features,
+        out_features: shape.out_features,
+        scale: 1.0,
+        accumulate: false,
+        out: out.at(),
+        left: weight.at(),
+        right: x.at(),
+        bias: bias.map_or(Pointer::NULL, CudaBuffer::at),
+        pre: pre.at(),
+    })?;
+    if in_one {
+        return Ok(());
+    }
+    linear(cuda, pre, x, weight, bias, shape, 1.0, false)?;
+    elementwise::gelu(cuda, out, pre, shape.rows * shape.out_features)
+}
+
+/// As [`linear_gelu`].
+pub(super) fn gelu_linear_backward(
+    cuda: &Cuda,
+    dpre: &mut CudaBuffer<f16>,
+    dout: &CudaBuffer<f16>,
+    weight: &CudaBuffer<f16>,
+    pre: &CudaBuffer<f16>,
+    shape: LinearShape,
+) -> Result<()> {
+    if empty(shape) {
+        return Ok(());
+    }
+    let in_one = cuda.blas.multiply_with_gelu(&Product {
+        kind: Kind::Backward { gelu: true },
+        types: Types::F16,
+        rows: shape.rows,
+        in_features: shape.in_features,
+        out_features: shape.out_features,
+        scale: 1.0,
+        accumulate: false,
+        out: dpre.at(),
+        left: weight.at(),
+        right: dout.at(),
+        bias: Pointer::NULL,
+        pre: pre.at(),
+    })?;
+    if in_one {
+        return Ok(());
+    }
+    linear_backward(cuda, dpre, dout, weight, shape, 1.0, false)?;
+    elementwise::gelu_backward(cuda, dpre, pre, shape.rows * shape.in_features)
 }
 
 pub(super) fn weight_gradient<T: Element>(
@@ -141,7 +215,32 @@ pub(super) fn weight_gradient<T: Element>(
         left: x.at(),
         right: dout.at(),
         bias: Pointer::NULL,
+        pre: Pointer::NULL,
     })
+}
+
+/// One pass over `dout` where there is a kernel for the shape, else two.
+#[allow(clippy::too_many_arguments)]
+pub(super) fn low_rank_backward(
+    cuda: &Cuda,
+    dlow: &mut CudaBuffer<f16>,
+    dweight: &mut CudaBuffer<f32>,
+    dout: &CudaBuffer<f16>,
+    low: &CudaBuffer<f16>,
+    weight: &CudaBuffer<f16>,
+    shape: LinearShape,
+    scale: f32,
+) -> Result<()> {
+    if empty(shape) {
+        return Ok(());
+    }
+    let gradients = (dlow.at(), dweight.at());
+    let operands = (dout.at(), low.at(), weight.at());
+    if adapter::low_rank_backward(cuda, gradients, operands, shape, scale)? {
+        return Ok(());
+    }
+    weight_gradient(cuda, dweight, dout, low, shape, scale)?;
+    linear_backward(cuda, dlow, dout, weight, shape, scale, false)
 }
 
 pub(super) fn bias_gradient<T: Element>(
@@ -167,13 +266,26 @@ pub(super) fn prepare(cuda: &Cuda, layer: &LinearWork, at: Pointer, bytes: usize
         true => (Types::F32, Types::F32),
         false => (Types::F16, Types::F16IntoF32),
     };
-    let mut kinds = vec![(Kind::Forward { bias: layer.bias }, types, false)];
-    if layer.backward {
-        kinds.push((Kind::Backward, types, false));
+    let forward = |gelu| Kind::Forward {
+        bias: layer.bias,
+        gelu,
+    };
+    let mut kinds = vec![(forward(false), types, false)];
+    if layer.gelu == Some(GeluAt::Output) {
+        kinds.push((forward(true), types, false));
     }
-    if layer.backward && layer.single {
-        // Into the gradient of the prefix's embedding.
-        kinds.push((Kind::Backward, types, true));
+    if layer.backward {
+        kinds.push((Kind::Backward { gelu: false }, types, false));
+    }
+    if layer.backward && layer.gelu == Some(GeluAt::Input) {
+        kinds.push((Kind::Backward { gelu: true }, types, false));
+    }
+    if layer.lora {
+        kinds.push((forward(false), types, true));
+    }
+    if layer.backward && (layer.single || layer.lora) {
+        // Into the gradient of the prefix's embedding, or onto LoRA's share.
+        kinds.push((Kind::Backward { gelu: false }, types, true));
     }
     if layer.weight_gradient {
         kinds.push((Kind::WeightGradient, gradient, true));
@@ -184,7 +296,7 @@ pub(super) fn prepare(cuda: &Cuda, layer: &LinearWork, at: Pointer, bytes: usize
             break;
         }
         for &(kind, types, accumulate) in &kinds {
-            cuda.blas.multiply(&Product {
+            let product = Product {
                 kind,
                 types,
                 rows,
@@ -196,7 +308,13 @@ pub(super) fn prepare(cuda: &Cuda, layer: &LinearWork, at: Pointer, bytes: usize
                 left: at,
                 right: at,
                 bias: at,
-            })?;
+                pre: at,
+            };
+            match kind.has_gelu() {
+                // That there is none, and it will be taken in two, is not known before it is asked for.
+                true => drop(cuda.blas.multiply_with_gelu(&product)?),
+                false => cuda.blas.multiply(&product)?,
+            }
         }
     }
     Ok(())

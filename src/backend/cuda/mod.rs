@@ -33,6 +33,7 @@ mod spans;
 mod staging;
 mod survey;
 mod tiles;
+mod timing;
 
 use std::rc::Rc;
 use std::sync::Arc;
@@ -42,7 +43,7 @@ pub use error::CudaError;
 pub use events::{DevicePlace, Event, SideStream};
 pub use memory::{ALIGNMENT, CudaBuffer};
 pub use nccl_library::{NcclLibrary, nccl};
-pub use prepare::{LinearWork, MemoryPlan, NCCL_MEMORY_PER_PEER, OWN_MEMORY, OpRooms};
+pub use prepare::{GeluAt, LinearWork, MemoryPlan, NCCL_MEMORY_PER_PEER, OWN_MEMORY, OpRooms};
 pub use probe::{PeerCopies, peer_copies, probe, probe_by};
 pub use survey::{GpuInfo, Survey, check, free_memory, survey, visible};
 

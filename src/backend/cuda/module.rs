@@ -10,7 +10,7 @@ use super::compile::{self, Target};
 use super::device::{Device, Kernel};
 use super::error::CudaError;
 use super::source::Sources;
-use crate::backend::BackendError;
+use crate::backend::{BackendError, Work};
 
 type Result<T> = std::result::Result<T, BackendError>;
 
@@ -67,6 +67,7 @@ impl Modules {
         Ok(Kernel {
             function: self.device.check(name, function)?,
             name,
+            work: work_of(file, name),
         })
     }
 
@@ -84,6 +85,19 @@ impl Modules {
         };
         self.device.check(name, set)?;
         Ok(kernel)
+    }
+}
+
+/// What a kernel counts as.
+fn work_of(file: &str, name: &str) -> Work {
+    match (file, name) {
+        (_, "store_key_value_by_8" | "store_key_value_by_1") => Work::Elementwise,
+        // Of the losses of a micro-batch.
+        ("loss.cu", _) | (_, "sum" | "sum_pieces") => Work::Loss,
+        ("attention_forward.cu" | "attention_backward.cu", _) => Work::Attention,
+        ("adapter.cu", _) => Work::Products,
+        ("optim.cu", _) => Work::Optimizer,
+        _ => Work::Elementwise,
     }
 }
 

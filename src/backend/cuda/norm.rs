@@ -17,6 +17,8 @@ pub(super) struct Kernels {
     rms_norm_backward: Kernel,
     rms_norm_chunk_sums: Kernel,
     add_chunks: Kernel,
+    residual_layer_norm: Kernel,
+    residual_rms_norm: Kernel,
 }
 
 impl Kernels {
@@ -30,6 +32,8 @@ impl Kernels {
             rms_norm_backward: kernel("rms_norm_backward")?,
             rms_norm_chunk_sums: kernel("rms_norm_chunk_sums")?,
             add_chunks: kernel("add_chunks")?,
+            residual_layer_norm: kernel("residual_layer_norm")?,
+            residual_rms_norm: kernel("residual_rms_norm")?,
         })
     }
 }
@@ -87,6 +91,46 @@ pub(super) fn rms_norm(
         &cuda.norm.rms_norm,
         row_blocks(shape),
         &[out, stats, x, weight, &rows, &cols, &shape.eps],
+    )
+}
+
+#[allow(clippy::too_many_arguments)]
+pub(super) fn residual_layer_norm(
+    cuda: &Cuda,
+    out: &mut CudaBuffer<f16>,
+    stats: &mut CudaBuffer<f32>,
+    sum: &mut CudaBuffer<f32>,
+    x: &CudaBuffer<f16>,
+    alpha: f32,
+    branch: &CudaBuffer<f16>,
+    weight: &CudaBuffer<f16>,
+    bias: &CudaBuffer<f16>,
+    shape: NormShape,
+) -> Result<()> {
+    let (rows, cols) = (shape.rows as u32, shape.cols as u32);
+    let arguments: [&dyn Argument; 11] = [
+        out, stats, sum, x, &alpha, branch, weight, bias, &rows, &cols, &shape.eps,
+    ];
+    let kernel = &cuda.norm.residual_layer_norm;
+    cuda.device.launch(kernel, row_blocks(shape), &arguments)
+}
+
+#[allow(clippy::too_many_arguments)]
+pub(super) fn residual_rms_norm(
+    cuda: &Cuda,
+    out: &mut CudaBuffer<f16>,
+    stats: &mut CudaBuffer<f32>,
+    sum: &mut CudaBuffer<f32>,
+    x: &CudaBuffer<f32>,
+    branch: &CudaBuffer<f16>,
+    weight: &CudaBuffer<f16>,
+    shape: NormShape,
+) -> Result<()> {
+    let (rows, cols) = (shape.rows as u32, shape.cols as u32);
+    cuda.device.launch(
+        &cuda.norm.residual_rms_norm,
+        row_blocks(shape),
+        &[out, stats, sum, x, branch, weight, &rows, &cols, &shape.eps],
     )
 }
 

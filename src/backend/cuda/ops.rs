@@ -8,7 +8,8 @@ use super::{
 };
 use crate::backend::{
     AdamwStep, AdamwTensor, AttentionLayout, Backend, BackendError, Dropout, Element, LinearShape,
-    MemoryUse, NormShape, Plain, Prefix, RotaryPositions, RowGradient, Span, SumOf, piece_len,
+    Measured, MemoryUse, NormShape, Plain, Prefix, RotaryPositions, RowGradient, Span, SumOf,
+    piece_len,
 };
 use crate::quant::Bits;
 
@@ -18,6 +19,18 @@ impl Backend for Cuda {
 
     fn mark(&self, place: u64) -> Result<()> {
         self.device.mark(place)
+    }
+
+    fn measure(&self) -> Result<()> {
+        self.device.measure()
+    }
+
+    fn stamp(&self) -> Result<()> {
+        self.device.stamp()
+    }
+
+    fn measured(&self) -> Result<Measured> {
+        self.device.measured()
     }
 
     fn memory_use(&self) -> Option<MemoryUse> {
@@ -267,6 +280,19 @@ impl Backend for Cuda {
         linear::bias_gradient(self, dbias, dout, shape)
     }
 
+    fn low_rank_backward(
+        &self,
+        dlow: &mut CudaBuffer<f16>,
+        dweight: &mut CudaBuffer<f32>,
+        dout: &CudaBuffer<f16>,
+        low: &CudaBuffer<f16>,
+        weight: &CudaBuffer<f16>,
+        shape: LinearShape,
+        scale: f32,
+    ) -> Result<()> {
+        linear::low_rank_backward(self, dlow, dweight, dout, low, weight, shape, scale)
+    }
+
     fn rotary(
         &self,
         x: &mut CudaBuffer<f16>,
@@ -384,6 +410,29 @@ impl Backend for Cuda {
         elementwise::gelu_backward(self, dx, x, len)
     }
 
+    fn linear_gelu(
+        &self,
+        out: &mut CudaBuffer<f16>,
+        pre: &mut CudaBuffer<f16>,
+        x: &CudaBuffer<f16>,
+        weight: &CudaBuffer<f16>,
+        bias: Option<&CudaBuffer<f16>>,
+        shape: LinearShape,
+    ) -> Result<()> {
+        linear::linear_gelu(self, out, pre, x, weight, bias, shape)
+    }
+
+    fn gelu_linear_backward(
+        &self,
+        dpre: &mut CudaBuffer<f16>,
+        dout: &CudaBuffer<f16>,
+        weight: &CudaBuffer<f16>,
+        pre: &CudaBuffer<f16>,
+        shape: LinearShape,
+    ) -> Result<()> {
+        linear::gelu_linear_backward(self, dpre, dout, weight, pre, shape)
+    }
+
     fn swiglu(
         &self,
         out: &mut CudaBuffer<f16>,
@@ -437,6 +486,34 @@ impl Backend for Cuda {
         len: usize,
     ) -> Result<()> {
         elementwise::residual_sum(self, out, x, branch, len)
+    }
+
+    fn residual_layer_norm(
+        &self,
+        out: &mut CudaBuffer<f16>,
+        stats: &mut CudaBuffer<f32>,
+        sum: &mut CudaBuffer<f32>,
+        x: &CudaBuffer<f16>,
+        alpha: f32,
+        branch: &CudaBuffer<f16>,
+        weight: &CudaBuffer<f16>,
+        bias: &CudaBuffer<f16>,
+        shape: NormShape,
+    ) -> Result<()> {
+        norm::residual_layer_norm(self, out, stats, sum, x, alpha, branch, weight, bias, shape)
+    }
+
+    fn residual_rms_norm(
+        &self,
+        out: &mut CudaBuffer<f16>,
+        stats: &mut CudaBuffer<f32>,
+        sum: &mut CudaBuffer<f32>,
+        x: &CudaBuffer<f32>,
+        branch: &CudaBuffer<f16>,
+        weight: &CudaBuffer<f16>,
+        shape: NormShape,
+    ) -> Result<()> {
+        norm::residual_rms_norm(self, out, stats, sum, x, branch, weight, shape)
     }
 
     fn cross_entropy(

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::memory::rounded;
-use super::{Cuda, Result, attention, blas, linear, norm, optim};
+use super::{Cuda, Result, adapter, attention, blas, linear, norm, optim};
 use crate::backend::Pulse;
 
 /// Bytes of a GPU that a worker takes beside what is planned to the byte: its context, the kernels, the
@@ -16,6 +16,15 @@ pub const OWN_MEMORY: u64 = 512 << 20;
 /// direction. That is 64 to 147 MiB; this lies between.
 pub const NCCL_MEMORY_PER_PEER: u64 = 96 << 20;
 
+/// Where a linear layer has GELU beside it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GeluAt {
+    /// GELU is taken of what comes out.
+    Output,
+    /// What goes in came out of GELU.
+    Input,
+}
+
 /// A linear layer that a run will compute.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LinearWork {
@@ -25,6 +34,10 @@ pub struct LinearWork {
     pub out_features: usize,
     /// Whether it has a bias.
     pub bias: bool,
+    /// GELU, where it may be part of the product.
+    pub gelu: Option<GeluAt>,
+    /// Whether a LoRA stands beside it, to whose share its products add.
+    pub lora: bool,
     /// Most rows at once.
     pub max_rows: usize,
     /// Whether the gradient of its input is computed.
@@ -49,6 +62,10 @@ pub struct OpRooms {
     pub hidden_size: usize,
     /// P, keys of a prefix; 0 without one.
     pub prefix_len: usize,
+    /// r of LoRA; 0 without.
+    pub lora_rank: usize,
+    /// Outputs of the widest layer with a LoRA.
+    pub lora_widest: usize,
     /// Values of each tensor whose squares are summed at the end of a step.
     pub summed: Vec<usize>,
     /// Values of each tensor that is updated then.
@@ -72,6 +89,7 @@ impl OpRooms {
         let wanted = [
             attention::scratch_bytes(self),
             norm::scratch_bytes(self),
+            adapter::scratch_bytes(self),
             optim::scratch_bytes(self),
         ];
         // Scratch is kept in words.

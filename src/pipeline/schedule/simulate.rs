@@ -39,7 +39,7 @@ impl Schedule {
     /// # Errors
     /// [`ScheduleError::Deadlock`] where a stage does not come to its end.
     pub fn simulate(&self, transfers: Transfers) -> Result<(), ScheduleError> {
-        let ends = self.ends(transfers, |_, _| 0.0, 0.0);
+        let ends = self.ends(transfers, |_| 0.0, |_, _| 0.0, 0.0);
         for (rank, (actions, ends)) in self.stages.iter().zip(&ends).enumerate() {
             if let Some(place) = ends.iter().position(Option::is_none) {
                 return Err(ScheduleError::Deadlock {
@@ -53,11 +53,12 @@ impl Schedule {
     }
 
     /// When each action of each stage ends, counted from 0, with everything as early as it can be;
-    /// nothing for an action that never begins. `cost` is the time that a stage computes for an
-    /// action, `transfer` that of a message.
+    /// nothing for an action that never begins. `begin` is when a stage can begin, `cost` the time that it
+    /// computes for an action, `transfer` that of a message.
     pub(super) fn ends(
         &self,
         transfers: Transfers,
+        begin: impl Fn(usize) -> f64,
         cost: impl Fn(usize, Action) -> f64,
         transfer: f64,
     ) -> Vec<Vec<Option<f64>>> {
@@ -76,7 +77,7 @@ impl Schedule {
             run.graph.await_parties(message, parties);
         }
         let events: Vec<Vec<usize>> = (0..self.stages.len())
-            .map(|rank| run.stage(rank, &cost))
+            .map(|rank| run.stage(rank, begin(rank), &cost))
             .collect();
         let ends = run.graph.ends();
         let of_stage = |events: &Vec<usize>| events.iter().map(|&event| ends[event]).collect();
@@ -116,11 +117,18 @@ struct Lane {
 }
 
 impl Run<'_> {
-    /// Adds what stage `rank` does and what it waits for; the events of its actions.
-    fn stage(&mut self, rank: usize, cost: impl Fn(usize, Action) -> f64) -> Vec<usize> {
+    /// Adds what stage `rank` does from `begin` on and what it waits for; the events of its actions.
+    fn stage(
+        &mut self,
+        rank: usize,
+        begin: f64,
+        cost: impl Fn(usize, Action) -> f64,
+    ) -> Vec<usize> {
         let mut works = Vec::with_capacity(self.schedule.stages[rank].len());
+        let ready = self.graph.add();
+        self.graph.set_duration(ready, begin);
         // What the next operation comes after, whatever its flow.
-        let mut last = None;
+        let mut last = Some(ready);
         let mut lanes = [Lane::default(); 2];
         for operation in self.schedule.program(rank) {
             match operation {

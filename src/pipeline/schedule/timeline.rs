@@ -5,7 +5,7 @@ use std::fmt::Write;
 use super::{Action, Flow, Schedule, Transfers};
 
 /// What a step is expected to take.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, serde::Serialize)]
 pub struct Prediction {
     /// From the first action of all stages to the end of the last.
     pub step_seconds: f64,
@@ -90,8 +90,16 @@ impl Schedule {
                 chunks.get(action.chunk).copied().unwrap_or(0.0)
             })
         };
-        let ends = self.ends(Transfers::Grouped, cost, transfer);
+        let ends = self.ends(Transfers::Grouped, |_| 0.0, cost, transfer);
         let step_seconds = ends.iter().flatten().flatten().copied().fold(0.0, f64::max);
+        Prediction {
+            step_seconds,
+            idle: self.idle(step_seconds, cost),
+        }
+    }
+
+    /// Per stage, the share of `step_seconds` in which it runs none of its actions, of `cost` each.
+    pub(super) fn idle(&self, step_seconds: f64, cost: impl Fn(usize, Action) -> f64) -> Vec<f64> {
         let idle = |(rank, actions): (usize, &Vec<Action>)| {
             let busy: f64 = actions.iter().map(|&action| cost(rank, action)).sum();
             match step_seconds > 0.0 {
@@ -99,16 +107,13 @@ impl Schedule {
                 false => 0.0,
             }
         };
-        Prediction {
-            step_seconds,
-            idle: self.stages.iter().enumerate().map(idle).collect(),
-        }
+        self.stages.iter().enumerate().map(idle).collect()
     }
 
     /// Per stage, when its actions end in whole units, up to the first that never begins.
     fn ends_in_units(&self, costs: [usize; 2]) -> Vec<Vec<usize>> {
         let cost = |_, action: Action| costs[action.flow as usize] as f64;
-        let ends = self.ends(Transfers::Buffered, cost, 0.0);
+        let ends = self.ends(Transfers::Buffered, |_| 0.0, cost, 0.0);
         // Sums of whole numbers: exact.
         let whole = |ends: Vec<Option<f64>>| ends.into_iter().map_while(|end| Some(end? as usize));
         ends.into_iter().map(|ends| whole(ends).collect()).collect()

@@ -227,7 +227,7 @@ impl Schedule {
     }
 
     /// Whether the output of `sent` on stage `from` is the input of `awaited` on stage `to`.
-    fn leads_to(&self, from: usize, sent: Action, to: usize, awaited: Action) -> bool {
+    pub(super) fn leads_to(&self, from: usize, sent: Action, to: usize, awaited: Action) -> bool {
         let stages = self.stages.len();
         let before = sent.chunk * stages + from;
         let after = awaited.chunk * stages + to;
