@@ -1,7 +1,7 @@
 """What the issue of speed asks of a GPU, out of what scripts/check_gpu.sh measured.
 
     gpu_speed.py ops OPS.json                     rates of products and copies, and each op's share of them
-    gpu_speed.py attention OPS.json SDPA.json     our attention beside PyTorch's, of scripts/peers/attention.py
+    gpu_speed.py attention OPS.json SDPA.json ..  our attention beside PyTorch's, of scripts/peers/attention.py
     gpu_speed.py mfu BENCH.json                   share of the measured rate of products
     gpu_speed.py stages ONE.json TWO.json ..      tokens per second of several stages on a card beside one stage
     gpu_speed.py memory LIMIT BEFORE USED BENCH.json    rise of used memory, from readings of nvidia-smi in MiB
@@ -50,27 +50,25 @@ def ops(path):
     return note, results
 
 
-def attention(ours_path, peer_path):
-    """Both lists have `op`s named as `attention forward 4x1024` and seconds with a median."""
-    ours, peer = read(ours_path), read(peer_path)
-    own = {op["op"]: op for op in ours["ops"] if op["bound"] == "attention"}
-    rows, figures = [], []
-    for entry in peer["ops"]:
-        if entry["op"] not in own:
-            continue
-        mine = own[entry["op"]]["seconds"]
-        theirs = entry["seconds"]
-        rows.append({"op": entry["op"], "ours": mine, "sdpa": theirs})
-        # The spread of the ratio: slowest of ours beside the fastest of theirs, and the reverse.
-        rows[-1]["ratio"] = [
-            theirs["min"] / mine["max"],
-            theirs["median"] / mine["median"],
-            theirs["max"] / mine["min"],
-        ]
-        figures.append(figure(f"{entry['op']}, of SDPA's rate", rows[-1]["ratio"][1], OF_SDPA_AT_LEAST))
+def attention(ours_path, *peer_paths):
+    """Beside the flash kernel of each file of scripts/peers/attention.py, at the shapes that are in both."""
+    own = {op["op"]: op["seconds"] for op in read(ours_path)["ops"] if op["bound"] == "attention"}
+    rows, figures, documents = [], [], []
+    for document in map(read, peer_paths):
+        documents.append(document)
+        for entry in document["attention"]:
+            for way in ("forward", "backward"):
+                op = f"attention {way} {document['batch']}x{entry['length']}"
+                if entry["backend"] != "flash" or way not in entry or op not in own:
+                    continue
+                mine, theirs = own[op], entry[way]
+                # Slowest of ours beside the fastest of theirs, the medians, and the reverse.
+                ratio = [min(theirs) / mine["max"], entry[f"{way}_median"] / mine["median"], max(theirs) / mine["min"]]
+                rows.append({"op": op, "backend": entry["backend"], "ours": mine, "of_sdpa": ratio})
+                figures.append(figure(f"{op}, of SDPA's flash kernel", ratio[1], OF_SDPA_AT_LEAST))
     if not figures:
-        sys.exit("no op is in both files")
-    return said(figures), {"sdpa_backend": peer.get("backend"), "ops": rows, "figures": figures}
+        sys.exit("no shape was measured on both sides with the flash kernel")
+    return said(figures), {"ops": rows, "figures": figures, "sdpa": documents}
 
 
 def measured(path):

@@ -76,14 +76,13 @@ MEMORY = {"load_global", "store_global", "copy_async", "load_shared", "store_sha
 # GELU in the epilogues of the products beside it.
 # Per block, but for what the first block leaves out because nothing below it is trained.
 BLOCK = {
-    "layer_norm": 2,
-    "query_key_value forward": 1,
+    "residual_layer_norm": 2,
     "lora_down forward": 1,
     "lora_up forward": 1,
+    "query_key_value forward": 1,
     "rotary": 2,
     "attention forward 1x1024": 1,
     "attention_dense forward": 1,
-    "residual": 2,
     "dense_h_to_4h_gelu forward": 1,
     "dense_4h_to_h forward": 1,
     "gelu_dense_4h_to_h backward": 1,
@@ -91,18 +90,24 @@ BLOCK = {
     "layer_norm_backward": 2,
     "attention_dense backward": 1,
     "attention backward 1x1024": 1,
-    "lora_up backward": 1,
-    "lora_up weight_gradient": 1,
+    "lora_up low_rank_backward": 1,
     "lora_down weight_gradient": 1,
     "lora_down backward": 1,
     "query_key_value backward": 1,
 }
-NOT_IN_FIRST = {"query_key_value backward": 1, "lora_down backward": 1, "layer_norm_backward": 1}
+# The last block has no next one whose first norm it could take with its own sum.
+NOT_IN_ALL = {
+    "query_key_value backward": 1,
+    "lora_down backward": 1,
+    "layer_norm_backward": 1,
+    "residual_layer_norm": 1,
+}
 # The last norm and its gradient take the rows with a target alone: half of them.
 ENDS = {
     "embed": 1,
+    "layer_norm": 1.5,
+    "residual": 1,
     "gather_rows": 1,
-    "layer_norm": 0.5,
     "lm_head forward": 1,
     "cross_entropy": 1,
     "lm_head backward": 1,
@@ -302,7 +307,7 @@ def step(ops, blocks):
     counts = Counter()
     for name, count in BLOCK.items():
         counts[name] += count * blocks
-    counts.subtract(NOT_IN_FIRST)
+    counts.subtract(NOT_IN_ALL)
     counts.update(ENDS)
     result = {}
     for arch, device in DEVICES.items():

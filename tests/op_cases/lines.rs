@@ -23,6 +23,7 @@ const PIECES: &str = "each thread reads its tensor's row of the table; the sum h
 pub(super) fn visit<B: Backend>(b: &B, sizes: &Sizes, visit: &mut Visit<'_, B>) {
     layer_norm(b, sizes, visit);
     rms_norm(b, sizes, visit);
+    residual_norms(b, sizes, visit);
     activations(b, sizes, visit);
     residuals(b, sizes, visit);
     dropout(b, sizes, visit);
@@ -94,6 +95,33 @@ fn layer_norm<B: Backend>(b: &B, sizes: &Sizes, visit: &mut Visit<'_, B>) {
             residual: None,
         };
         b.layer_norm_weight_gradient(&mut dweight, &mut dbias, gradient, &x, &stats, shape)
+    });
+}
+
+fn residual_norms<B: Backend>(b: &B, sizes: &Sizes, visit: &mut Visit<'_, B>) {
+    let (t, h, shape) = (sizes.rows, sizes.hidden_size, norm_shape(sizes));
+    let (x, branch) = (elements(b, t * h, 1.0), elements(b, t * h, 1.0));
+    let (weight, bias) = (elements(b, h, 1.0), elements(b, h, 0.1));
+    let (mut out, mut stats) = (b.zeros(t * h).unwrap(), b.zeros(2 * t).unwrap());
+    let mut sum = b.zeros(t * h).unwrap();
+    let read = stored::<B>(2 * t * h + 2 * h);
+    let written = words(t * h + 2 * t) + stored::<B>(t * h);
+    let (name, work) = ("residual_layer_norm", Work::over(t * h, read, written));
+    memory(b, visit, name, work, AFFINE, move |b| {
+        b.residual_layer_norm(
+            &mut out, &mut stats, &mut sum, &x, 7.5, &branch, &weight, &bias, shape,
+        )
+    });
+
+    let (x, branch) = (elements::<B, f32>(b, t * h, 1.0), elements(b, t * h, 1.0));
+    let weight = elements(b, h, 1.0);
+    let (mut out, mut stats) = (b.zeros(t * h).unwrap(), b.zeros(t).unwrap());
+    let mut sum = b.zeros(t * h).unwrap();
+    let read = words(t * h) + stored::<B>(t * h + h);
+    let written = words(t * h + t) + stored::<B>(t * h);
+    let (name, work) = ("residual_rms_norm", Work::over(t * h, read, written));
+    memory(b, visit, name, work, AFFINE, move |b| {
+        b.residual_rms_norm(&mut out, &mut stats, &mut sum, &x, &branch, &weight, shape)
     });
 }
 

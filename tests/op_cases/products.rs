@@ -18,16 +18,18 @@ pub(super) fn visit<B: Backend>(b: &B, sizes: &Sizes, visit: &mut Visit<'_, B>) 
             in_features,
             out_features,
         };
-        forward(b, visit, name, shape, true);
-        backward(b, visit, name, shape);
+        // LoRA's share stands in the result already: the product adds to it.
+        let accumulate = name == "query_key_value";
+        forward(b, visit, name, shape, true, accumulate);
+        backward(b, visit, name, shape, accumulate);
     }
     let head = LinearShape {
         rows: sizes.target_rows,
         in_features: h,
         out_features: sizes.vocab_size,
     };
-    forward(b, visit, "lm_head", head, false);
-    backward(b, visit, "lm_head", head);
+    forward(b, visit, "lm_head", head, false, false);
+    backward(b, visit, "lm_head", head, false);
     with_gelu(b, sizes, visit);
     weight_gradient(b, sizes, visit);
     low_rank(b, sizes, visit);
@@ -83,28 +85,37 @@ fn forward<B: Backend>(
     name: &str,
     shape: LinearShape,
     bias: bool,
+    accumulate: bool,
 ) {
     let weight = weight(b, shape);
     let x = elements(b, shape.rows * shape.in_features, 1.0);
     let bias = bias.then(|| elements(b, shape.out_features, 0.1));
     let mut out = b.zeros(shape.rows * shape.out_features).unwrap();
     let [input, weights, output] = operands::<B>(shape);
-    let work = Work::over(shape.rows * shape.out_features, input + weights, output)
-        .with_flops(flops(shape));
+    let added_to = if accumulate { output } else { 0 };
+    let elements = shape.rows * shape.out_features;
+    let work = Work::over(elements, input + weights + added_to, output).with_flops(flops(shape));
     product(b, visit, format!("{name} forward"), work, move |b| {
-        b.linear(&mut out, &x, &weight, bias.as_ref(), shape, 1.0, false)
+        b.linear(&mut out, &x, &weight, bias.as_ref(), shape, 1.0, accumulate)
     });
 }
 
-fn backward<B: Backend>(b: &B, visit: &mut Visit<'_, B>, name: &str, shape: LinearShape) {
+fn backward<B: Backend>(
+    b: &B,
+    visit: &mut Visit<'_, B>,
+    name: &str,
+    shape: LinearShape,
+    accumulate: bool,
+) {
     let weight = weight(b, shape);
     let dout = elements(b, shape.rows * shape.out_features, 0.1);
     let mut dx = b.zeros(shape.rows * shape.in_features).unwrap();
     let [input, weights, output] = operands::<B>(shape);
-    let work = Work::over(shape.rows * shape.in_features, output + weights, input)
-        .with_flops(flops(shape));
+    let added_to = if accumulate { input } else { 0 };
+    let elements = shape.rows * shape.in_features;
+    let work = Work::over(elements, output + weights + added_to, input).with_flops(flops(shape));
     product(b, visit, format!("{name} backward"), work, move |b| {
-        b.linear_backward(&mut dx, &dout, &weight, shape, 1.0, false)
+        b.linear_backward(&mut dx, &dout, &weight, shape, 1.0, accumulate)
     });
 }
 
@@ -172,10 +183,12 @@ fn weight_gradient<B: Backend>(b: &B, sizes: &Sizes, visit: &mut Visit<'_, B>) {
 
 const DOWN: &str = "each block of 16 rows reads the narrow matrix again, from the L2 cache";
 const UP: &str = "each block of 256 columns reads the narrow rows again, from the L2 cache";
+const BOTH: &str =
+    "parts of both gradients are kept and added up, so that no order of blocks shows";
 const GRADIENT: &str = "two lanes of a warp take what one access brings; each block of 32 columns reads the \
                         narrow rows again, from the L2 cache";
 
-/// LoRA at query_key_value: `out += scale * (x Aᵀ) Bᵀ` and its gradients.
+/// LoRA at query_key_value: `out = scale * (x Aᵀ) Bᵀ`, to which the layer's product adds, and its gradients.
 fn low_rank<B: Backend>(b: &B, sizes: &Sizes, visit: &mut Visit<'_, B>) {
     let down = LinearShape {
         rows: sizes.rows,
@@ -203,14 +216,10 @@ fn low_rank<B: Backend>(b: &B, sizes: &Sizes, visit: &mut Visit<'_, B>) {
 
     let (low, matrix) = (elements(b, up.rows * up.in_features, 1.0), weight(b, up));
     let mut out = b.zeros(up.rows * up.out_features).unwrap();
-    let work = Work::over(
-        up.rows * up.out_features,
-        low_bytes + b_bytes + out_bytes,
-        out_bytes,
-    )
-    .with_flops(flops(up));
+    let work =
+        Work::over(up.rows * up.out_features, low_bytes + b_bytes, out_bytes).with_flops(flops(up));
     memory(b, visit, "lora_up forward", work, UP, move |b| {
-        b.linear(&mut out, &low, &matrix, None, up, 1e-3, true)
+        b.linear(&mut out, &low, &matrix, None, up, 4.0, false)
     });
 
     let (dout, matrix) = (elements(b, up.rows * up.out_features, 0.1), weight(b, up));
@@ -226,14 +235,28 @@ fn low_rank<B: Backend>(b: &B, sizes: &Sizes, visit: &mut Visit<'_, B>) {
         weight(b, down),
     );
     let mut dx = b.zeros(down.rows * down.in_features).unwrap();
-    let work = Work::over(
-        down.rows * down.in_features,
-        low_bytes + a_bytes + x_bytes,
-        x_bytes,
-    )
-    .with_flops(flops(down));
+    let work = Work::over(down.rows * down.in_features, low_bytes + a_bytes, x_bytes)
+        .with_flops(flops(down));
     memory(b, visit, "lora_down backward", work, UP, move |b| {
-        b.linear_backward(&mut dx, &dlow, &matrix, down, 1e-3, true)
+        b.linear_backward(&mut dx, &dlow, &matrix, down, 4.0, false)
+    });
+
+    let (dout, low, matrix) = (
+        elements(b, up.rows * up.out_features, 0.1),
+        elements(b, up.rows * up.in_features, 1.0),
+        weight(b, up),
+    );
+    let weights = up.in_features * up.out_features;
+    let mut dlow = b.zeros(up.rows * up.in_features).unwrap();
+    let mut dweight = b.zeros(weights).unwrap();
+    let work = Work::over(
+        up.rows * up.out_features,
+        out_bytes + low_bytes + b_bytes + words(weights),
+        low_bytes + words(weights),
+    );
+    let (name, work) = ("lora_up low_rank_backward", work.with_flops(2 * flops(up)));
+    memory(b, visit, name, work, BOTH, move |b| {
+        b.low_rank_backward(&mut dlow, &mut dweight, &dout, &low, &matrix, up, 4.0)
     });
 
     for (name, shape) in [("lora_down", down), ("lora_up", up)] {
