@@ -235,7 +235,7 @@ speed_checks() {
     if [ ! -e "$root/scripts/peers/compare.py" ] || ! "$python" -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null; then
       record speed_peers skipped 0 "$python has no torch with CUDA: scripts/peers/setup.sh, then PYTHON"
     elif timeout 530 "$python" "$root/scripts/peers/compare.py" --mp-train "$bin/mp-train" --device cuda --size "${PEERS_SIZE:-chatglm-6b}" \
-      --work "$work/peers" --output "$work/peers.json" >"$work/log" 2>&1; then
+      --comparisons "${PEERS:-lora-uniform}" --work "$work/peers" --output "$work/peers.json" >"$work/log" 2>&1; then
       record speed_peers passed $((SECONDS - began)) "$(tail -n 1 "$work/log")" "$(tr -d '\n' <"$work/peers.json")"
     else
       record speed_peers failed $((SECONDS - began)) "$(tail -n 1 "$work/log")"

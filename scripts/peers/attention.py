@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """Seconds of PyTorch's scaled_dot_product_attention, forward and backward, one line of JSON.
 
-    target/peers-venv/bin/python scripts/peers/attention.py --lengths 512,1024,2048 --heads 32
+    target/peers-venv/bin/python scripts/peers/attention.py --shapes 8x1024,4x2048 --heads 32
 
-For every length and backend: queries, keys and values `[batch, heads, length, head_dim]` of halves on a GPU
-(f32 on a CPU), causal. Seconds are of one call, the median of several runs of several calls each. TFLOP/s count
+For every shape (rows x tokens) and backend: queries, keys and values `[batch, heads, length, head_dim]` of halves
+on a GPU (f32 on a CPU), causal. Seconds are of one call, over several runs of several calls each. TFLOP/s count
 4 head_dim operations forward and 10 backward for every pair of a query and a key that it sees (FlashAttention-2
-computes the scores again), as `flash-attention`'s own benchmark does. A backend that cannot is listed with its reason.
+computes the scores again), as its authors count. A backend that cannot is listed with its reason.
 """
 
 import argparse
@@ -29,6 +29,11 @@ BACKENDS = {
     "math": SDPBackend.MATH,
 }
 
+#: The backend whose figures stand beside mp-train's.
+COMPARED = "flash"
+#: Those of tests/op_speed.rs.
+SHAPES = [(1, 1_024), (16, 512), (8, 1_024), (4, 2_048)]
+
 
 def seconds_of(call, device: str, runs: int, calls: int) -> list[float]:
     """Seconds of one call in each of `runs` runs of `calls` calls, after a run that is not counted."""
@@ -50,15 +55,15 @@ def seconds_of(call, device: str, runs: int, calls: int) -> list[float]:
     return found[1:]
 
 
-def measure(backend: str, length: int, args: argparse.Namespace) -> dict:
-    """One backend at one length."""
+def measure(backend: str, batch: int, length: int, args: argparse.Namespace) -> dict:
+    """One backend at one shape."""
     dtype = torch.float32 if args.device == "cpu" else torch.float16
-    shape = (args.batch, args.heads, length, args.head_dim)
+    shape = (batch, args.heads, length, args.head_dim)
     generator = torch.Generator(args.device).manual_seed(length)
     query, key, value, gradient = (
         torch.randn(shape, generator=generator, device=args.device, dtype=dtype) for _ in range(4))
     inputs = [tensor.requires_grad_() for tensor in (query, key, value)]
-    result = {"backend": backend, "length": length, "dtype": str(dtype).removeprefix("torch.")}
+    result = {"backend": backend, "batch": batch, "length": length, "dtype": str(dtype).removeprefix("torch.")}
     try:
         with sdpa_kernel(BACKENDS[backend]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -70,21 +75,31 @@ def measure(backend: str, length: int, args: argparse.Namespace) -> dict:
                 args.calls)
     except RuntimeError as error:
         return result | {"failed": str(error).splitlines()[0]}
-    pairs = args.batch * args.heads * length * (length + 1) / 2
+    pairs = batch * args.heads * length * (length + 1) / 2
     for way, operations in {"forward": 4, "backward": 10}.items():
         middle = median(result[way])
-        result[f"{way}_median"] = middle
         result[f"{way}_tflops"] = operations * args.head_dim * pairs / middle / 1e12
     return result
+
+
+def ops(found: list[dict]) -> list[dict]:
+    """The backend that is compared with, under the names that mp-train's own measurements have."""
+    timed = [one for one in found if one["backend"] == COMPARED and "backward" in one]
+    return [{"op": f"attention {way} {one['batch']}x{one['length']}", "seconds": summary(one[way])}
+            for one in timed for way in ("forward", "backward")]
+
+
+def summary(seconds: list[float]) -> dict:
+    return {"all": seconds, "median": median(seconds), "min": min(seconds), "max": max(seconds)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--lengths", default="512,1024,2048", help="tokens of a row, several by commas")
+    parser.add_argument("--shapes", default=",".join(f"{batch}x{length}" for batch, length in SHAPES),
+                        help="rows x tokens of a row, several by commas")
     parser.add_argument("--backends", default=",".join(BACKENDS), help="flash, cudnn, efficient, math")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--calls", type=int, default=20, help="calls of a run")
@@ -93,11 +108,13 @@ def main() -> None:
     unknown = set(args.backends.split(",")) - BACKENDS.keys()
     if unknown:
         parser.error(f"--backends {','.join(sorted(unknown))}: known are {', '.join(BACKENDS)}")
-    found = [measure(backend, int(length), args)
-             for length in args.lengths.split(",") for backend in args.backends.split(",")]
+    shapes = [map(int, shape.split("x")) for shape in args.shapes.split(",")]
+    found = [measure(backend, batch, length, args)
+             for batch, length in shapes for backend in args.backends.split(",")]
     document = {
         "format": 1, "machine": machine.about(args.device), "torch": torch.__version__, "cuda": torch.version.cuda,
-        "batch": args.batch, "heads": args.heads, "head_dim": args.head_dim, "causal": True, "attention": found,
+        "backend": COMPARED, "ops": ops(found), "heads": args.heads, "head_dim": args.head_dim, "causal": True,
+        "attention": found,
     }
     text = json.dumps(document)
     if args.output:

@@ -124,11 +124,11 @@ def fill(name: str, tensor: torch.Tensor, generator: torch.Generator) -> None:
         tensor.add_(1.0)
 
 
-def write_model(folder: Path, size: Size, dtype: torch.dtype, seed: int, device: str = "cpu") -> None:
-    """The model folder, in files of at most some blocks each."""
+def write_model(folder: Path, size: Size, dtype: torch.dtype, seed: int) -> None:
+    """The model folder, in files of about 2 GiB. Made on the CPU, so that a GPU to be measured stays empty."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config_json(size), indent=1))
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     most, held, count, index = 1 << 31, {}, 0, {}
     files = []
 
@@ -140,9 +140,9 @@ def write_model(folder: Path, size: Size, dtype: torch.dtype, seed: int, device:
         held.clear()
 
     for name, shape in shapes(size).items():
-        tensor = torch.empty(shape, dtype=dtype, device=device)
+        tensor = torch.empty(shape, dtype=dtype)
         fill(name, tensor, generator)
-        held[name] = tensor.cpu()
+        held[name] = tensor
         count += tensor.nbytes
         if count >= most:
             flush()
@@ -260,7 +260,7 @@ def about(batches: list[list[dict]]) -> dict:
     }
 
 
-def prepare(work: Path, size: Size, dtype: torch.dtype, batches: int, device: str = "cpu") -> dict[str, Path]:
+def prepare(work: Path, size: Size, dtype: torch.dtype, batches: int) -> dict[str, Path]:
     """Everything that a comparison needs, written once per folder."""
     paths = {"model": work / "model", "lora": work / "lora", "prefix": work / "prefix",
              "uniform": work / "uniform.jsonl", "realistic": work / "realistic.jsonl"}
@@ -268,7 +268,7 @@ def prepare(work: Path, size: Size, dtype: torch.dtype, batches: int, device: st
     wanted = json.dumps({**asdict(size), "dtype": str(dtype), "batches": batches, "format": 3})
     if not (stamp.exists() and stamp.read_text() == wanted):
         stamp.unlink(missing_ok=True)
-        write_model(paths["model"], size, dtype, 1, device)
+        write_model(paths["model"], size, dtype, 1)
         write_lora(paths["lora"], size, 2)
         if size.generation == "chatglm":
             write_prefix(paths["prefix"], size, 3)

@@ -267,9 +267,9 @@ mod tests {
             println!("skipped: /proc/self/clear_refs cannot be written");
             return;
         };
-        let room = vec![1_u8; 64 << 20];
+        let room = vec![1_u8; 384 << 20];
         drop(std::hint::black_box(room));
-        // Other tests of this process allocate too.
-        assert!(before.peak_rise().unwrap() >= 60 << 20);
+        // Much more than what other tests of this process give back meanwhile.
+        assert!(before.peak_rise().unwrap() >= 128 << 20);
     }
 }

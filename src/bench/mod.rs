@@ -2,14 +2,14 @@
 //! layout or several. Each layout is an engine of its own, started, warmed up, counted, profiled and
 //! ended before the next begins.
 
-mod flops;
+pub mod flops;
 mod layout;
-mod machine;
-mod matmul;
-mod options;
-mod profile;
-mod result;
-mod rows;
+pub mod machine;
+pub mod matmul;
+pub mod options;
+pub mod profile;
+pub mod result;
+pub mod rows;
 pub mod timeline;
 
 use std::sync::Arc;
