@@ -35,7 +35,7 @@ pub use shapes::{
     AdamwStep, AdamwTensor, AttentionLayout, Dropout, HeadLayout, LinearShape, NormShape, Prefix,
     RotaryPositions, RowGradient, Span, SumOf,
 };
-pub use work::{Counting, HostClock, Measured, Work, WorkSeconds};
+pub use work::{Counting, HostClock, Measured, Measuring, Work, WorkSeconds};
 
 type Result<T> = std::result::Result<T, BackendError>;
 
@@ -43,7 +43,7 @@ type Result<T> = std::result::Result<T, BackendError>;
 ///
 /// `Element` is the storage type of weights and activations. Residual sums, statistics, gradients of
 /// trainables and optimiser state are f32 whatever it is. A backend belongs to one worker thread.
-pub trait Backend: Sized + 'static {
+pub trait Backend: Measuring + Sized + 'static {
     /// Storage type of weights and activations.
     type Element: Element;
     /// Memory on the device.
@@ -51,15 +51,6 @@ pub trait Backend: Sized + 'static {
 
     /// Lets the worker's [`Pulse`] reach `place` when everything queued so far is done.
     fn mark(&self, place: u64) -> Result<()>;
-
-    /// Begins to measure: ops are timed until [`Backend::measured`]. What was queued before is waited for.
-    fn measure(&self) -> Result<()>;
-
-    /// Notes, where it measures, when everything queued so far is done, without waiting for it.
-    fn stamp(&self) -> Result<()>;
-
-    /// Ends measuring, when everything queued is done.
-    fn measured(&self) -> Result<Measured>;
 
     /// How the memory that was planned for a run is used; nothing where none is taken ahead.
     fn memory_use(&self) -> Option<MemoryUse> {

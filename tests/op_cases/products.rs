@@ -183,8 +183,8 @@ fn weight_gradient<B: Backend>(b: &B, sizes: &Sizes, visit: &mut Visit<'_, B>) {
 
 const DOWN: &str = "each block of 16 rows reads the narrow matrix again, from the L2 cache";
 const UP: &str = "each block of 256 columns reads the narrow rows again, from the L2 cache";
-const BOTH: &str =
-    "parts of both gradients are kept and added up, so that no order of blocks shows";
+const BOTH: &str = "parts of both gradients are written and added up; each block of columns reads the narrow \
+                    rows again, and each of rows the narrow matrix, from the L2 cache";
 const GRADIENT: &str = "two lanes of a warp take what one access brings; each block of 32 columns reads the \
                         narrow rows again, from the L2 cache";
 
