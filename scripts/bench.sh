@@ -1,22 +1,25 @@
 #!/usr/bin/env bash
-# Tokens per second, memory and bubble for every number of devices, with made-up weights of a named size.
+# `mp-train bench` over every layout of this machine's devices, with made-up weights of a named size.
 #
 #     scripts/bench.sh [OPTIONS OF mp-train bench]         scripts/bench.sh --size small --steps 10
 #
 # Measures 1, 2, .. of the GPUs that `mp-train devices` lists, or of as many CPU stages as STAGES says where
-# there is none. DEVICES="0 1 3" names other GPUs, BINARY another program, RESULTS the file that gets one
-# line of JSON per measurement (target/bench.jsonl). A count that fails (out of memory, say) is shown with
-# its reason, and the others are measured; the exit status is then 1.
+# there is none (2), with every schedule; prints tables, and writes one JSON document (its schema:
+# tests/bench/schema.json) with the commit of this tree into the file RESULTS (target/bench.json).
+# DEVICES="0 1 3" names other devices, BINARY another program. QUICK=1 is for CI: a tiny model, few steps.
+# A layout that cannot be measured is shown with its reason, and the others are measured; the exit status is
+# then that of `mp-train bench`, 1 or 2.
 set -euo pipefail
+here=$PWD
 cd "$(dirname "$0")/.."
 
 if [ -z "${BINARY:-}" ]; then
   cargo build --locked --release --quiet
   BINARY=${CARGO_TARGET_DIR:-target}/release/mp-train
 fi
-results=${RESULTS:-target/bench.jsonl}
+results=${RESULTS:-target/bench.json}
+[ "${results#/}" != "$results" ] || [ -z "${RESULTS:-}" ] || results=$here/$results
 mkdir -p "$(dirname "$results")"
-: >"$results"
 
 if [ -z "${DEVICES:-}" ]; then
   # Lines of GPUs begin with their number.
@@ -25,36 +28,18 @@ fi
 if [ -z "$DEVICES" ]; then
   for ((stage = 0; stage < ${STAGES:-2}; stage++)); do DEVICES+=" cpu"; done
 fi
+devices=$(xargs <<<"$DEVICES" | tr ' ' ,)
 
-# field NAME LINE: a number of a line of JSON.
-field() { grep -o "\"$1\":[^,}]*" <<<"$2" | head -n 1 | cut -d : -f 2; }
-# gib NAME LINE: the largest of the devices' bytes of that name, in GiB.
-gib() {
-  grep -o "\"$1\":[0-9]*" <<<"$2" | cut -d : -f 2 |
-    awk 'BEGIN { most = -1 } { if ($1 > most) most = $1 } END { if (most < 0) print "-"; else printf "%.2f", most / 2^30 }'
-}
-
-printf '%-9s %10s %9s %9s %13s %13s\n' devices tokens/s 'of ideal' 'bubble %' 'planned GiB' 'in use GiB'
-alone='' so_far='' failed=0
-for device in $DEVICES; do
-  so_far+=${so_far:+,}$device
-  log=$(mktemp)
-  if ! line=$("$BINARY" bench --json --devices "$so_far" "$@" 2>"$log"); then
-    failed=1
-    printf '%-9s %s\n' "$so_far" "$(grep -m 1 '^error' "$log" || tail -n 1 "$log")"
-    rm -f "$log"
-    continue
-  fi
-  rm -f "$log"
-  printf '%s\n' "$line" >>"$results"
-  rate=$(field tokens_per_second "$line")
-  count=$(($(tr -cd , <<<"$so_far" | wc -c) + 1))
-  alone=${alone:-$(awk -v rate="$rate" -v count="$count" 'BEGIN { print rate / count }')}
-  awk -v devices="$so_far" -v rate="$rate" -v alone="$alone" -v count="$count" \
-    -v idle="$(field planned_idle "$line")" -v planned="$(gib planned_bytes "$line")" \
-    -v used="$(gib used_bytes "$line")" \
-    'BEGIN { printf "%-9s %10.1f %9.2f %9.1f %13s %13s\n", devices, rate, rate / (alone * count), 100 * idle, planned, used }'
-done
-echo "bubble: idle share of the schedule; of ideal: tokens/s over those of the smallest count that ran, times the devices"
-echo "each measurement as JSON: $results"
-exit $failed
+options=()
+if [ "${QUICK:-}" = 1 ]; then
+  options+=(--size tiny --sequence-length 17 --gradient-accumulation 4 --warm-up 1 --steps 2 --profile-steps 1)
+fi
+if commit=$(git rev-parse HEAD 2>/dev/null); then
+  [ -z "$(git status --porcelain --untracked-files=no)" ] || commit+=" with changes"
+  options+=(--commit "$commit")
+fi
+rm -f "$results"
+status=0
+"$BINARY" bench --layouts auto --devices "$devices" --output "$results" "${options[@]}" "$@" || status=$?
+[ ! -s "$results" ] || echo "as JSON: $results"
+exit $status

@@ -8,9 +8,15 @@
 # copy wrappers; every op against its reference, natively and by the code paths of sm_75 and sm_80 (PTX
 # that the driver translates); the golden cases; training and answers of the program; memory errors by
 # compute-sanitizer where there is one; speed and memory of ChatGLM-6B at full size with made-up
-# weights. Results go to RESULTS (gpu-results.json) as JSON, one check per line inside. The last line
+# weights; `speed`: every op beside the rates of products and copies measured in the same run, attention
+# beside PyTorch's where torch can be imported, MFU, several stages on one card, the rise of used memory, and
+# the PyTorch peers, each held against what the project asks for. Results go to RESULTS (gpu-results.json)
+# as JSON, one check per line inside. The last line
 # is `N passed, N failed, N skipped`; with MP_TRAIN_REQUIRE_GPU=1 a skip is a failure.
-# CHECKS="ops golden" runs some of: wrappers ops ops_75 ops_80 golden train answer stages sanitizer bench.
+# CHECKS="ops golden" runs some of: wrappers ops ops_75 ops_80 golden train answer stages sanitizer bench
+# speed, and of speed speed_ops speed_attention speed_mfu speed_stages speed_memory speed_peers. Each ends
+# within nine minutes or is cut. PYTHON names the Python that has torch (python3). To see that it goes on an
+# emulated GPU: SPEED_SIZE=tiny SPEED_LENGTH=64 OP_SPEED_SIZES=tiny.
 set -uo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 
@@ -24,7 +30,7 @@ pack() {
   local target=${CARGO_TARGET_DIR:-$root/target}
   cp "$target/release/mp-train" "$folder/"
   local test path
-  for test in kernel_wrappers ops golden; do
+  for test in kernel_wrappers ops golden op_speed; do
     path=$(cargo test --locked --release --test "$test" --no-run 2>&1 | sed -n 's/.*(\(.*\))$/\1/p' | tail -n 1)
     cp "$path" "$folder/$test"
   done
@@ -132,6 +138,111 @@ stages() {
   echo "$run runs, the same bits: passed"
 }
 
+# Whether a part of `speed` is wanted.
+speed() { wanted speed || wanted "$1"; }
+
+# judge NAME SECONDS ARGUMENTS..: records what scripts/gpu_speed.py makes of a measurement.
+judge() {
+  local name=$1 seconds=$2 lines
+  shift 2
+  if lines=$("$python" "$root/scripts/gpu_speed.py" "$@" 2>"$work/log"); then
+    record "$name" passed "$seconds" "$(head -n 1 <<<"$lines")" "$(tail -n 1 <<<"$lines")"
+  else
+    record "$name" failed "$seconds" "$(tail -n 1 "$work/log")"
+  fi
+}
+
+# bench_into FILE LENGTH OPTIONS..: `mp-train bench` of the model that is asked about, or of a smaller one to
+# see that it goes.
+bench_into() {
+  local file=$1 length=${SPEED_LENGTH:-$2}
+  shift 2
+  timeout 170 "$bin/mp-train" bench --json --size "${SPEED_SIZE:-chatglm-6b}" --sequence-length "$length" --profile-steps 0 \
+    --steps 5 "$@" >"$file" 2>"$work/log"
+}
+
+# MiB of the first GPU in use by all processes.
+used_memory() { nvidia-smi --query-gpu=memory.used --format=csv,noheader,nounits -i 0; }
+
+# memory_rise NAME LIMIT LENGTH OPTIONS..: the most that used memory rises by in a few steps, read five times a second.
+memory_rise() {
+  local name=$1 limit=$2 began=$SECONDS before reader status=0
+  shift 2
+  before=$(used_memory)
+  (while :; do used_memory && sleep 0.2; done) >"$work/used" &
+  reader=$!
+  bench_into "$work/$name.json" "$@" --gradient-accumulation 1 --warm-up 1 --recompute block || status=$?
+  kill "$reader"
+  wait "$reader" 2>/dev/null
+  if [ "$status" -ne 0 ]; then
+    record "$name" failed $((SECONDS - began)) "$(grep -m 1 -E '^error' "$work/log" || tail -n 1 "$work/log")"
+  else
+    judge "$name" $((SECONDS - began)) memory "$limit" "$before" "$(sort -n "$work/used" | tail -n 1)" "$work/$name.json"
+  fi
+}
+
+speed_checks() {
+  local began file failed_one
+  python=${PYTHON:-python3}
+  if (speed speed_ops || speed speed_attention); then
+    began=$SECONDS
+    if OP_SPEED_RESULTS=$work/ops.json timeout 300 "$bin/op_speed" --exact on_this_gpu --nocapture >"$work/log" 2>&1; then
+      judge speed_ops $((SECONDS - began)) ops "$work/ops.json"
+    else
+      record speed_ops failed $((SECONDS - began)) "$(grep -m 1 -E 'panicked|rror' "$work/log")"
+    fi
+  fi
+  if speed speed_attention; then
+    began=$SECONDS
+    if ! "$python" -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null; then
+      record speed_attention skipped 0 "$python has no torch with CUDA: name another with PYTHON"
+    elif for file in 1 4; do
+      timeout 110 "$python" "$root/scripts/peers/attention.py" --batch "$file" --heads 32 --head-dim 128 \
+        --lengths 512,1024,2048 --output "$work/sdpa-$file.json" >"$work/log" 2>&1 || break
+    done && [ -s "$work/sdpa-4.json" ]; then
+      judge speed_attention $((SECONDS - began)) attention "$work/ops.json" "$work"/sdpa-{1,4}.json
+    else
+      record speed_attention failed $((SECONDS - began)) "$(tail -n 1 "$work/log")"
+    fi
+  fi
+  if speed speed_mfu; then
+    began=$SECONDS
+    if bench_into "$work/mfu.json" 1024 --recompute none --gradient-accumulation 4; then
+      judge speed_mfu $((SECONDS - began)) mfu "$work/mfu.json"
+    else
+      record speed_mfu failed $((SECONDS - began)) "$(grep -m 1 -E '^error' "$work/log")"
+    fi
+  fi
+  if speed speed_stages; then
+    began=$SECONDS failed_one=
+    for file in 0 0,0 0,0,0; do
+      bench_into "$work/stages-$file.json" 512 --devices "$file" --recompute block || failed_one=$file
+    done
+    if [ -z "$failed_one" ]; then
+      judge speed_stages $((SECONDS - began)) stages "$work"/stages-{0,0\,0,0\,0\,0}.json
+    else
+      record speed_stages failed $((SECONDS - began)) "--devices $failed_one: $(grep -m 1 -E '^error' "$work/log")"
+    fi
+  fi
+  if speed speed_memory; then
+    # The limits are those that docs/PERFORMANCE.md states, in GB of 10^9 bytes.
+    memory_rise speed_memory_lora_1x512 13.5 512
+    memory_rise speed_memory_lora_4x1024 16.5 1024 --micro-batch-size 4
+    memory_rise speed_memory_prefix_int4_1x128 5.5 128 --adapter prefix --pre-seq-len 128 --quantization int4
+  fi
+  if speed speed_peers; then
+    began=$SECONDS
+    if [ ! -e "$root/scripts/peers/compare.py" ] || ! "$python" -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null; then
+      record speed_peers skipped 0 "$python has no torch with CUDA: scripts/peers/setup.sh, then PYTHON"
+    elif timeout 530 "$python" "$root/scripts/peers/compare.py" --mp-train "$bin/mp-train" --device cuda --size "${PEERS_SIZE:-chatglm-6b}" \
+      --comparisons "${PEERS:-lora-uniform}" --work "$work/peers" --output "$work/peers.json" >"$work/log" 2>&1; then
+      record speed_peers passed $((SECONDS - began)) "$(tail -n 1 "$work/log")" "$(tr -d '\n' <"$work/peers.json")"
+    else
+      record speed_peers failed $((SECONDS - began)) "$(tail -n 1 "$work/log")"
+    fi
+  fi
+}
+
 losses() { sed -n 's/.*"loss":\([-0-9.e+NaN]*\).*/\1/p' "$1/metrics.jsonl"; }
 
 # Greedy answers to two prompts (they end with the model's gMASK and sop), on the GPU and on the CPU.
@@ -187,6 +298,7 @@ run() {
     measure bench_prefix_1x512 --size chatglm-6b --adapter prefix --sequence-length 512
     measure bench_chatglm2_lora_4x1024 --size chatglm2-6b --micro-batch-size 4 --sequence-length 1024 --recompute block
     measure bench_glm4_lora_1x512 --size glm-4-9b --sequence-length 512 --recompute block
+    speed_checks
   fi
   {
     printf '{\n "device": "%s",\n "driver": "%s",\n "commit": "%s",\n "date": "%s",\n "passed": %d,\n "failed": %d,\n "skipped": %d,\n "checks": [\n' \

@@ -7,6 +7,9 @@
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+
 /// Why a matrix cannot be quantised.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum QuantError {
@@ -225,8 +228,7 @@ const BLOCK: usize = 512;
 /// The column of the first weight that is not finite.
 pub fn quantise_row(codes: &mut [i8], weights: &[f16], bits: Bits) -> Result<f16, usize> {
     // Halves without their sign are ordered as their bits are; infinity and NaN come last.
-    let magnitudes = weights.iter().map(|weight| weight.to_bits() & 0x7fff);
-    let largest = f16::from_bits(magnitudes.fold(0, u16::max));
+    let largest = f16::from_bits(largest_magnitude(weights));
     if !largest.is_finite() {
         let col = weights.iter().position(|weight| !weight.is_finite());
         return Err(col.unwrap_or_default());
@@ -246,8 +248,27 @@ pub fn quantise_row(codes: &mut [i8], weights: &[f16], bits: Bits) -> Result<f16
     Ok(scale)
 }
 
+fn largest_magnitude(weights: &[f16]) -> u16 {
+    #[cfg(target_arch = "x86_64")]
+    if avx2::is_there() {
+        // SAFETY: the processor has what it needs.
+        return unsafe { avx2::largest_magnitude(weights) };
+    }
+    let magnitudes = weights.iter().map(|weight| weight.to_bits() & 0x7fff);
+    magnitudes.fold(0, u16::max)
+}
+
 /// The codes of at most a block of weights.
 fn codes_of(codes: &mut [i8], weights: &[f16], scale: f16, bits: Bits) {
+    #[cfg(target_arch = "x86_64")]
+    let (codes, weights) = if avx2::is_there() {
+        let largest = f32::from(bits.largest_code());
+        // SAFETY: the processor has what it needs.
+        let done = unsafe { avx2::codes_of(codes, weights, scale.to_f32(), largest) };
+        (&mut codes[done..], &weights[done..])
+    } else {
+        (codes, weights)
+    };
     // Adding and taking it away again rounds to a whole number, ties to even: from here on floats are
     // whole.
     const WHOLE: f32 = 12_582_912.0;
@@ -272,8 +293,10 @@ fn pack(out: &mut [i8], codes: &[i8], bits: Bits) {
         Bits::Eight => out.copy_from_slice(codes),
         Bits::Four => {
             let (pairs, _) = codes.as_chunks::<2>();
-            for (out, [even, odd]) in out.iter_mut().zip(pairs) {
-                *out = (even << 4) | (odd & 0x0f);
+            for (out, pair) in out.iter_mut().zip(pairs) {
+                // Both codes in one word, which is done for many pairs at a time.
+                let word = u16::from_le_bytes(pair.map(i8::cast_unsigned));
+                *out = ((word << 4) & 0xf0 | (word >> 8) & 0x0f) as i8;
             }
         }
     }

@@ -85,6 +85,13 @@ fn machine_code_is_left_where_asked() {
         println!("skipped: KERNEL_CODE names no folder");
         return;
     };
+    let ((major, minor), _) = cuda::nvrtc().unwrap();
+    std::fs::create_dir_all(&folder).unwrap();
+    std::fs::write(
+        Path::new(&folder).join("nvrtc"),
+        format!("{major}.{minor}\n"),
+    )
+    .unwrap();
     for arch in [86, 90] {
         let folder = Path::new(&folder).join(format!("sm_{arch}"));
         std::fs::create_dir_all(&folder).unwrap();

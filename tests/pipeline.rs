@@ -27,6 +27,8 @@ use mp_train::pipeline::launch::{Blueprint, Engine, InitialValues, launch};
 use mp_train::pipeline::messages::StepPlan;
 use mp_train::pipeline::schedule::{Operation, Schedule};
 
+#[path = "cuda_emulator/mod.rs"]
+mod cuda_emulator;
 #[path = "pipeline/faulty_backend.rs"]
 mod faulty_backend;
 #[path = "pipeline/faulty_transport.rs"]
@@ -37,6 +39,8 @@ mod hung;
 mod killed;
 #[path = "pipeline/loading.rs"]
 mod loading;
+#[path = "pipeline/profiled.rs"]
+mod profiled;
 #[path = "pipeline/spoiled.rs"]
 mod spoiled;
 #[path = "pipeline/steps.rs"]

@@ -9,6 +9,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::bench::LayoutWord;
 use crate::config::byte_size::ByteSize;
 use crate::config::error::ConfigError;
 use crate::config::file::ConfigFile;
@@ -411,6 +412,11 @@ pub(super) struct BenchArgs {
         default_value = "0"
     )]
     pub devices: Vec<Device>,
+    /// Several in one run: auto (all schedules on 1, 2, .. of the devices), or a list of
+    /// STAGES[:SCHEDULE][:MICRO_BATCHES] such as 1,2,2:gpipe,2:interleaved2:16
+    /// [all devices, --schedule]
+    #[arg(long, value_name = "L,L,..", value_delimiter = ',')]
+    pub layouts: Option<Vec<LayoutWord>>,
     /// Storage of weights and activations [f32 on cpu]
     #[arg(long, value_name = "f32|f16", hide_possible_values = true)]
     pub precision: Option<Precision>,
@@ -426,9 +432,12 @@ pub(super) struct BenchArgs {
     #[arg(long, value_name = "N", default_value_t = 1,
         value_parser = clap::value_parser!(u32).range(1..=4_096))]
     pub micro_batch_size: u32,
-    /// Tokens of a row, half of them with a target
-    #[arg(long, value_name = "N", default_value_t = 512)]
-    pub sequence_length: u32,
+    /// Tokens of a row, half of them with a target; with --lengths mixed those of the longest [512]
+    #[arg(long, value_name = "N")]
+    pub sequence_length: Option<u32>,
+    /// Rows of several lengths: these in turn, or mixed (many short ones and a few long ones)
+    #[arg(long, value_name = "N,N,..|mixed", value_parser = lengths)]
+    pub lengths: Option<LengthsWord>,
     /// Micro-batches of a step
     #[arg(long, value_name = "N", default_value_t = 8,
         value_parser = clap::value_parser!(u32).range(1..=4_096))]
@@ -468,12 +477,52 @@ pub(super) struct BenchArgs {
     #[arg(long, value_name = "N", default_value_t = 5,
         value_parser = clap::value_parser!(u32).range(1..=100_000))]
     pub steps: u32,
+    /// Steps measured from within after them, for kinds of work, bubble and timeline; 0 for none
+    #[arg(long, value_name = "N", default_value_t = 3,
+        value_parser = clap::value_parser!(u32).range(0..=1_000))]
+    pub profile_steps: u32,
     /// CPU threads of all stages together [all cores]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4_096))]
     pub threads: Option<u32>,
     /// Print one line of JSON
     #[arg(long)]
     pub json: bool,
+    /// Write the JSON to a file too
+    #[arg(long, value_name = "FILE.json")]
+    pub output: Option<PathBuf>,
+    /// Draw a profiled step; with several layouts a file each, their names before the extension
+    #[arg(long, value_name = "FILE.svg")]
+    pub timeline: Option<PathBuf>,
+    /// The same as a trace for chrome://tracing and Perfetto
+    #[arg(long, value_name = "FILE.json")]
+    pub trace: Option<PathBuf>,
+    /// Commit of mp-train, for the JSON
+    #[arg(long, value_name = "HASH")]
+    pub commit: Option<String>,
+}
+
+/// What `--lengths` says.
+#[derive(Clone, Debug)]
+pub(super) enum LengthsWord {
+    /// `mixed`.
+    Mixed,
+    /// `64,512`.
+    Listed(Vec<usize>),
+}
+
+fn lengths(text: &str) -> Result<LengthsWord, String> {
+    if text == "mixed" {
+        return Ok(LengthsWord::Mixed);
+    }
+    let length = |part: &str| {
+        part.parse().map_err(|_| {
+            format!("`{part}` is no length: use numbers of tokens such as 64,512, or `mixed`")
+        })
+    };
+    text.split(',')
+        .map(length)
+        .collect::<Result<_, _>>()
+        .map(LengthsWord::Listed)
 }
 
 #[derive(Debug, Args)]

@@ -27,24 +27,24 @@ impl Failure {
         }
     }
 
-    /// A failure that is the user's to fix, from a text.
-    pub fn user(message: impl Into<String>) -> Self {
+    /// A failure from a text.
+    pub fn of_class(class: FailureClass, message: impl Into<String>) -> Self {
         Failure {
-            class: FailureClass::User,
+            class,
             message: message.into(),
             hint: None,
             last_line: None,
         }
     }
 
+    /// A failure that is the user's to fix, from a text.
+    pub fn user(message: impl Into<String>) -> Self {
+        Self::of_class(FailureClass::User, message)
+    }
+
     /// The end of a run that was asked for by a signal.
     pub fn interrupted(message: impl Into<String>) -> Self {
-        Failure {
-            class: FailureClass::Interrupted,
-            message: message.into(),
-            hint: None,
-            last_line: None,
-        }
+        Self::of_class(FailureClass::Interrupted, message)
     }
 
     /// What to do about it.

@@ -251,6 +251,7 @@ impl Base {
         if layout.is_reserved() {
             let choice = transport::choose(layout.transport, &layout.devices)?;
             let exchange = choice.transport.exchange();
+            let transfers = choice.transport.transfers();
             let planned = |rank: usize| StagePlan {
                 ordinal: layout.devices[rank].ordinal(),
                 memory: layout.memory_plan(&self.config, &trainables, rank, exchange),
@@ -267,7 +268,7 @@ impl Base {
                 GpuTransport::PeerCopy => launch(blueprint, peer_copy::connect(stages), open)?,
                 GpuTransport::HostMemory => launch(blueprint, in_process::connect(stages), open)?,
             };
-            return Ok(engine.over(choice.description));
+            return Ok(engine.over(choice.description, transfers));
         }
         let blueprint = self.blueprint(layout, trainables, initial, layout.threads);
         let transports = in_process::connect(stages);

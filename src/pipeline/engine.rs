@@ -11,7 +11,7 @@ use super::failure::{Cause, Failure};
 use super::messages::{Command, InferPlan, Reply, StepOutcome, StepPlan};
 use super::place::Place;
 use super::rehearsal::Rehearsal;
-use super::schedule::{Operation, Schedule};
+use super::schedule::{Operation, Schedule, Transfers};
 use super::watch::{Sight, Task, Verdict, Watch, Watched};
 use super::worker::{Doing, lock};
 use crate::adapter::ParameterState;
@@ -52,6 +52,7 @@ pub struct Engine {
     pub(super) turns: bool,
     pub(super) parameters: usize,
     pub(super) transport: String,
+    pub(super) transfers: Transfers,
     /// Commands given.
     pub(super) commands: u32,
     /// Whether a stage has failed.
@@ -59,15 +60,21 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// The same, with how its activations travel in words.
-    pub(super) fn over(mut self, transport: String) -> Self {
+    /// The same, with how its activations travel in words and for the simulator.
+    pub(super) fn over(mut self, transport: String, transfers: Transfers) -> Self {
         self.transport = transport;
+        self.transfers = transfers;
         self
     }
 
     /// How activations travel between GPUs, in words; empty where they do not.
     pub fn transport(&self) -> &str {
         &self.transport
+    }
+
+    /// How the simulator has to move data between stages to do as this engine does.
+    pub fn transfers(&self) -> Transfers {
+        self.transfers
     }
 
     /// Runs one training step on all stages.

@@ -14,7 +14,7 @@ use super::messages::{Command, Reply};
 use super::partition::StageSpec;
 use super::permits::Permits;
 use super::place::{Place, action_name};
-use super::schedule::{Operation, Schedule};
+use super::schedule::{Operation, Schedule, Transfers};
 use super::worker::{Doing, Worker, lock};
 use crate::adapter::{AdapterError, ParameterSpec, ParameterState};
 use crate::backend::{Backend, BackendError, Pulse};
@@ -96,6 +96,7 @@ where
         turns: blueprint.threads < stages,
         parameters: blueprint.trainables.specs().len(),
         transport: String::new(),
+        transfers: Transfers::Buffered,
         commands: 0,
         ended: false,
     };

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use super::base::StartError;
 use super::needs::Exchange;
+use super::schedule::Transfers;
 use crate::backend::cuda::{self, CudaError, NcclLibrary, PeerCopies};
 use crate::config::run::{Device, TransportKind};
 
@@ -30,6 +31,15 @@ impl GpuTransport {
             GpuTransport::Nccl(_) => Exchange::Nccl,
             GpuTransport::PeerCopy => Exchange::PeerCopy,
             GpuTransport::HostMemory => Exchange::HostMemory,
+        }
+    }
+
+    /// The way, for the simulator.
+    pub fn transfers(&self) -> Transfers {
+        match self {
+            GpuTransport::Nccl(_) => Transfers::Grouped,
+            GpuTransport::PeerCopy => Transfers::Mailbox,
+            GpuTransport::HostMemory => Transfers::Buffered,
         }
     }
 }

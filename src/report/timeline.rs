@@ -287,3 +287,151 @@ pub fn chrome_trace(timeline: &Timeline) -> String {
     let lines: Vec<String> = events.iter().map(ToString::to_string).collect();
     format!("[\n{}\n]\n", lines.join(",\n"))
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn bar(kind: BarKind, label: &str, begin: f64, end: f64) -> Bar {
+        let label = label.to_owned();
+        Bar {
+            kind,
+            label,
+            begin,
+            end,
+        }
+    }
+
+    fn example(seconds: f64) -> Timeline {
+        let at = |share: f64| share * seconds;
+        Timeline {
+            title: "two <stages> & \"a step\"\u{1}".to_owned(),
+            seconds,
+            lanes: vec![
+                Lane {
+                    name: "stage 0 <cpu>".to_owned(),
+                    idle: 0.25,
+                    bars: vec![
+                        bar(BarKind::Preparation, "prepare", at(0.0), at(0.01)),
+                        bar(BarKind::Forward, "F0", at(0.01), at(0.3)),
+                        bar(BarKind::Exchange, "give activations", at(0.3), at(0.301)),
+                        bar(BarKind::Waiting, "wait for gradients", at(0.301), at(0.5)),
+                        bar(BarKind::Backward, "B0", at(0.5), at(0.98)),
+                        bar(BarKind::Update, "update", at(0.98), at(1.0)),
+                    ],
+                },
+                Lane {
+                    name: "stage 1".to_owned(),
+                    idle: 0.0,
+                    bars: vec![bar(BarKind::Forward, "F12.1", at(0.3), at(0.300_01))],
+                },
+            ],
+        }
+    }
+
+    /// The names of all elements; fails where the text is no XML of elements, attributes and text.
+    fn elements(xml: &str) -> Vec<String> {
+        let (mut open, mut names) = (Vec::new(), Vec::new());
+        let mut rest = xml;
+        while let Some(start) = rest.find('<') {
+            let text = &rest[..start];
+            assert!(!text.contains('>'), "{text}");
+            for (place, _) in text.match_indices('&') {
+                let entity = &text[place..];
+                let known = ["&amp;", "&lt;", "&gt;", "&quot;"];
+                assert!(
+                    known.iter().any(|known| entity.starts_with(known)),
+                    "{entity}"
+                );
+            }
+            let end = start + rest[start..].find('>').unwrap();
+            let tag = &rest[start + 1..end];
+            rest = &rest[end + 1..];
+            if let Some(name) = tag.strip_prefix('/') {
+                assert_eq!(open.pop().as_deref(), Some(name));
+                continue;
+            }
+            let whole = tag.strip_suffix('/');
+            let (name, mut attributes) = whole.unwrap_or(tag).split_once(' ').unwrap_or((tag, ""));
+            while let Some((attribute, value)) = attributes.split_once("=\"") {
+                assert!(
+                    attribute
+                        .trim()
+                        .chars()
+                        .all(|c| c.is_alphanumeric() || c == '-')
+                );
+                let (value, more) = value.split_once('"').unwrap();
+                assert!(!value.contains(['<', '&']), "{value}");
+                attributes = more;
+            }
+            assert_eq!(attributes.trim(), "", "{tag}");
+            names.push(name.to_owned());
+            if whole.is_none() {
+                open.push(name.to_owned());
+            }
+        }
+        assert!(open.is_empty() && rest.trim().is_empty(), "{open:?} {rest}");
+        names
+    }
+
+    #[test]
+    fn the_picture_is_xml_and_shows_every_lane_to_time() {
+        for seconds in [3e-4, 0.25, 7.3, 1234.5] {
+            let picture = svg(&example(seconds));
+            let names = elements(&picture);
+            assert_eq!(names[0], "svg");
+            assert!(
+                !picture.contains("NaN") && !picture.contains("inf"),
+                "{picture}"
+            );
+            for text in [
+                "two &lt;stages&gt; &amp; &quot;a step&quot;<",
+                ">stage 0 &lt;cpu&gt;<",
+                ">25.0 %<",
+                "class=\"forward\" x=\"160.00\" y=\"74\" width=\"290.00\"",
+                "class=\"backward\" x=\"650.00\"",
+                "text-anchor=\"middle\">0</text>",
+            ] {
+                assert!(picture.contains(text), "{text}\n{picture}");
+            }
+            // A gap is nothing that is drawn, and what is too narrow has no number.
+            assert!(!picture.contains("wait for") && !picture.contains(">12.1<"));
+        }
+        elements(&svg(&Timeline {
+            title: String::new(),
+            seconds: 0.0,
+            lanes: Vec::new(),
+        }));
+    }
+
+    #[test]
+    fn ticks_stand_at_round_times() {
+        for (rough, round) in [
+            (0.9, 1.0),
+            (1.1, 2.0),
+            (23.0, 50.0),
+            (0.051, 0.1),
+            (0.0, 0.0),
+        ] {
+            assert!((round_step(rough) - round).abs() < 1e-12, "{rough}");
+        }
+        let picture = svg(&example(0.25));
+        for text in [">0 ms<", ">50 ms<", ">250 ms<"] {
+            assert!(picture.contains(text), "{text}");
+        }
+    }
+
+    #[test]
+    fn the_trace_is_json_of_complete_events() {
+        let trace = chrome_trace(&example(2.0));
+        let events: Vec<serde_json::Value> = serde_json::from_str(&trace).unwrap();
+        let named = |name: &str| events.iter().filter(|event| event["name"] == name).count();
+        assert_eq!(named("thread_name"), 2);
+        let forward = events.iter().find(|event| event["name"] == "F0").unwrap();
+        assert_eq!((&forward["ph"], &forward["tid"]), (&"X".into(), &0.into()));
+        assert!((forward["ts"].as_f64().unwrap() - 20_000.0).abs() < 1e-6);
+        assert!((forward["dur"].as_f64().unwrap() - 580_000.0).abs() < 1e-6);
+        assert_eq!(events.len(), 1 + 2 + 7);
+    }
+}

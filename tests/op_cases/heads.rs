@@ -68,7 +68,8 @@ fn forward<B: Backend>(b: &B, sizes: &Sizes, batch: Batch, visit: &mut Visit<'_,
     let qkv = elements(b, rows * 3 * width, 1.0);
     let mut out = b.zeros(rows * width).unwrap();
     let mut lse = b.zeros(rows * sizes.heads).unwrap();
-    let work = Work::bytes(
+    let work = Work::over(
+        rows * width,
         stored::<B>(3 * rows * width),
         stored::<B>(rows * width) + words(rows * sizes.heads),
     );
@@ -90,7 +91,8 @@ fn backward<B: Backend>(b: &B, sizes: &Sizes, batch: Batch, visit: &mut Visit<'_
     let mut dqkv = b.zeros(rows * 3 * width).unwrap();
     b.attention(&mut out, &mut lse, &qkv, &qkv, None, &layout, &spans, scale)
         .unwrap();
-    let work = Work::bytes(
+    let work = Work::over(
+        rows * width,
         stored::<B>((3 + 2) * rows * width) + words(rows * sizes.heads),
         stored::<B>(3 * rows * width),
     );
@@ -115,7 +117,11 @@ fn rotary<B: Backend>(b: &B, sizes: &Sizes, visit: &mut Visit<'_, B>) {
     let sin = elements::<B, f32>(b, rows * angles, 1.0);
     let mut x = elements(b, rows * 3 * sizes.heads * sizes.head_dim, 1.0);
     let turned = stored::<B>(2 * rows * sizes.heads * sizes.head_dim);
-    let work = Work::bytes(turned + 2 * words(rows * angles) + 2 * words(rows), turned);
+    let work = Work::over(
+        2 * rows * sizes.heads * sizes.head_dim,
+        turned + 2 * words(rows * angles) + 2 * words(rows),
+        turned,
+    );
     memory(b, visit, "rotary", work, ROTARY, move |b| {
         let positions = RotaryPositions::TwoDimensional {
             position: &position,

@@ -23,6 +23,7 @@ const PIECES: &str = "each thread reads its tensor's row of the table; the sum h
 pub(super) fn visit<B: Backend>(b: &B, sizes: &Sizes, visit: &mut Visit<'_, B>) {
     layer_norm(b, sizes, visit);
     rms_norm(b, sizes, visit);
+    residual_norms(b, sizes, visit);
     activations(b, sizes, visit);
     residuals(b, sizes, visit);
     dropout(b, sizes, visit);
@@ -53,7 +54,8 @@ fn layer_norm<B: Backend>(b: &B, sizes: &Sizes, visit: &mut Visit<'_, B>) {
         elements(b, h, 0.1),
     );
     let (mut out, mut sums) = (b.zeros(t * h).unwrap(), b.zeros(2 * t).unwrap());
-    let work = Work::bytes(
+    let work = Work::over(
+        t * h,
         words(t * h) + stored::<B>(2 * h),
         stored::<B>(t * h) + words(2 * t),
     );
@@ -69,7 +71,7 @@ fn layer_norm<B: Backend>(b: &B, sizes: &Sizes, visit: &mut Visit<'_, B>) {
     let (dout, residual) = (elements(b, t * h, 0.1), elements(b, t * h, 0.1));
     let mut dx = b.zeros(t * h).unwrap();
     let read = stored::<B>(2 * t * h) + words(t * h) + stored::<B>(h) + words(2 * t);
-    let work = Work::bytes(read, stored::<B>(t * h));
+    let work = Work::over(t * h, read, stored::<B>(t * h));
     memory(b, visit, "layer_norm_backward", work, AFFINE, move |b| {
         let gradient = RowGradient {
             dout: &dout,
@@ -85,7 +87,7 @@ fn layer_norm<B: Backend>(b: &B, sizes: &Sizes, visit: &mut Visit<'_, B>) {
     );
     let (mut dweight, mut dbias) = (b.zeros(h).unwrap(), b.zeros(h).unwrap());
     let read = stored::<B>(t * h) + words(t * h) + words(2 * t) + words(2 * h);
-    let work = Work::bytes(read, words(2 * h));
+    let work = Work::over(t * h, read, words(2 * h));
     let name = "layer_norm_weight_gradient";
     memory(b, visit, name, work, CHUNKS, move |b| {
         let gradient = RowGradient {
@@ -96,11 +98,42 @@ fn layer_norm<B: Backend>(b: &B, sizes: &Sizes, visit: &mut Visit<'_, B>) {
     });
 }
 
+fn residual_norms<B: Backend>(b: &B, sizes: &Sizes, visit: &mut Visit<'_, B>) {
+    let (t, h, shape) = (sizes.rows, sizes.hidden_size, norm_shape(sizes));
+    let (x, branch) = (elements(b, t * h, 1.0), elements(b, t * h, 1.0));
+    let (weight, bias) = (elements(b, h, 1.0), elements(b, h, 0.1));
+    let (mut out, mut stats) = (b.zeros(t * h).unwrap(), b.zeros(2 * t).unwrap());
+    let mut sum = b.zeros(t * h).unwrap();
+    let read = stored::<B>(2 * t * h + 2 * h);
+    let written = words(t * h + 2 * t) + stored::<B>(t * h);
+    let (name, work) = ("residual_layer_norm", Work::over(t * h, read, written));
+    memory(b, visit, name, work, AFFINE, move |b| {
+        b.residual_layer_norm(
+            &mut out, &mut stats, &mut sum, &x, 7.5, &branch, &weight, &bias, shape,
+        )
+    });
+
+    let (x, branch) = (elements::<B, f32>(b, t * h, 1.0), elements(b, t * h, 1.0));
+    let weight = elements(b, h, 1.0);
+    let (mut out, mut stats) = (b.zeros(t * h).unwrap(), b.zeros(t).unwrap());
+    let mut sum = b.zeros(t * h).unwrap();
+    let read = words(t * h) + stored::<B>(t * h + h);
+    let written = words(t * h + t) + stored::<B>(t * h);
+    let (name, work) = ("residual_rms_norm", Work::over(t * h, read, written));
+    memory(b, visit, name, work, AFFINE, move |b| {
+        b.residual_rms_norm(&mut out, &mut stats, &mut sum, &x, &branch, &weight, shape)
+    });
+}
+
 fn rms_norm<B: Backend>(b: &B, sizes: &Sizes, visit: &mut Visit<'_, B>) {
     let (t, h, shape) = (sizes.rows, sizes.hidden_size, norm_shape(sizes));
     let (x, weight) = (elements::<B, f32>(b, t * h, 1.0), elements(b, h, 1.0));
     let (mut out, mut sums) = (b.zeros(t * h).unwrap(), b.zeros(t).unwrap());
-    let work = Work::bytes(words(t * h) + stored::<B>(h), stored::<B>(t * h) + words(t));
+    let work = Work::over(
+        t * h,
+        words(t * h) + stored::<B>(h),
+        stored::<B>(t * h) + words(t),
+    );
     memory(b, visit, "rms_norm", work, AFFINE, move |b| {
         b.rms_norm(&mut out, &mut sums, &x, &weight, shape)
     });
@@ -113,7 +146,7 @@ fn rms_norm<B: Backend>(b: &B, sizes: &Sizes, visit: &mut Visit<'_, B>) {
     let (dout, residual) = (elements(b, t * h, 0.1), elements(b, t * h, 0.1));
     let mut dx = b.zeros(t * h).unwrap();
     let read = stored::<B>(2 * t * h) + words(t * h) + stored::<B>(h) + words(t);
-    let work = Work::bytes(read, stored::<B>(t * h));
+    let work = Work::over(t * h, read, stored::<B>(t * h));
     memory(b, visit, "rms_norm_backward", work, AFFINE, move |b| {
         b.rms_norm_backward(&mut dx, &dout, Some(&residual), &x, &stats, &weight, shape)
     });
@@ -124,28 +157,28 @@ fn activations<B: Backend>(b: &B, sizes: &Sizes, visit: &mut Visit<'_, B>) {
     let len = t * f;
     let x = elements(b, len, 2.0);
     let mut out = b.zeros(len).unwrap();
-    let work = Work::bytes(stored::<B>(len), stored::<B>(len));
+    let work = Work::over(len, stored::<B>(len), stored::<B>(len));
     memory(b, visit, "gelu", work, "", move |b| {
         b.gelu(&mut out, &x, len)
     });
 
     let x = elements(b, len, 2.0);
     let mut dx = elements(b, len, 0.1);
-    let work = Work::bytes(stored::<B>(2 * len), stored::<B>(len));
+    let work = Work::over(len, stored::<B>(2 * len), stored::<B>(len));
     memory(b, visit, "gelu_backward", work, "", move |b| {
         b.gelu_backward(&mut dx, &x, len)
     });
 
     let x = elements(b, 2 * len, 2.0);
     let mut out = b.zeros(len).unwrap();
-    let work = Work::bytes(stored::<B>(2 * len), stored::<B>(len));
+    let work = Work::over(len, stored::<B>(2 * len), stored::<B>(len));
     memory(b, visit, "swiglu", work, "", move |b| {
         b.swiglu(&mut out, &x, t, f)
     });
 
     let (x, dout) = (elements(b, 2 * len, 2.0), elements(b, len, 0.1));
     let mut dx = b.zeros(2 * len).unwrap();
-    let work = Work::bytes(stored::<B>(3 * len), stored::<B>(2 * len));
+    let work = Work::over(len, stored::<B>(3 * len), stored::<B>(2 * len));
     memory(b, visit, "swiglu_backward", work, "", move |b| {
         b.swiglu_backward(&mut dx, &dout, &x, t, f)
     });
@@ -155,14 +188,14 @@ fn residuals<B: Backend>(b: &B, sizes: &Sizes, visit: &mut Visit<'_, B>) {
     let len = sizes.rows * sizes.hidden_size;
     let (x, branch) = (elements(b, len, 1.0), elements(b, len, 1.0));
     let mut out = b.zeros(len).unwrap();
-    let work = Work::bytes(stored::<B>(2 * len), words(len));
+    let work = Work::over(len, stored::<B>(2 * len), words(len));
     memory(b, visit, "residual", work, "", move |b| {
         b.residual(&mut out, &x, 7.5, &branch, len)
     });
 
     let (x, branch) = (elements::<B, f32>(b, len, 1.0), elements(b, len, 1.0));
     let mut out = b.zeros(len).unwrap();
-    let work = Work::bytes(words(len) + stored::<B>(len), words(len));
+    let work = Work::over(len, words(len) + stored::<B>(len), words(len));
     memory(b, visit, "residual_sum", work, "", move |b| {
         b.residual_sum(&mut out, &x, &branch, len)
     });
@@ -171,14 +204,14 @@ fn residuals<B: Backend>(b: &B, sizes: &Sizes, visit: &mut Visit<'_, B>) {
 
     let x = elements::<B, f32>(b, len, 1.0);
     let mut out: B::Buffer<B::Element> = b.zeros(len).unwrap();
-    let work = Work::bytes(words(len), stored::<B>(len));
+    let work = Work::over(len, words(len), stored::<B>(len));
     memory(b, visit, "cast", work, "", move |b| {
         b.cast(&mut out, &x, len)
     });
 
     let x = elements::<B, f32>(b, len, 1e-3);
     let mut out = b.zeros(len).unwrap();
-    let work = Work::bytes(words(2 * len), words(len));
+    let work = Work::over(len, words(2 * len), words(len));
     memory(b, visit, "add", work, "", move |b| b.add(&mut out, &x, len));
 }
 
@@ -228,14 +261,14 @@ fn dropout<B: Backend>(b: &B, sizes: &Sizes, visit: &mut Visit<'_, B>) {
     }];
     let x = elements(b, t * h, 1.0);
     let mut out = b.zeros(t * h).unwrap();
-    let work = Work::bytes(stored::<B>(t * h), stored::<B>(t * h));
+    let work = Work::over(t * h, stored::<B>(t * h), stored::<B>(t * h));
     memory(b, visit, "dropout", work, MASK, move |b| {
         b.dropout(&mut out, &x, dropout, &spans, h)
     });
 
     let dout = elements(b, t * h, 1e-3);
     let mut dx = b.zeros(t * h).unwrap();
-    let work = Work::bytes(stored::<B>(2 * t * h), stored::<B>(t * h));
+    let work = Work::over(t * h, stored::<B>(2 * t * h), stored::<B>(t * h));
     memory(b, visit, "dropout_backward", work, MASK, move |b| {
         b.dropout_backward(&mut dx, &dout, dropout, &spans, h)
     });
@@ -251,7 +284,7 @@ fn rows<B: Backend>(b: &B, sizes: &Sizes, visit: &mut Visit<'_, B>) {
     let table = elements(b, v * h, 1.0);
     let ids = b.upload(&picked(t, v)).unwrap();
     let mut out = b.zeros(t * h).unwrap();
-    let work = Work::bytes(stored::<B>(t * h) + words(t), words(t * h));
+    let work = Work::over(t * h, stored::<B>(t * h) + words(t), words(t * h));
     memory(b, visit, "embed", work, INDEX, move |b| {
         b.embed(&mut out, &table, &ids, t, h)
     });
@@ -259,7 +292,11 @@ fn rows<B: Backend>(b: &B, sizes: &Sizes, visit: &mut Visit<'_, B>) {
     let x = elements::<B, f32>(b, t * h, 1.0);
     let index = b.upload(&picked(targets, t)).unwrap();
     let mut out = b.zeros(targets * h).unwrap();
-    let work = Work::bytes(words(targets * h + targets), words(targets * h));
+    let work = Work::over(
+        targets * h,
+        words(targets * h + targets),
+        words(targets * h),
+    );
     memory(b, visit, "gather_rows", work, INDEX, move |b| {
         b.gather_rows(&mut out, &x, &index, 0, targets, h)
     });
@@ -267,7 +304,8 @@ fn rows<B: Backend>(b: &B, sizes: &Sizes, visit: &mut Visit<'_, B>) {
     let x = elements(b, targets * h, 1.0);
     let index = b.upload(&picked(targets, t)).unwrap();
     let mut out: B::Buffer<B::Element> = b.zeros(t * h).unwrap();
-    let work = Work::bytes(
+    let work = Work::over(
+        targets * h,
         stored::<B>(targets * h) + words(targets),
         stored::<B>(targets * h),
     );
@@ -282,7 +320,11 @@ fn cross_entropy<B: Backend>(b: &B, sizes: &Sizes, visit: &mut Visit<'_, B>) {
     let mut logits = elements(b, rows * v, 4.0);
     let mut loss = b.zeros(rows).unwrap();
     let logits_bytes = stored::<B>(rows * v);
-    let work = Work::bytes(logits_bytes + words(rows), logits_bytes + words(rows));
+    let work = Work::over(
+        rows * v,
+        logits_bytes + words(rows),
+        logits_bytes + words(rows),
+    );
     memory(b, visit, "cross_entropy", work, LOSS, move |b| {
         b.cross_entropy(&mut loss, &mut logits, &ids, 0, rows, v, 1.0 / rows as f32)
     });
@@ -321,14 +363,14 @@ fn trained<B: Backend>(b: &B, sizes: &Sizes) -> Vec<Trained<B>> {
 fn optimiser<B: Backend>(b: &B, sizes: &Sizes, visit: &mut Visit<'_, B>) {
     let mut tensors = trained(b, sizes);
     let all: usize = tensors.iter().map(|tensor| tensor.len).sum();
-    let work = Work::bytes(words(4 * all), words(3 * all) + stored::<B>(all));
+    let work = Work::over(all, words(4 * all), words(3 * all) + stored::<B>(all));
     memory(b, visit, "adamw", work, PIECES, move |b| {
         adamw(b, &mut tensors)
     });
 
     let tensors = trained(b, sizes);
     let mut sums = b.zeros(tensors.len()).unwrap();
-    let work = Work::bytes(words(all), words(tensors.len()));
+    let work = Work::over(all, words(all), words(tensors.len()));
     memory(b, visit, "sum_squares", work, PIECES, move |b| {
         let terms: Vec<SumOf<'_, B>> = tensors
             .iter()
@@ -379,7 +421,7 @@ fn dequantise<B: Backend>(b: &B, sizes: &Sizes, visit: &mut Visit<'_, B>) {
         let codes = filled(b, code_bytes, |i| (i * 37 % 251) as u8 as i8);
         let scales = filled(b, rows, |_| f16::from_f32(0.01));
         let mut out = b.zeros(rows * cols).unwrap();
-        let work = Work::bytes(code_bytes + 2 * rows, stored::<B>(rows * cols));
+        let work = Work::over(rows * cols, code_bytes + 2 * rows, stored::<B>(rows * cols));
         memory(b, visit, name, work, SCALES, move |b| {
             b.dequantise(&mut out, &codes, &scales, bits, rows, cols)
         });

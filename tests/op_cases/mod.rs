@@ -96,14 +96,18 @@ pub struct Work {
     pub written: u64,
     /// Floating-point operations of products, a multiplication and an addition as two.
     pub flops: u64,
+    /// Values of the operand that it goes through: those of which a byte count is told.
+    pub elements: u64,
 }
 
 impl Work {
-    fn bytes(read: usize, written: usize) -> Self {
+    /// Bytes read and written for `elements` values.
+    fn over(elements: usize, read: usize, written: usize) -> Self {
         Work {
             read: read as u64,
             written: written as u64,
             flops: 0,
+            elements: elements as u64,
         }
     }
 

@@ -1,7 +1,8 @@
 //! Schedules against the clock.
 
 use mp_train::config::run::ScheduleKind;
-use mp_train::pipeline::schedule::{Action, Schedule};
+use mp_train::pipeline::profile::{ActionSpan, SpanKind, StageProfile, StepProfile, WorkSeconds};
+use mp_train::pipeline::schedule::{Action, Flow, Schedule, Transfers};
 
 use super::{for_all_schedules, name};
 
@@ -143,4 +144,67 @@ fn transfers_cost_time_and_never_save_any() {
         let grows = steps.windows(2).all(|pair| pair[0] < pair[1]);
         assert!(grows, "{}: {steps:?}", name(&schedule));
     }
+}
+
+/// A measured step of made-up times, in which nobody had to wait: an action takes as many times longer as
+/// the number of its stage, from 1, says.
+fn measured(schedule: &Schedule, slowdown: f64) -> StepProfile {
+    let stage = |(rank, actions): (usize, &Vec<Action>)| {
+        let mut spans: Vec<ActionSpan> = Vec::new();
+        let mut add = |what, seconds: f64| {
+            let begin = spans.last().map_or(0.0, |span: &ActionSpan| span.end);
+            let end = begin + slowdown * seconds;
+            spans.push(ActionSpan { what, begin, end });
+        };
+        add(SpanKind::Prepare, 0.5);
+        for &action in actions {
+            let costs = [1.0, 2.0].map(|cost| cost * (rank + 1) as f64);
+            if action.flow == Flow::Forward {
+                add(SpanKind::Prepare, 0.25);
+            }
+            add(SpanKind::Wait(action.flow), 0.0);
+            add(SpanKind::Run(action), costs[action.flow as usize]);
+            if schedule.destination(rank, action).is_some() {
+                add(SpanKind::Exchange(action.flow), 0.125);
+            }
+        }
+        add(SpanKind::Update, 0.75);
+        add(SpanKind::Agree, 0.0625 * (rank + 1) as f64);
+        add(SpanKind::Update, 1.5);
+        let work = WorkSeconds::default();
+        StageProfile { spans, work }
+    };
+    let stages: Vec<_> = schedule.stages.iter().enumerate().map(stage).collect();
+    let ends = stages.iter().map(|stage| stage.spans.last().unwrap().end);
+    StepProfile {
+        seconds: ends.fold(0.0, f64::max),
+        stages,
+    }
+}
+
+#[test]
+fn a_step_takes_what_its_measured_parts_add_up_to() {
+    let ends = 0.5 + 0.75 + 0.0625 + 1.5;
+    // Alone: everything one after the other.
+    let alone = Schedule::one_forward_one_backward(1, 5);
+    let steps = [1.0, 3.0, 1.0].map(|slowdown| measured(&alone, slowdown));
+    let times = alone.action_times(&steps);
+    let predicted = alone.predict_measured(Transfers::Buffered, &times);
+    assert_eq!(predicted.step_seconds, ends + 5.0 * (0.25 + 1.0 + 2.0));
+    // Two stages, the second twice as slow and without an output forwards: it is waited for by all, once
+    // it has its first input, and the first has one backward more.
+    let both = Schedule::one_forward_one_backward(2, 4);
+    let times = both.action_times(&[measured(&both, 1.0)]);
+    assert_eq!(times.forward, [[0.25 + 1.0 + 0.125], [0.25 + 2.0]]);
+    assert_eq!(times.backward, [[2.0], [4.0 + 0.125]]);
+    assert_eq!(times.begin, [0.5, 0.5]);
+    assert_eq!((times.agreement, times.transfer), (0.0625, 0.0));
+    let predicted = both.predict_measured(Transfers::Buffered, &times);
+    let busy = 4.0 * (2.25 + 4.125);
+    assert_eq!(predicted.step_seconds, ends + 1.375 + busy + 2.0);
+    assert!((predicted.idle[1] - (1.0 - busy / predicted.step_seconds)).abs() < 1e-12);
+    // Nothing measured is nothing predicted.
+    let times = both.action_times(&[]);
+    let predicted = both.predict_measured(Transfers::Grouped, &times);
+    assert_eq!(predicted.step_seconds, 0.0);
 }

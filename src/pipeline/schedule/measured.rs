@@ -7,9 +7,14 @@ use crate::pipeline::profile::{ActionSpan, SpanKind, StageProfile, StepProfile};
 /// What the parts of a step take on each stage, in seconds: medians over measured steps.
 #[derive(Clone, Debug, PartialEq, serde::Serialize)]
 pub struct ActionTimes {
-    /// Per stage and chunk, a forward, with what prepares it and gives its output away.
+    /// Per stage, each of its actions, in their order, with what prepares it and gives its output away.
+    /// They differ even where micro-batches cost the same: while the pipeline fills and drains, a stage of a
+    /// CPU has the memory's bandwidth to itself.
+    #[serde(skip)]
+    pub actions: Vec<Vec<f64>>,
+    /// Per stage and chunk, the forward in the middle.
     pub forward: Vec<Vec<f64>>,
-    /// Per stage and chunk, a backward, with what gives its output away.
+    /// Per stage and chunk, the backward in the middle.
     pub backward: Vec<Vec<f64>>,
     /// Per stage, what comes before its first action.
     pub begin: Vec<f64>,
@@ -24,8 +29,8 @@ pub struct ActionTimes {
 }
 
 impl Schedule {
-    /// The times of measured steps of this schedule, whose micro-batches are taken to cost the same; 0 for
-    /// what was not measured.
+    /// The times of measured steps of this schedule, in all of which a micro-batch of the same place is
+    /// taken to cost the same; 0 for what was not measured.
     pub fn action_times(&self, profiles: &[StepProfile]) -> ActionTimes {
         let ranks = 0..self.stages.len();
         let of = |part: &dyn Fn(&StageProfile) -> Vec<f64>, rank: usize| {
@@ -37,10 +42,21 @@ impl Schedule {
         let per_stage = |part: &dyn Fn(&StageProfile) -> Vec<f64>| -> Vec<f64> {
             ranks.clone().map(|rank| of(part, rank)).collect()
         };
-        let actions = |flow: Flow| -> Vec<Vec<f64>> {
-            let chunk = |rank, chunk| of(&|stage| costs(stage, flow, chunk), rank);
-            let stage = |rank| (0..self.virtual_stages).map(|c| chunk(rank, c)).collect();
+        let that = |wanted: &dyn Fn(Action) -> bool, rank: usize| {
+            let those = |stage: &StageProfile| {
+                let costs = costs(stage).filter(|&(action, _)| wanted(action));
+                costs.map(|(_, seconds)| seconds).collect()
+            };
+            of(&those, rank)
+        };
+        let kinds = |flow: Flow| -> Vec<Vec<f64>> {
+            let kind = |rank, chunk| that(&|a| a.flow == flow && a.chunk == chunk, rank);
+            let stage = |rank| (0..self.virtual_stages).map(|c| kind(rank, c)).collect();
             ranks.clone().map(stage).collect()
+        };
+        let each = |(rank, actions): (usize, &Vec<Action>)| -> Vec<f64> {
+            let times = actions.iter().map(|&action| that(&|a| a == action, rank));
+            times.collect()
         };
         let quickest = |profile: &StepProfile| {
             let stages = profile.stages.iter();
@@ -48,8 +64,9 @@ impl Schedule {
             waits.reduce(f64::min)
         };
         ActionTimes {
-            forward: actions(Flow::Forward),
-            backward: actions(Flow::Backward),
+            actions: self.stages.iter().enumerate().map(each).collect(),
+            forward: kinds(Flow::Forward),
+            backward: kinds(Flow::Backward),
             begin: per_stage(&|stage| begin(stage).into_iter().collect()),
             norms: per_stage(&|stage| vec![around_agreement(stage).0]),
             // Who comes last waits for nobody.
@@ -65,13 +82,11 @@ impl Schedule {
     pub fn predict_measured(&self, transfers: Transfers, times: &ActionTimes) -> Prediction {
         let at = |values: &[f64], rank: usize| values.get(rank).copied().unwrap_or(0.0);
         let cost = |rank: usize, action: Action| {
-            let costs = match action.flow {
-                Flow::Forward => &times.forward,
-                Flow::Backward => &times.backward,
-            };
+            let place = self.stages[rank].iter().position(|&a| a == action);
+            let costs = times.actions.get(rank);
             costs
-                .get(rank)
-                .map_or(0.0, |chunks| at(chunks, action.chunk))
+                .zip(place)
+                .map_or(0.0, |(costs, place)| at(costs, place))
         };
         let begin = |rank| at(&times.begin, rank);
         let ends = self.ends(transfers, begin, cost, times.transfer);
@@ -123,27 +138,24 @@ fn given(stage: &StageProfile, makes: impl Fn(Action) -> bool) -> Option<f64> {
     Some(exchange.unwrap_or(&stage.spans[place]).end)
 }
 
-/// What each action of a flow and chunk kept its stage busy: the run, what prepared it, and the exchange
-/// behind it.
-fn costs(stage: &StageProfile, flow: Flow, chunk: usize) -> Vec<f64> {
-    let mut costs = Vec::new();
-    let mut prepared = 0.0;
-    for (place, span) in stage.spans.iter().enumerate() {
-        match span.what {
-            SpanKind::Prepare if place > 0 => prepared = span.seconds(),
-            SpanKind::Run(action) => {
-                let next = stage.spans.get(place + 1);
-                let gives = |span: &&ActionSpan| span.what == SpanKind::Exchange(action.flow);
-                let given = next.filter(gives).map_or(0.0, ActionSpan::seconds);
-                if action.flow == flow && action.chunk == chunk {
-                    costs.push(prepared + span.seconds() + given);
-                }
-                prepared = 0.0;
-            }
-            _ => {}
-        }
-    }
-    costs
+/// What each action kept its stage busy: the run, what prepared it, and the exchange behind it.
+fn costs(stage: &StageProfile) -> impl Iterator<Item = (Action, f64)> {
+    let spans = &stage.spans;
+    spans.iter().enumerate().filter_map(|(place, span)| {
+        let SpanKind::Run(action) = span.what else {
+            return None;
+        };
+        let gives = |span: &&ActionSpan| span.what == SpanKind::Exchange(action.flow);
+        let given = spans.get(place + 1).filter(gives);
+        // Before it come its preparation, then the wait for its input. The first of all is the step's own.
+        let prepares = |span: &&ActionSpan| span.what == SpanKind::Prepare;
+        let prepared = place.checked_sub(2).filter(|&before| before > 0);
+        let prepared = prepared
+            .and_then(|before| spans.get(before))
+            .filter(prepares);
+        let beside = given.into_iter().chain(prepared).map(ActionSpan::seconds);
+        Some((action, span.seconds() + beside.sum::<f64>()))
+    })
 }
 
 /// What a stage does before anything that belongs to an action.

@@ -69,30 +69,33 @@ impl Report {
         }));
     }
 
-    /// The figures as a table.
-    pub fn print(&self) {
+    /// The figures as tables in Markdown.
+    pub fn tables(&self) -> String {
+        let mut text = String::new();
         for section in &self.sections {
             let unit = section["unit"].as_str().unwrap();
-            println!(
-                "{}: {} {unit}",
-                section["section"].as_str().unwrap(),
-                section["amount"]
-            );
+            let title = section["section"].as_str().unwrap();
+            let amount = &section["amount"];
+            text += &format!("\n**{title}** ({amount} {unit})\n\n");
+            text += &format!("| | seconds (median) | lowest | highest | runs | {unit}/s |\n");
+            text += "| --- | --- | --- | --- | --- | --- |\n";
             for figure in section["figures"].as_array().unwrap() {
                 let seconds = &figure["seconds"];
-                println!(
-                    "  {:<44} {:>10} s ({} to {})  {:>10} {unit}/s",
+                text += &format!(
+                    "| {} | {} | {} | {} | {} | {} |\n",
                     figure["name"].as_str().unwrap(),
                     seconds["median"],
                     seconds["lowest"],
                     seconds["highest"],
+                    seconds["runs"],
                     figure["per_second"],
                 );
             }
         }
+        text
     }
 
-    /// The figures with machine and commit as JSON.
+    /// The figures with machine and commit as JSON, and as tables beside it.
     pub fn write(&self, path: &Path) {
         let said = |name: &str| std::env::var(name).unwrap_or_else(|_| "not said".to_owned());
         let whole = json!({
@@ -115,6 +118,17 @@ impl Report {
         let mut text = serde_json::to_string_pretty(&whole).unwrap();
         text.push('\n');
         std::fs::write(path, text).unwrap();
+        let [command, commit, date] = ["command", "commit", "date"].map(|key| &whole[key]);
+        let machine = &whole["machine"];
+        let [processor, threads, memory, load] =
+            ["processor", "threads", "memory", "load_at_end"].map(|key| &machine[key]);
+        let lead = format!(
+            "Written by {command} at commit {commit}, {date}: {processor}, {threads} threads, {memory}, \
+             load at the end {load}. What each figure is stands in \
+             [PERFORMANCE.md](../PERFORMANCE.md#loading-a-model).\n"
+        );
+        let tables = lead.replace('"', "") + &self.tables();
+        std::fs::write(path.with_extension("md"), tables).unwrap();
     }
 }
 

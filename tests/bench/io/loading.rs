@@ -6,6 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use half::{bf16, f16};
+use memmap2::{Advice, MmapMut};
 use mp_train::adapter::ParameterState;
 use mp_train::adapter::initial::initial_values;
 use mp_train::backend::cpu::Cpu;
@@ -158,6 +159,23 @@ pub fn stages(report: &mut Report, folder: &Path) {
                 })
             }),
         );
+        for (what, advice) in [
+            ("huge pages", Advice::HugePage),
+            ("pages taken at once", Advice::PopulateWrite),
+        ] {
+            // What the system refuses is copied all the same, and shows in the seconds.
+            add(
+                named(&format!("copy of the file into new memory, {what}")),
+                Box::new(move || {
+                    seconds(|| {
+                        let mut new = MmapMut::map_anon(len).unwrap();
+                        let _ = new.advise(advice);
+                        copy(file, &mut new, threads);
+                        new
+                    })
+                }),
+            );
+        }
         add(
             named("stage in f16"),
             Box::new(move || load::<f16>(source, Quantization::None, threads, 0..layers)),

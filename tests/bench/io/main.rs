@@ -49,7 +49,7 @@ fn main() {
     if asked("saving") {
         saving::steps(&mut report, folder.path());
     }
-    report.print();
+    print!("{}", report.tables());
     if let Some(path) = out {
         report.write(&path);
     }

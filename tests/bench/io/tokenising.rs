@@ -10,7 +10,7 @@ use mp_train::data::byte_level::Tokens;
 use mp_train::data::cache::{CacheSettings, RowKind, Tokenised, tokenised};
 use mp_train::data::sentencepiece::ModelProto;
 use mp_train::data::text_rows::TextSettings;
-use mp_train::data::tokenizer::GlmTokenizer;
+use mp_train::data::tokenizer::{Generation, GlmTokenizer};
 
 use crate::figures::{Case, Report, seconds};
 
@@ -73,9 +73,13 @@ pub fn sentence_piece() -> GlmTokenizer {
     GlmTokenizer::chatglm(ModelProto::parse(&file("v1.model")).unwrap(), 0).unwrap()
 }
 
-pub fn config() -> ModelConfig {
+/// The model that reads the ids of a tokenizer; only its ids and its longest row matter.
+fn config(tokenizer: &GlmTokenizer) -> ModelConfig {
+    if tokenizer.generation() == Generation::Glm4 {
+        return ModelSize::Glm4_9b.config();
+    }
     ModelConfig {
-        vocab_size: 160_000,
+        vocab_size: 2_000,
         context_ids: Some(mp_train::config::model::ContextIds {
             bos_token_id: 1_660,
             mask_token_id: 1_656,
@@ -110,7 +114,7 @@ pub fn cached(path: &Path, folder: &Path, tokenizer: &GlmTokenizer, threads: usi
     };
     let sources = [path.to_owned()];
     let mut go_on = |_| ControlFlow::Continue(());
-    tokenised(&sources, kind, &config(), cache, &mut go_on).unwrap()
+    tokenised(&sources, kind, &config(tokenizer), cache, &mut go_on).unwrap()
 }
 
 /// Encodes all texts on so many threads, a share for each.
