@@ -200,8 +200,6 @@ fn residuals<B: Backend>(b: &B, sizes: &Sizes, visit: &mut Visit<'_, B>) {
         b.residual_sum(&mut out, &x, &branch, len)
     });
 
-    residual_norms(b, sizes, visit);
-
     let x = elements::<B, f32>(b, len, 1.0);
     let mut out: B::Buffer<B::Element> = b.zeros(len).unwrap();
     let work = Work::over(len, words(len), stored::<B>(len));
@@ -213,37 +211,6 @@ fn residuals<B: Backend>(b: &B, sizes: &Sizes, visit: &mut Visit<'_, B>) {
     let mut out = b.zeros(len).unwrap();
     let work = Work::over(len, words(2 * len), words(len));
     memory(b, visit, "add", work, "", move |b| b.add(&mut out, &x, len));
-}
-
-/// A residual sum and the norm of it, in one pass.
-fn residual_norms<B: Backend>(b: &B, sizes: &Sizes, visit: &mut Visit<'_, B>) {
-    let (t, h, shape) = (sizes.rows, sizes.hidden_size, norm_shape(sizes));
-    let len = t * h;
-    let (x, branch) = (elements(b, len, 1.0), elements(b, len, 1.0));
-    let (weight, bias) = (elements(b, h, 1.0), elements(b, h, 0.1));
-    let (mut out, mut sum) = (b.zeros(len).unwrap(), b.zeros(len).unwrap());
-    let mut stats = b.zeros(2 * t).unwrap();
-    let work = Work::bytes(
-        stored::<B>(2 * len + 2 * h),
-        words(len) + stored::<B>(len) + words(2 * t),
-    );
-    memory(b, visit, "residual_layer_norm", work, AFFINE, move |b| {
-        b.residual_layer_norm(
-            &mut out, &mut stats, &mut sum, &x, 7.5, &branch, &weight, &bias, shape,
-        )
-    });
-
-    let (x, branch) = (elements::<B, f32>(b, len, 1.0), elements(b, len, 1.0));
-    let weight = elements(b, h, 1.0);
-    let (mut out, mut sum) = (b.zeros(len).unwrap(), b.zeros(len).unwrap());
-    let mut stats = b.zeros(t).unwrap();
-    let work = Work::bytes(
-        words(len) + stored::<B>(len + h),
-        words(len) + stored::<B>(len) + words(t),
-    );
-    memory(b, visit, "residual_rms_norm", work, AFFINE, move |b| {
-        b.residual_rms_norm(&mut out, &mut stats, &mut sum, &x, &branch, &weight, shape)
-    });
 }
 
 fn dropout<B: Backend>(b: &B, sizes: &Sizes, visit: &mut Visit<'_, B>) {

@@ -119,6 +119,9 @@ impl Work {
     }
 }
 
+/// Queues an op once.
+pub type Run<B> = dyn FnMut(&B) -> Result<(), BackendError>;
+
 /// One op, ready to run as often as wanted.
 pub struct Case<B: Backend> {
     pub name: String,
@@ -126,7 +129,7 @@ pub struct Case<B: Backend> {
     pub work: Work,
     /// Why its kernels ask for more bytes than `work` says, or touch more; empty: they do not.
     pub note: &'static str,
-    pub run: Box<dyn FnMut(&B) -> Result<(), BackendError>>,
+    pub run: Box<Run<B>>,
 }
 
 /// What is done with a case.

@@ -32,9 +32,7 @@ pub(super) fn visit<B: Backend>(b: &B, sizes: &Sizes, visit: &mut Visit<'_, B>) 
     backward(b, visit, "lm_head", head, false);
     with_gelu(b, sizes, visit);
     weight_gradient(b, sizes, visit);
-    with_gelu(b, sizes, visit);
     low_rank(b, sizes, visit);
-    low_rank_backward(b, sizes, visit);
 }
 
 fn flops(shape: LinearShape) -> usize {
@@ -183,80 +181,10 @@ fn weight_gradient<B: Backend>(b: &B, sizes: &Sizes, visit: &mut Visit<'_, B>) {
     });
 }
 
-/// The MLP's layers with GELU between them, whose input is kept.
-fn with_gelu<B: Backend>(b: &B, sizes: &Sizes, visit: &mut Visit<'_, B>) {
-    let widen = LinearShape {
-        rows: sizes.rows,
-        in_features: sizes.hidden_size,
-        out_features: sizes.inner_hidden_size,
-    };
-    let (x, weight) = (
-        elements(b, widen.rows * widen.in_features, 1.0),
-        weight(b, widen),
-    );
-    let bias = elements(b, widen.out_features, 0.1);
-    let wide = widen.rows * widen.out_features;
-    let (mut out, mut pre) = (b.zeros(wide).unwrap(), b.zeros(wide).unwrap());
-    let [input, weights, output] = operands::<B>(widen);
-    let work = Work::bytes(input + weights, 2 * output).with_flops(flops(widen));
-    product(b, visit, "linear_gelu".to_owned(), work, move |b| {
-        b.linear_gelu(&mut out, &mut pre, &x, &weight, Some(&bias), widen)
-    });
-
-    let narrow = LinearShape {
-        rows: sizes.rows,
-        in_features: sizes.inner_hidden_size,
-        out_features: sizes.hidden_size,
-    };
-    let (pre, dout) = (
-        elements(b, wide, 2.0),
-        elements(b, narrow.rows * narrow.out_features, 0.1),
-    );
-    let weight = self::weight(b, narrow);
-    let mut dpre = b.zeros(wide).unwrap();
-    let [input, weights, output] = operands::<B>(narrow);
-    let work = Work::bytes(output + weights + input, input).with_flops(flops(narrow));
-    let name = "gelu_linear_backward".to_owned();
-    product(b, visit, name, work, move |b| {
-        b.gelu_linear_backward(&mut dpre, &dout, &weight, &pre, narrow)
-    });
-}
-
-const PARTS: &str = "parts of both gradients are written and added up; each block of 512 columns reads the \
-                     narrow rows again, and each of 256 rows the narrow matrix, from the L2 cache";
-const TWO_PASSES: &str = "no kernel is made for this rank: the wide matrix is read twice";
-
-/// Both gradients at LoRA's B.
-fn low_rank_backward<B: Backend>(b: &B, sizes: &Sizes, visit: &mut Visit<'_, B>) {
-    let up = LinearShape {
-        rows: sizes.rows,
-        in_features: sizes.rank,
-        out_features: 3 * sizes.hidden_size,
-    };
-    let [low_bytes, b_bytes, out_bytes] = operands::<B>(up);
-    let weights = up.in_features * up.out_features;
-    let (dout, low) = (
-        elements(b, up.rows * up.out_features, 0.1),
-        elements(b, up.rows * up.in_features, 1.0),
-    );
-    let matrix = weight(b, up);
-    let mut dlow = b.zeros(up.rows * up.in_features).unwrap();
-    let mut dweight = b.zeros(weights).unwrap();
-    let read = out_bytes + low_bytes + b_bytes + words(weights);
-    let work = Work::bytes(read, low_bytes + words(weights)).with_flops(2 * flops(up));
-    let note = match sizes.rank {
-        8 | 16 => PARTS,
-        _ => TWO_PASSES,
-    };
-    memory(b, visit, "low_rank_backward", work, note, move |b| {
-        b.low_rank_backward(&mut dlow, &mut dweight, &dout, &low, &matrix, up, 1e-3)
-    });
-}
-
 const DOWN: &str = "each block of 16 rows reads the narrow matrix again, from the L2 cache";
 const UP: &str = "each block of 256 columns reads the narrow rows again, from the L2 cache";
-const BOTH: &str =
-    "parts of both gradients are kept and added up, so that no order of blocks shows";
+const BOTH: &str = "parts of both gradients are written and added up; each block of columns reads the narrow \
+                    rows again, and each of rows the narrow matrix, from the L2 cache";
 const GRADIENT: &str = "two lanes of a warp take what one access brings; each block of 32 columns reads the \
                         narrow rows again, from the L2 cache";
 
