@@ -1,7 +1,7 @@
 """What the issue of speed asks of a GPU, out of what scripts/check_gpu.sh measured.
 
     gpu_speed.py ops OPS.json                     rates of products and copies, and each op's share of them
-    gpu_speed.py attention OPS.json SDPA.json ..  our attention beside PyTorch's, of scripts/peers/attention.py
+    gpu_speed.py attention OPS.json SDPA.json     our attention beside PyTorch's, of scripts/peers/attention.py
     gpu_speed.py mfu BENCH.json                   share of the measured rate of products
     gpu_speed.py stages ONE.json TWO.json ..      tokens per second of several stages on a card beside one stage
     gpu_speed.py memory LIMIT BEFORE USED BENCH.json    rise of used memory, from readings of nvidia-smi in MiB
@@ -50,25 +50,23 @@ def ops(path):
     return note, results
 
 
-def attention(ours_path, *peer_paths):
-    """Beside the flash kernel of each file of scripts/peers/attention.py, at the shapes that are in both."""
+def attention(ours_path, peer_path):
+    """Beside the kernel that scripts/peers/attention.py compares with, at the shapes that are in both."""
     own = {op["op"]: op["seconds"] for op in read(ours_path)["ops"] if op["bound"] == "attention"}
-    rows, figures, documents = [], [], []
-    for document in map(read, peer_paths):
-        documents.append(document)
-        for entry in document["attention"]:
-            for way in ("forward", "backward"):
-                op = f"attention {way} {document['batch']}x{entry['length']}"
-                if entry["backend"] != "flash" or way not in entry or op not in own:
-                    continue
-                mine, theirs = own[op], entry[way]
-                # Slowest of ours beside the fastest of theirs, the medians, and the reverse.
-                ratio = [min(theirs) / mine["max"], entry[f"{way}_median"] / mine["median"], max(theirs) / mine["min"]]
-                rows.append({"op": op, "backend": entry["backend"], "ours": mine, "of_sdpa": ratio})
-                figures.append(figure(f"{op}, of SDPA's flash kernel", ratio[1], OF_SDPA_AT_LEAST))
+    peer = read(peer_path)
+    rows, figures = [], []
+    for entry in peer["ops"]:
+        if entry["op"] not in own:
+            continue
+        mine, theirs = own[entry["op"]], entry["seconds"]
+        # Slowest of ours beside the fastest of theirs, the medians, and the reverse.
+        pairs = (("min", "max"), ("median", "median"), ("max", "min"))
+        ratio = [theirs[their_end] / mine[our_end] for their_end, our_end in pairs]
+        rows.append({"op": entry["op"], "ours": mine, "sdpa": theirs, "of_sdpa": ratio})
+        figures.append(figure(f"{entry['op']}, of SDPA ({peer['backend']})", ratio[1], OF_SDPA_AT_LEAST))
     if not figures:
-        sys.exit("no shape was measured on both sides with the flash kernel")
-    return said(figures), {"ops": rows, "figures": figures, "sdpa": documents}
+        sys.exit(f"no shape was measured on both sides with {peer['backend']}")
+    return said(figures), {"ops": rows, "figures": figures, "sdpa": peer}
 
 
 def measured(path):

@@ -64,8 +64,8 @@ CLASSES = [
     ("float_compare", r"FSETP|FMNMX|FSEL|FCHK|FSET"),
     ("shuffle", r"SHFL|VOTE|MATCH|REDUX"),
     ("barrier", r"BAR|WARPSYNC|MEMBAR|DEPBAR|LDGDEPBAR|ARRIVES"),
-    ("branch", r"BRA|BRX|BSSY|BSYNC|BREAK|BMOV|EXIT|CALL|RET|JMP|KILL|YIELD"),
-    ("integer", r"IMAD(?!\.MOV)|IADD|LOP|SHF|LEA|ISETP|IMNMX|PRMT|SEL|IABS|POPC|FLO|BMSK|SGXT|PLOP|U[A-Z]"),
+    ("branch", r"BRA|BRX|BSSY|BSYNC|BREAK|BMOV|EXIT|CALL|RET|JMP|KILL|YIELD|ENDCOLLECTIVE"),
+    ("integer", r"IMAD(?!\.MOV)|V?IADD|VIMNMX|LOP|SHF|LEA|ISETP|IMNMX|PRMT|SEL|IABS|POPC|FLO|BMSK|SGXT|PLOP|U[A-Z]"),
     ("move", r"MOV|IMAD\.MOV|S2R|S2UR|CS2R|R2UR|P2R|R2P|NOP"),
 ]
 CLASSES = [(name, re.compile(pattern)) for name, pattern in CLASSES]
@@ -130,7 +130,7 @@ def classify(name):
     for kind, pattern in CLASSES:
         if pattern.match(name):
             return kind
-    return "other"
+    sys.exit(f"the instruction {name} is of no class")
 
 
 def width(name):

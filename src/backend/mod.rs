@@ -35,7 +35,7 @@ pub use shapes::{
     AdamwStep, AdamwTensor, AttentionLayout, Dropout, HeadLayout, LinearShape, NormShape, Prefix,
     RotaryPositions, RowGradient, Span, SumOf,
 };
-pub use work::{Counting, HostClock, Measured, Work, WorkSeconds};
+pub use work::{Counting, HostClock, Measured, Measuring, Work, WorkSeconds};
 
 type Result<T> = std::result::Result<T, BackendError>;
 
@@ -43,8 +43,7 @@ type Result<T> = std::result::Result<T, BackendError>;
 ///
 /// `Element` is the storage type of weights and activations. Residual sums, statistics, gradients of
 /// trainables and optimiser state are f32 whatever it is. A backend belongs to one worker thread.
-#[allow(clippy::too_many_arguments)]
-pub trait Backend: Sized + 'static {
+pub trait Backend: Measuring + Sized + 'static {
     /// Storage type of weights and activations.
     type Element: Element;
     /// Memory on the device.
@@ -52,15 +51,6 @@ pub trait Backend: Sized + 'static {
 
     /// Lets the worker's [`Pulse`] reach `place` when everything queued so far is done.
     fn mark(&self, place: u64) -> Result<()>;
-
-    /// Begins to measure: ops are timed until [`Backend::measured`]. What was queued before is waited for.
-    fn measure(&self) -> Result<()>;
-
-    /// Notes, where it measures, when everything queued so far is done, without waiting for it.
-    fn stamp(&self) -> Result<()>;
-
-    /// Ends measuring, when everything queued is done.
-    fn measured(&self) -> Result<Measured>;
 
     /// How the memory that was planned for a run is used; nothing where none is taken ahead.
     fn memory_use(&self) -> Option<MemoryUse> {
@@ -221,6 +211,7 @@ pub trait Backend: Sized + 'static {
     /// Gradient of [`Backend::rms_norm`] with respect to x, plus `residual`: the gradient of x where it
     /// is used beside the norm, as in a [`Backend::residual_sum`]. Rounded once.
     /// `dx`, `dout`, `residual`: `[T, H]`.
+    #[allow(clippy::too_many_arguments)]
     fn rms_norm_backward(
         &self,
         dx: &mut Self::Buffer<Self::Element>,
@@ -244,6 +235,7 @@ pub trait Backend: Sized + 'static {
 
     /// `out = scale * x weightᵀ + bias + keep * out`, with `keep` 0 or 1 (0: `out` is not read).
     /// `out [T, O]`, `x [T, I]`, `weight [O, I]`, `bias [O]`.
+    #[allow(clippy::too_many_arguments)]
     fn linear<T: Element>(
         &self,
         out: &mut Self::Buffer<T>,
@@ -288,6 +280,7 @@ pub trait Backend: Sized + 'static {
     /// Gradients of a low-rank `out = scale * low weightᵀ`, as LoRA has it, in one pass over `dout`:
     /// `dlow = scale * dout weight` and `dweight += scale * doutᵀ low`.
     /// `dlow`, `low [T, I]`, `dweight`, `weight [O, I]`, `dout [T, O]`.
+    #[allow(clippy::too_many_arguments)]
     fn low_rank_backward(
         &self,
         dlow: &mut Self::Buffer<Self::Element>,
@@ -305,6 +298,7 @@ pub trait Backend: Sized + 'static {
     /// Rotary embedding (Su et al. 2021) on the query and key heads of x, in place: each pair of
     /// elements `(a, b)` that [`RotaryPositions`] names becomes `(a cos - b sin, b cos + a sin)`.
     /// With `inverse` the rotation is undone, which is also its gradient.
+    #[allow(clippy::too_many_arguments)]
     fn rotary(
         &self,
         x: &mut Self::Buffer<Self::Element>,
@@ -332,6 +326,7 @@ pub trait Backend: Sized + 'static {
     ///
     /// Query i of a span stands at `t = kv_len - q_len + i`; it sees key k when `k <= t` or
     /// `k < context_length`, and all prefix keys. Scores are `scale * q·k`.
+    #[allow(clippy::too_many_arguments)]
     fn attention(
         &self,
         out: &mut Self::Buffer<Self::Element>,
@@ -347,6 +342,7 @@ pub trait Backend: Sized + 'static {
     /// Gradient of [`Backend::attention`] where queries, keys and values stand in one buffer and
     /// every query has its key: fills the query, key and value heads of `dqkv`, and
     /// `dprefix [S, P, 2, G, D]` where there is a prefix.
+    #[allow(clippy::too_many_arguments)]
     fn attention_backward(
         &self,
         dqkv: &mut Self::Buffer<Self::Element>,
@@ -508,6 +504,7 @@ pub trait Backend: Sized + 'static {
 
     /// [`Backend::residual`] into `sum [T, H]` and [`Backend::layer_norm`] of it, to the bits of one
     /// after the other.
+    #[allow(clippy::too_many_arguments)]
     fn residual_layer_norm(
         &self,
         out: &mut Self::Buffer<Self::Element>,
@@ -526,6 +523,7 @@ pub trait Backend: Sized + 'static {
 
     /// [`Backend::residual_sum`] into `sum [T, H]` and [`Backend::rms_norm`] of it, to the bits of one
     /// after the other.
+    #[allow(clippy::too_many_arguments)]
     fn residual_rms_norm(
         &self,
         out: &mut Self::Buffer<Self::Element>,
@@ -543,6 +541,7 @@ pub trait Backend: Sized + 'static {
     /// Softmax cross-entropy of rows `first .. first + rows` of a list of targets, and its gradient.
     /// `loss[first + i] = -log softmax(logits[i])[ids[first + i]]`; afterwards
     /// `logits[i] = scale * (softmax(logits[i]) - one_hot)`. `logits [rows, V]`.
+    #[allow(clippy::too_many_arguments)]
     fn cross_entropy(
         &self,
         loss: &mut Self::Buffer<f32>,
@@ -579,6 +578,7 @@ pub trait Backend: Sized + 'static {
     /// `[O, I / 2]`.
     ///
     /// [`QuantisedMatrix::dequantised`]: crate::quant::QuantisedMatrix::dequantised
+    #[allow(clippy::too_many_arguments)]
     fn dequantise(
         &self,
         out: &mut Self::Buffer<Self::Element>,

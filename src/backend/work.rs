@@ -5,6 +5,8 @@ use std::time::Instant;
 
 use serde::Serialize;
 
+use super::BackendError;
+
 /// What the ops of a backend are counted as.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Work {
@@ -67,14 +69,33 @@ impl WorkSeconds {
     }
 }
 
-/// What a backend measured between [`Backend::measure`](super::Backend::measure) and
-/// [`Backend::measured`](super::Backend::measured).
+/// A device that can tell what its time goes into. Results are the same bits, measured or not.
+pub trait Measuring {
+    /// Begins to measure: ops are timed until [`Measuring::measured`]. What was queued before is waited for.
+    ///
+    /// # Errors
+    /// The device fails, as in all of these.
+    fn measure(&self) -> Result<(), BackendError>;
+
+    /// Notes, where it measures, when everything queued so far is done, without waiting for it.
+    ///
+    /// # Errors
+    /// As [`Measuring::measure`].
+    fn stamp(&self) -> Result<(), BackendError>;
+
+    /// Ends measuring, when everything queued is done.
+    ///
+    /// # Errors
+    /// As [`Measuring::measure`].
+    fn measured(&self) -> Result<Measured, BackendError>;
+}
+
+/// What a backend measured between [`Measuring::measure`] and [`Measuring::measured`].
 #[derive(Clone, Debug)]
 pub struct Measured {
     /// When it began.
     pub began: Instant,
-    /// When everything queued before each [`Backend::stamp`](super::Backend::stamp) was done, in seconds
-    /// after that.
+    /// When everything queued before each [`Measuring::stamp`] was done, in seconds after that.
     pub stamps: Vec<f64>,
     /// Seconds of the ops.
     pub work: WorkSeconds,

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use half::f16;
 use mp_train::backend::{
     AdamwStep, AdamwTensor, AttentionLayout, Backend, BackendError, Dropout, Element, LinearShape,
-    Measured, NormShape, Plain, Prefix, RotaryPositions, RowGradient, Span, SumOf,
+    Measured, Measuring, NormShape, Plain, Prefix, RotaryPositions, RowGradient, Span, SumOf,
 };
 use mp_train::pipeline::place::Place;
 use mp_train::quant::Bits;
@@ -111,16 +111,7 @@ macro_rules! ops {
     (@result $value:ty) => { Result<$value> };
 }
 
-impl<B: Backend> Backend for FaultyBackend<B> {
-    type Element = B::Element;
-    type Buffer<T: Plain> = B::Buffer<T>;
-
-    fn mark(&self, place: u64) -> Result<()> {
-        self.place.set(place);
-        self.nth.set(0);
-        self.inner.mark(place)
-    }
-
+impl<B: Backend> Measuring for FaultyBackend<B> {
     fn measure(&self) -> Result<()> {
         self.inner.measure()
     }
@@ -131,6 +122,17 @@ impl<B: Backend> Backend for FaultyBackend<B> {
 
     fn measured(&self) -> Result<Measured> {
         self.inner.measured()
+    }
+}
+
+impl<B: Backend> Backend for FaultyBackend<B> {
+    type Element = B::Element;
+    type Buffer<T: Plain> = B::Buffer<T>;
+
+    fn mark(&self, place: u64) -> Result<()> {
+        self.place.set(place);
+        self.nth.set(0);
+        self.inner.mark(place)
     }
 
     fn residual(

@@ -20,7 +20,7 @@ use std::sync::Arc;
 
 pub use self::buffer::CpuBuffer;
 use self::threads::Threads;
-use super::{BackendError, Element, Pulse};
+use super::{BackendError, Element, Measured, Measuring, Pulse};
 
 /// The CPU, storing weights and activations as `E`, computing in f32.
 pub struct Cpu<E> {
@@ -48,5 +48,21 @@ impl<E: Element> Cpu<E> {
             pulse: Arc::clone(pulse),
             element: PhantomData,
         })
+    }
+}
+
+impl<E: Element> Measuring for Cpu<E> {
+    fn measure(&self) -> Result<(), BackendError> {
+        self.threads.clock.start();
+        Ok(())
+    }
+
+    fn stamp(&self) -> Result<(), BackendError> {
+        self.threads.clock.stamp();
+        Ok(())
+    }
+
+    fn measured(&self) -> Result<Measured, BackendError> {
+        Ok(self.threads.clock.stop())
     }
 }

@@ -8,7 +8,7 @@ use super::{
 };
 use crate::backend::{
     AdamwStep, AdamwTensor, AttentionLayout, Backend, BackendError, Dropout, Element, LinearShape,
-    Measured, NormShape, Plain, Prefix, RotaryPositions, RowGradient, Span, SumOf, Work,
+    NormShape, Plain, Prefix, RotaryPositions, RowGradient, Span, SumOf, Work,
 };
 use crate::quant::Bits;
 
@@ -36,20 +36,6 @@ impl<E: Element> Backend for Cpu<E> {
     fn mark(&self, place: u64) -> Done {
         self.pulse.reach(place);
         Ok(())
-    }
-
-    fn measure(&self) -> Done {
-        self.threads.clock.start();
-        Ok(())
-    }
-
-    fn stamp(&self) -> Done {
-        self.threads.clock.stamp();
-        Ok(())
-    }
-
-    fn measured(&self) -> Result<Measured, BackendError> {
-        Ok(self.threads.clock.stop())
     }
 
     fn zeros<T: Plain>(&self, len: usize) -> Result<CpuBuffer<T>, BackendError> {

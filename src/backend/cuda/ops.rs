@@ -8,8 +8,7 @@ use super::{
 };
 use crate::backend::{
     AdamwStep, AdamwTensor, AttentionLayout, Backend, BackendError, Dropout, Element, LinearShape,
-    Measured, MemoryUse, NormShape, Plain, Prefix, RotaryPositions, RowGradient, Span, SumOf,
-    piece_len,
+    MemoryUse, NormShape, Plain, Prefix, RotaryPositions, RowGradient, Span, SumOf, piece_len,
 };
 use crate::quant::Bits;
 
@@ -19,18 +18,6 @@ impl Backend for Cuda {
 
     fn mark(&self, place: u64) -> Result<()> {
         self.device.mark(place)
-    }
-
-    fn measure(&self) -> Result<()> {
-        self.device.measure()
-    }
-
-    fn stamp(&self) -> Result<()> {
-        self.device.stamp()
-    }
-
-    fn measured(&self) -> Result<Measured> {
-        self.device.measured()
     }
 
     fn memory_use(&self) -> Option<MemoryUse> {

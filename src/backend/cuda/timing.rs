@@ -4,9 +4,10 @@
 use std::cell::{Cell, RefCell};
 use std::time::Instant;
 
+use super::Cuda;
 use super::device::Device;
 use super::events::Event;
-use crate::backend::{BackendError, Measured, Work};
+use crate::backend::{BackendError, Measured, Measuring, Work};
 
 type Result<T> = std::result::Result<T, BackendError>;
 
@@ -25,6 +26,20 @@ struct Events {
     /// Begin and end of what was queued.
     work: Vec<(Work, Event, Event)>,
     spare: Vec<Event>,
+}
+
+impl Measuring for Cuda {
+    fn measure(&self) -> Result<()> {
+        self.device.measure()
+    }
+
+    fn stamp(&self) -> Result<()> {
+        self.device.stamp()
+    }
+
+    fn measured(&self) -> Result<Measured> {
+        self.device.measured()
+    }
 }
 
 impl Device {
