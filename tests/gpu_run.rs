@@ -18,6 +18,8 @@ mod golden;
 mod gpu;
 #[path = "gpu_run/kernel_cache.rs"]
 mod kernel_cache;
+#[path = "gpu_run/launches.rs"]
+mod launches;
 #[path = "run/layout.rs"]
 mod layout;
 #[path = "gpu_run/memory.rs"]

@@ -44,6 +44,14 @@ impl Trace {
         events.filter(|event| event["event"] == name).count()
     }
 
+    /// Launches between the norm of a step, counted from 1, and that of the next, of the kernels whose
+    /// names are `wanted`.
+    pub fn launches(&self, step: usize, wanted: impl Fn(&str) -> bool) -> usize {
+        let events = self.events[self.norms[step - 1]..self.norms[step]].iter();
+        let kernels = events.filter_map(|event| event["kernel"].as_str());
+        kernels.filter(|kernel| wanted(kernel)).count()
+    }
+
     /// Between the norm of the first step and that of the last nothing is allocated, freed, loaded or
     /// chosen; all kernels are there before the first launch; and the host waits once in each step,
     /// but for those that follow on a checkpoint of step `saved`, if any: writing that reads.
