@@ -346,8 +346,8 @@ def main() -> int:
     if args.table is None:
         run = Run(args)
         document = {"format": 1, "machine": machine.about(args.device), "commit": machine.commit(ROOT),
-                    "program": machine.program(args.mp_train), "command": sys.argv[1:], "threads": args.threads,
-                    "mkl_preload": run.preload is not None, "comparisons": []}
+                    "program": machine.program(args.mp_train), "command": machine.without_folders(sys.argv[1:]),
+                    "threads": args.threads, "mkl_preload": run.preload is not None, "comparisons": []}
         for comparison in chosen(args):
             document["comparisons"].append(run.compare(comparison))
             # What is measured is kept, whatever comes after it.

@@ -38,6 +38,11 @@ def about(device: str) -> dict:
     return found
 
 
+def without_folders(arguments: list[str]) -> list[str]:
+    """Arguments with absolute paths cut to their last name: where things lie on a machine says nothing."""
+    return [Path(argument).name if argument.startswith("/") else argument for argument in arguments]
+
+
 def commit(root: Path) -> str | None:
     """The commit of the sources, marked where they have changes."""
     found = said("git", "rev-parse", "HEAD", folder=root)
