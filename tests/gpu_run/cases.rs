@@ -343,7 +343,7 @@ pub const CASES: &[Case] = &[
     // What fails on the way.
     case(
         "a kernel that fails in a step",
-        &[("EMULATOR_FAIL", "launch:gelu:9")],
+        &[("EMULATOR_FAIL", "launch:attention_forward_16:9")],
         "{train} --devices 0",
         1,
         &[

@@ -105,9 +105,13 @@ fn a_gpu_that_fails_leaves_the_last_checkpoint_whole() {
     };
     let early: Manner = &[
         ("EMULATOR_STREAMS", "early"),
-        ("EMULATOR_FAIL", "launch:gelu:7"),
+        ("EMULATOR_FAIL", "launch:attention_forward_16:7"),
     ];
-    fail(&mut resumed(early), 1, &["stage 0, step 3, F0", "gelu"]);
+    fail(
+        &mut resumed(early),
+        1,
+        &["stage 0, step 3, F0", "attention_forward"],
+    );
     // Some products are tried and others rehearsed before the first step.
     let product: Manner = &[("EMULATOR_FAIL", "product:40")];
     fail(&mut resumed(product), 1, &["stage 0, step 3", "cuBLASLt"]);
