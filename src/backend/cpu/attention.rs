@@ -6,9 +6,10 @@
 
 use multiversion::multiversion;
 
-use super::matmul::{Extent, Matrix, multiply, transpose};
+use super::matmul::{Extent, Matrix, multiply};
 use super::reduce;
 use super::threads::{Scattered, Threads, with_scratch};
+use super::transpose::transpose;
 use crate::backend::{AttentionLayout, Element, HeadLayout, Span, Work};
 
 /// Query rows whose scores are held at once.

@@ -7,6 +7,7 @@
 use multiversion::multiversion;
 
 use super::threads::{Scattered, Threads, with_scratch};
+use super::transpose::transpose;
 use crate::backend::{Element, LinearShape, Work};
 
 /// Output tiles to choose from, rows and columns, large to small. Tall ones, since the right operand, a
@@ -433,33 +434,4 @@ fn f32_panel<'a, T: Element>(
         Matrix::transposed(panel, rows)
     };
     (panel, rest)
-}
-
-/// `out[c, r] = x[r, c]`, as f32, for the columns of `out`, of which there are `cols`; the rows of x are
-/// `stride` apart.
-#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2"))]
-pub fn transpose<T: Element>(out: &mut [f32], x: &[T], stride: usize, cols: usize) {
-    // A block's rows are a line of the cache each, in and out.
-    const BLOCK: usize = 16;
-    let rows = out.len() / cols;
-    let mut block = [[0.0f32; BLOCK]; BLOCK];
-    for first_col in (0..cols).step_by(BLOCK) {
-        let width = BLOCK.min(cols - first_col);
-        for first_row in (0..rows).step_by(BLOCK) {
-            let height = BLOCK.min(rows - first_row);
-            for (col, values) in block.iter_mut().enumerate().take(width) {
-                let x = &x[(first_col + col) * stride + first_row..][..height];
-                for (value, x) in values.iter_mut().zip(x) {
-                    *value = x.to_f32();
-                }
-            }
-            let out = out[first_row * cols..].chunks_mut(cols).take(height);
-            for (row, out) in out.enumerate() {
-                let out = &mut out[first_col..][..width];
-                for (out, values) in out.iter_mut().zip(&block) {
-                    *out = values[row];
-                }
-            }
-        }
-    }
 }

@@ -21,6 +21,7 @@ mod rms_norm;
 mod rotary;
 mod rows;
 mod threads;
+mod transpose;
 
 use std::marker::PhantomData;
 use std::sync::Arc;
