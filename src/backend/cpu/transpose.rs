@@ -88,7 +88,7 @@ mod avx512 {
         rows: usize,
         cols: usize,
     ) {
-        assert!(rows % BLOCK == 0 && cols % BLOCK == 0 && rows > 0 && cols > 0);
+        assert!(rows.is_multiple_of(BLOCK) && cols.is_multiple_of(BLOCK) && rows > 0 && cols > 0);
         assert!((cols - 1) * stride + rows <= x.len());
         assert!((rows - 1) * out_stride + cols <= out.len());
         for first_col in (0..cols).step_by(BLOCK) {
