@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import library, nn
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 
@@ -40,7 +40,7 @@ class Options:
 
 
 # An operator of its own: the compiler knows oneDNN's with packed weights alone, which have no backward.
-@torch.library.custom_op("peers::frozen_linear", mutates_args=())
+@library.custom_op("peers::frozen_linear", mutates_args=())
 def frozen_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """`F.linear` by oneDNN, which uses all of a CPU's instructions whoever made it; for weights not trained."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
