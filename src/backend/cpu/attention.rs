@@ -1,22 +1,19 @@
 //! Softmax attention inside each sequence, forward and backward.
 //!
-//! One task per sequence and key/value head: its keys and values (prefix first) are gathered once,
-//! as f32 and transposed where a product wants them so, then queries are taken in tiles, so that no more
-//! than `QUERY_TILE` rows of scores exist, of the keys that one of the tile's queries sees.
+//! One task per sequence and key/value head: its keys and values (prefix first) are gathered once, as f32
+//! and in the order that products want, then queries are taken in tiles, so that no more than `QUERY_TILE`
+//! rows of scores exist, of the keys that one of the tile's queries sees.
 
 use multiversion::multiversion;
 
-use super::matmul::{Extent, Matrix, multiply};
+use super::matmul::multiply;
+use super::operands::{Extent, Matrix, Order, Right};
 use super::reduce;
-use super::threads::{Scattered, Threads, with_scratch};
-use super::transpose::transpose;
+use super::threads::{Scattered, Threads, parts, parts_len, with_scratch};
 use crate::backend::{AttentionLayout, Element, HeadLayout, Span, Work};
 
 /// Query rows whose scores are held at once.
 const QUERY_TILE: usize = 64;
-/// Queries from which on keys are transposed for them: the library's own packing of columns takes a third
-/// of a product of 64 queries.
-const QUERIES_WORTH_TRANSPOSING: usize = 16;
 
 /// Prefix keys and values in host memory.
 #[derive(Clone, Copy)]
@@ -114,6 +111,30 @@ impl<'a, E: Element> Head<'a, E> {
         self.gather(out, x, layout.value, layout.key_value_width() / 2);
     }
 
+    /// Keys or values `[keys, D]` as the right operand of products with a column for each key.
+    fn by_key<'m>(&self, order: Order, x: &'m [f32], memory: &'m mut [f32]) -> Right<'m> {
+        let dim = self.geometry.layout.head_dim;
+        Right::new(order, Matrix::transposed(x, dim), dim, self.keys(), memory)
+    }
+
+    /// Memory for [`Head::by_key`].
+    fn by_key_len(&self, order: Order) -> usize {
+        let dim = self.geometry.layout.head_dim;
+        Right::len(order, Matrix::<f32>::transposed(&[], dim), dim, self.keys())
+    }
+
+    /// Keys or values `[keys, D]` as the right operand of sums over keys.
+    fn by_value<'m>(&self, order: Order, x: &'m [f32], memory: &'m mut [f32]) -> Right<'m> {
+        let dim = self.geometry.layout.head_dim;
+        Right::new(order, Matrix::rows(x, dim), self.keys(), dim, memory)
+    }
+
+    /// Memory for [`Head::by_value`].
+    fn by_value_len(&self, order: Order) -> usize {
+        let dim = self.geometry.layout.head_dim;
+        Right::len(order, Matrix::<f32>::rows(&[], dim), self.keys(), dim)
+    }
+
     /// Prefix and own keys that query `i` of the span sees, counted from the start.
     fn visible(&self, i: usize) -> usize {
         let t = self.span.kv_len - self.span.q_len + i;
@@ -147,24 +168,30 @@ pub fn attention<E: Element>(
     threads.tasks(geometry.spans.len() * layout.kv_heads, |task| {
         let head = Head::new(geometry, task, prefix);
         let all = head.keys();
+        let order = Order::for_rows(QUERY_TILE.min(head.span.q_len));
         let lens = [
             all * dim,
+            head.by_key_len(order),
             all * dim,
+            head.by_value_len(order),
             QUERY_TILE * dim,
             QUERY_TILE * all,
             QUERY_TILE * dim,
         ];
-        with_scratch(lens.iter().sum(), |scratch| {
-            let [keys, values, q, scores, context] = split(scratch, lens);
-            let keys_t = if head.span.q_len < QUERIES_WORTH_TRANSPOSING {
-                head.gather_keys(keys, key_value);
-                Matrix::transposed(keys, dim)
-            } else {
-                head.gather_keys(values, key_value);
-                transpose(keys, values, dim, all);
-                Matrix::rows(keys, all)
-            };
+        with_scratch(parts_len(&lens), |scratch| {
+            let [
+                keys,
+                keys_in_order,
+                values,
+                values_in_order,
+                q,
+                scores,
+                context,
+            ] = parts(scratch, lens);
+            head.gather_keys(keys, key_value);
+            let keys_t = head.by_key(order, keys, keys_in_order);
             head.gather_values(values, key_value);
+            let values = head.by_value(order, values, values_in_order);
             for q_head in head.kv_head * group..(head.kv_head + 1) * group {
                 for (first, rows, keys) in head.tiles() {
                     let row = head.span.q_start + first;
@@ -175,7 +202,7 @@ pub fn attention<E: Element>(
                         k: dim,
                     };
                     let q = Matrix::rows(q, dim);
-                    multiply(scores, keys, extent, q, keys_t, geometry.scale, false);
+                    multiply(scores, keys, extent, q, &keys_t, geometry.scale, false);
                     for (i, scores) in scores.chunks_exact_mut(keys).take(rows).enumerate() {
                         let log_sum = softmax(scores, head.visible(first + i));
                         // SAFETY: one place per query and head, and this task alone has this head.
@@ -186,9 +213,8 @@ pub fn attention<E: Element>(
                         n: dim,
                         k: keys,
                     };
-                    let (probabilities, values) =
-                        (Matrix::rows(scores, keys), Matrix::rows(values, dim));
-                    multiply(context, dim, extent, probabilities, values, 1.0, false);
+                    let probabilities = Matrix::rows(scores, keys);
+                    multiply(context, dim, extent, probabilities, &values, 1.0, false);
                     for (i, context) in context.chunks_exact(dim).take(rows).enumerate() {
                         // SAFETY: as above, `dim` places per query and head.
                         let out = unsafe { out.at(((row + i) * layout.heads + q_head) * dim, dim) };
@@ -198,16 +224,6 @@ pub fn attention<E: Element>(
             }
         });
     });
-}
-
-/// Scratch memory cut into parts.
-fn split<const PARTS: usize>(scratch: &mut [f32], lens: [usize; PARTS]) -> [&mut [f32]; PARTS] {
-    let mut rest = scratch;
-    lens.map(|len| {
-        let (part, others) = std::mem::take(&mut rest).split_at_mut(len);
-        rest = others;
-        part
-    })
 }
 
 /// Softmax of the first `seen` scores, zeros for the others; the log of the sum of exponentials.
@@ -292,29 +308,50 @@ pub fn attention_backward<E: Element>(
     threads.tasks(geometry.spans.len() * layout.kv_heads, |task| {
         let head = Head::new(geometry, task, prefix);
         let all = head.keys();
+        let order = Order::for_rows(QUERY_TILE.min(head.span.q_len));
         let (kv_len, tile_len, scores_len) = (all * dim, QUERY_TILE * dim, QUERY_TILE * all);
+        let by_key_len = head.by_key_len(order);
+        let by_dim_len = Right::len(order, Matrix::<f32>::rows(&[], dim), QUERY_TILE, dim);
         let lens = [
-            kv_len, kv_len, kv_len, kv_len, kv_len, tile_len, tile_len, tile_len, tile_len,
-            scores_len, scores_len,
+            kv_len,
+            by_key_len,
+            head.by_value_len(order),
+            kv_len,
+            by_key_len,
+            kv_len,
+            kv_len,
+            tile_len,
+            by_dim_len,
+            tile_len,
+            by_dim_len,
+            tile_len,
+            tile_len,
+            scores_len,
+            scores_len,
         ];
-        with_scratch(lens.iter().sum(), |scratch| {
+        with_scratch(parts_len(&lens), |scratch| {
             let [
                 keys_of_head,
-                keys_t,
-                values_t,
+                keys_by_key,
+                keys_by_value,
+                values_of_head,
+                values_by_key,
                 dkeys,
                 dvalues,
                 q,
+                q_in_order,
                 dout,
+                dout_in_order,
                 out,
                 dq,
                 p,
                 ds,
-            ] = split(scratch, lens);
-            head.gather_values(keys_of_head, saved.qkv);
-            transpose(values_t, keys_of_head, dim, all);
+            ] = parts(scratch, lens);
             head.gather_keys(keys_of_head, saved.qkv);
-            transpose(keys_t, keys_of_head, dim, all);
+            let keys_t = head.by_key(order, keys_of_head, keys_by_key);
+            let key_rows = head.by_value(order, keys_of_head, keys_by_value);
+            head.gather_values(values_of_head, saved.qkv);
+            let values_t = head.by_key(order, values_of_head, values_by_key);
             dkeys.fill(0.0);
             dvalues.fill(0.0);
             let write = |place: HeadLayout, head: usize, row: usize, values: &[f32]| {
@@ -337,25 +374,9 @@ pub fn attention_backward<E: Element>(
                         k: dim,
                     };
                     let scale = geometry.scale;
-                    let by_key = |x| Matrix::rows(x, all);
-                    multiply(
-                        p,
-                        keys,
-                        extent,
-                        Matrix::rows(q, dim),
-                        by_key(keys_t),
-                        scale,
-                        false,
-                    );
-                    multiply(
-                        ds,
-                        keys,
-                        extent,
-                        Matrix::rows(dout, dim),
-                        by_key(values_t),
-                        1.0,
-                        false,
-                    );
+                    let (q_rows, dout_rows) = (Matrix::rows(q, dim), Matrix::rows(dout, dim));
+                    multiply(p, keys, extent, q_rows, &keys_t, scale, false);
+                    multiply(ds, keys, extent, dout_rows, &values_t, 1.0, false);
                     for i in 0..rows {
                         let lse = saved.lse[(row + i) * layout.heads + q_head];
                         let (scores, values) = (i * keys..(i + 1) * keys, i * dim..(i + 1) * dim);
@@ -368,13 +389,12 @@ pub fn attention_backward<E: Element>(
                         n: dim,
                         k: keys,
                     };
-                    let key_rows = Matrix::rows(keys_of_head, dim);
                     multiply(
                         dq,
                         dim,
                         extent,
                         Matrix::rows(ds, keys),
-                        key_rows,
+                        &key_rows,
                         scale,
                         false,
                     );
@@ -387,8 +407,10 @@ pub fn attention_backward<E: Element>(
                         k: rows,
                     };
                     let (dst, pt) = (Matrix::transposed(ds, keys), Matrix::transposed(p, keys));
-                    multiply(dkeys, dim, extent, dst, Matrix::rows(q, dim), scale, true);
-                    multiply(dvalues, dim, extent, pt, Matrix::rows(dout, dim), 1.0, true);
+                    let q = Right::new(order, Matrix::rows(q, dim), rows, dim, q_in_order);
+                    let dout = Right::new(order, Matrix::rows(dout, dim), rows, dim, dout_in_order);
+                    multiply(dkeys, dim, extent, dst, &q, scale, true);
+                    multiply(dvalues, dim, extent, pt, &dout, 1.0, true);
                 }
             }
             let own = head.prefix_len * dim;

@@ -1,85 +1,36 @@
-//! Matrix products, on the `gemm` crate's f32 kernels.
+//! Matrix products.
 //!
-//! The output is cut into tiles by shape; each tile is computed on one thread, so that a result does not
-//! depend on the number of threads. f32 outputs are written in place. f16 operands are widened panel by
-//! panel and summed in f32 with one rounding at the end (the crate's own f16 path rounds partial sums).
+//! The output is cut into tiles; each is computed on one thread. Where the processor has AVX-512 an element
+//! is the same sum in whatever tile ([`strips`](super::strips)), so that the number of threads may decide
+//! how many there are; else, and for few rows, kernels are those of the `gemm` crate, and tiles are cut by
+//! shape alone, so that a result does not depend on the number of threads either. f32 outputs are written
+//! in place. f16 operands are widened on their way into the kernels and summed in f32 with one rounding
+//! at the end (the crate's own f16 path rounds partial sums).
 
 use multiversion::multiversion;
 
+use super::operands::{Extent, Matrix, Order, Right};
+use super::strips::{self, Start};
 use super::threads::{Scattered, Threads, with_scratch};
-use super::transpose::transpose;
 use crate::backend::{Element, LinearShape, Work};
 
 /// Output tiles to choose from, rows and columns, large to small. Tall ones, since the right operand, a
-/// weight, is brought into the kernels' order for every tile of rows anew; all run at the speed of one
-/// large product on an AMD EPYC (Zen 5), but every thread should get some.
-const TILES: [(usize, usize); 5] = [(1024, 256), (1024, 128), (512, 128), (256, 128), (128, 128)];
-/// Tiles that are enough to keep threads busy.
+/// weight, is brought into the kernels' order for every tile of rows anew; but every thread should get some.
+const TILES: [(usize, usize); 5] = [(1024, 128), (1024, 64), (512, 64), (256, 64), (128, 64)];
+/// Tiles that are enough to keep threads busy, where their number is not known.
 const ENOUGH_TILES: usize = 16;
+/// The same for each thread, where it is.
+const ENOUGH_TILES_PER_THREAD: usize = 4;
 /// Length of sums for which operands are copied at once: panels of it stay in the second-level cache.
-const PANEL_DEPTH: usize = 512;
-/// Rows of a tile from which on the right operand is transposed here: the library's own packing of
-/// columns takes a tenth of a product of 512 rows.
-const ROWS_WORTH_TRANSPOSING: usize = 64;
+const DEPTH: usize = 1024;
 
-fn tile_size(m: usize, n: usize) -> (usize, usize) {
-    let enough =
-        |&(rows, cols): &(usize, usize)| m.div_ceil(rows) * n.div_ceil(cols) >= ENOUGH_TILES;
-    TILES.into_iter().find(enough).unwrap_or((128, 128))
-}
-
-/// A matrix inside a slice, by its strides.
-#[derive(Clone, Copy)]
-pub struct Matrix<'a, T> {
-    /// The values.
-    pub values: &'a [T],
-    /// Elements from one row to the next.
-    pub row_stride: usize,
-    /// Elements from one column to the next.
-    pub col_stride: usize,
-}
-
-impl<'a, T> Matrix<'a, T> {
-    /// Contiguous rows of `cols` values.
-    pub fn rows(values: &'a [T], cols: usize) -> Self {
-        Matrix {
-            values,
-            row_stride: cols,
-            col_stride: 1,
-        }
-    }
-
-    /// The transpose of contiguous rows of `cols` values.
-    pub fn transposed(values: &'a [T], cols: usize) -> Self {
-        Matrix {
-            values,
-            row_stride: 1,
-            col_stride: cols,
-        }
-    }
-
-    /// The same from another first row and column on.
-    fn part(self, row: usize, col: usize) -> Self {
-        Matrix {
-            values: &self.values[row * self.row_stride + col * self.col_stride..],
-            ..self
-        }
-    }
-
-    fn last(&self, rows: usize, cols: usize) -> usize {
-        (rows - 1) * self.row_stride + (cols - 1) * self.col_stride
-    }
-}
-
-/// m, n, k of `[m, k] [k, n] -> [m, n]`.
-#[derive(Clone, Copy)]
-pub struct Extent {
-    /// Rows of the output.
-    pub m: usize,
-    /// Columns of the output.
-    pub n: usize,
-    /// Length of the sums.
-    pub k: usize,
+fn tile_size(m: usize, n: usize, order: Order, threads: usize) -> (usize, usize) {
+    let wanted = match order {
+        Order::Panels => ENOUGH_TILES_PER_THREAD * threads,
+        Order::Rows | Order::Stored => ENOUGH_TILES,
+    };
+    let enough = |&(rows, cols): &(usize, usize)| m.div_ceil(rows) * n.div_ceil(cols) >= wanted;
+    TILES.into_iter().find(enough).unwrap_or((128, 64))
 }
 
 /// `out = scale * x weightᵀ + bias`, added to `out` when `accumulate`.
@@ -146,14 +97,13 @@ pub fn weight_gradient<E: Element>(
     product(threads, dweight, extent, dout, x, None, scale, true);
 }
 
-/// `out = scale * a b + (out if accumulate)` on f32 views, single-threaded.
-/// `out` has contiguous rows `out_stride` apart.
+/// `out = scale * a b + (out if accumulate)`, single-threaded. `out` has contiguous rows `out_stride` apart.
 pub fn multiply(
     out: &mut [f32],
     out_stride: usize,
     extent: Extent,
     a: Matrix<'_, f32>,
-    b: Matrix<'_, f32>,
+    b: &Right<'_>,
     scale: f32,
     accumulate: bool,
 ) {
@@ -162,21 +112,15 @@ pub fn multiply(
         m == 0 || n == 0 || (m - 1) * out_stride + n <= out.len(),
         "product outside of its output"
     );
+    let start = Start {
+        keep: accumulate,
+        bias: None,
+    };
     // SAFETY: the assertion bounds what is written, and `out` is borrowed uniquely.
-    unsafe {
-        multiply_at(
-            out.as_mut_ptr(),
-            out_stride,
-            extent,
-            a,
-            b,
-            scale,
-            accumulate,
-        )
-    }
+    unsafe { multiply_at(out.as_mut_ptr(), out_stride, extent, a, b, scale, start) }
 }
 
-/// The same at a place in a larger output.
+/// The same at a place in a larger output, with a bias for its columns.
 ///
 /// # Safety
 /// The `n` values from `out` on, and those `out_stride` further for each of `m` rows, must be valid for
@@ -186,23 +130,48 @@ unsafe fn multiply_at(
     out_stride: usize,
     extent: Extent,
     a: Matrix<'_, f32>,
+    b: &Right<'_>,
+    scale: f32,
+    start: Start<'_>,
+) {
+    match b {
+        // SAFETY: as promised by the caller; panels are only made where there is AVX-512.
+        #[cfg(target_arch = "x86_64")]
+        Right::Panels(b) => unsafe {
+            strips::multiply(out, out_stride, extent, a, b, scale, start);
+        },
+        // SAFETY: as promised by the caller.
+        Right::Matrix(b) => unsafe {
+            multiply_by_library(out, out_stride, extent, a, *b, scale, start);
+        },
+    }
+}
+
+/// The same with the kernels of `gemm`.
+///
+/// # Safety
+/// As [`multiply_at`].
+unsafe fn multiply_by_library(
+    out: *mut f32,
+    out_stride: usize,
+    extent: Extent,
+    a: Matrix<'_, f32>,
     b: Matrix<'_, f32>,
     scale: f32,
-    accumulate: bool,
+    start: Start<'_>,
 ) {
     let Extent { m, n, k } = extent;
     if m == 0 || n == 0 {
         return;
     }
-    if k > 0 {
-        assert!(
-            a.last(m, k) < a.values.len(),
-            "product reads outside of its left operand"
-        );
-        assert!(
-            b.last(k, n) < b.values.len(),
-            "product reads outside of its right operand"
-        );
+    assert!(a.holds(m, k), "product reads outside of its left operand");
+    assert!(b.holds(k, n), "product reads outside of its right operand");
+    if let Some(bias) = start.bias {
+        for row in 0..m {
+            // SAFETY: n values of a row of the output, by the caller's promise.
+            let out = unsafe { std::slice::from_raw_parts_mut(out.add(row * out_stride), n) };
+            set_bias(out, &bias[..n], start.keep);
+        }
     }
     // SAFETY: the assertions above bound every element that m, n, k and the strides can reach in the
     // operands, and the caller vouches for `out`, which overlaps neither operand as these are borrowed.
@@ -214,7 +183,7 @@ unsafe fn multiply_at(
             out,
             1,
             out_stride as isize,
-            accumulate,
+            start.keep || start.bias.is_some(),
             a.values.as_ptr(),
             a.col_stride as isize,
             a.row_stride as isize,
@@ -253,7 +222,8 @@ fn product<T: Element, O: Element>(
 ) {
     let Extent { m, n, k } = extent;
     let out = &mut out[..m * n];
-    let (tile_rows, tile_cols) = tile_size(m, n);
+    let order = Order::for_rows(m);
+    let (tile_rows, tile_cols) = tile_size(m, n, order, threads.count());
     let tile_columns = n.div_ceil(tile_cols);
     let tiles = m.div_ceil(tile_rows) * tile_columns;
     let tile = |index: usize| {
@@ -266,34 +236,32 @@ fn product<T: Element, O: Element>(
         Tile { row, col, extent }
     };
     if let Some(out) = O::as_f32_mut(out) {
+        let start = Start {
+            keep: accumulate,
+            bias: bias.and_then(T::as_f32),
+        };
         let out = Scattered::new(out);
         threads.tasks(tiles, |index| {
-            let Tile { row, col, extent } = tile(index);
-            if let Some(bias) = bias {
-                for row in row..row + extent.m {
-                    // SAFETY: tiles do not overlap, and this is a row of this tile.
-                    let out = unsafe { out.at(row * n + col, extent.n) };
-                    set_bias(out, &bias[col..], accumulate);
-                }
-            }
-            let start = out.start_of(row * n + col, (extent.m - 1) * n + extent.n);
-            let accumulate = accumulate || bias.is_some();
-            with_scratch(panels_len(b, extent), |panels| {
+            let tile = tile(index);
+            let Tile { row, col, extent } = tile;
+            let first = out.start_of(row * n + col, (extent.m - 1) * n + extent.n);
+            with_scratch(copies_len(order, a, b, extent), |copies| {
                 // SAFETY: the places of this tile, which `start_of` found to be in `out`.
-                unsafe { add_tile(start, n, tile(index), a, b, scale, accumulate, panels) };
+                unsafe { compute_tile(first, n, tile, order, a, b, scale, start, copies) };
             });
         });
         return;
     }
     let out = Scattered::new(out);
     threads.tasks(tiles, |index| {
-        let Tile { row, col, extent } = tile(index);
+        let tile = tile(index);
+        let Tile { row, col, extent } = tile;
         let sums_len = extent.m * extent.n;
-        with_scratch(sums_len + panels_len(b, extent), |scratch| {
-            let (sums, panels) = scratch.split_at_mut(sums_len);
-            let start = sums.as_mut_ptr();
+        with_scratch(sums_len + copies_len(order, a, b, extent), |scratch| {
+            let (sums, copies) = scratch.split_at_mut(sums_len);
+            let (first, start) = (sums.as_mut_ptr(), Start::default());
             // SAFETY: `sums` is as large as the tile.
-            unsafe { add_tile(start, extent.n, tile(index), a, b, scale, false, panels) };
+            unsafe { compute_tile(first, extent.n, tile, order, a, b, scale, start, copies) };
             for (row, sums) in (row..).zip(sums.chunks_exact(extent.n)) {
                 // SAFETY: tiles do not overlap, and this is a row of this tile.
                 let out = unsafe { out.at(row * n + col, extent.n) };
@@ -306,67 +274,49 @@ fn product<T: Element, O: Element>(
     });
 }
 
-/// Whether the right operand of a tile is brought into rows of its columns.
-fn transposes<T>(b: Matrix<'_, T>, tile: Extent) -> bool {
-    b.col_stride != 1 && tile.m >= ROWS_WORTH_TRANSPOSING
+/// Values of scratch memory that [`compute_tile`] needs for copies of its operands.
+fn copies_len<T: Element>(order: Order, a: Matrix<'_, T>, b: Matrix<'_, T>, tile: Extent) -> usize {
+    let depth = DEPTH.min(tile.k);
+    a.left_len(order, tile.m, depth) + Right::len(order, b, depth, tile.n)
 }
 
-/// Values of scratch memory that [`add_tile`] needs for copies of its operands.
-fn panels_len<T: Element>(b: Matrix<'_, T>, tile: Extent) -> usize {
-    let depth = PANEL_DEPTH.min(tile.k);
-    let stored_as_f32 = T::as_f32(b.values).is_some();
-    let copies_a = !stored_as_f32;
-    let copies_b = !stored_as_f32 || transposes(b, tile);
-    depth * (if copies_a { tile.m } else { 0 } + if copies_b { tile.n } else { 0 })
-}
-
-/// `out = scale * a b + (out if accumulate)` for one tile, `panels` of [`panels_len`].
+/// `out = scale * a b + start` for one tile, `copies` of [`copies_len`].
 ///
 /// # Safety
 /// As [`multiply_at`].
 #[allow(clippy::too_many_arguments)]
-unsafe fn add_tile<T: Element>(
+unsafe fn compute_tile<T: Element>(
     out: *mut f32,
     out_stride: usize,
     tile: Tile,
+    order: Order,
     a: Matrix<'_, T>,
     b: Matrix<'_, T>,
     scale: f32,
-    accumulate: bool,
-    panels: &mut [f32],
+    start: Start<'_>,
+    copies: &mut [f32],
 ) {
     let Extent { m, n, k } = tile.extent;
-    let transposes = transposes(b, tile.extent);
     // Without copies the library cuts the sums by itself.
-    let depth = if panels.is_empty() {
-        k
-    } else {
-        PANEL_DEPTH.min(k)
-    };
+    let depth = if copies.is_empty() { k } else { DEPTH.min(k) };
+    let bias = start.bias.map(|bias| &bias[tile.col..][..n]);
     for first in (0..k).step_by(depth.max(1)) {
         let k = depth.min(k - first);
         let extent = Extent { m, n, k };
-        let (a, panels) = f32_panel(a.part(tile.row, first), m, k, &mut *panels);
-        let b = b.part(first, tile.col);
-        let b = if transposes {
-            let panel = &mut panels[..k * n];
-            transpose(panel, b.values, b.col_stride, n);
-            Matrix::rows(panel, n)
+        let (a, b) = (a.part(tile.row, first), b.part(first, tile.col));
+        let (left, right) = copies.split_at_mut(a.left_len(order, m, k));
+        let right = &mut right[..Right::len(order, b, k, n)];
+        let (a, b) = (a.left(order, m, k, left), Right::new(order, b, k, n, right));
+        let start = if first == 0 {
+            Start { bias, ..start }
         } else {
-            f32_panel(b, k, n, panels).0
+            Start {
+                keep: true,
+                bias: None,
+            }
         };
         // SAFETY: as promised by the caller.
-        unsafe {
-            multiply_at(
-                out,
-                out_stride,
-                extent,
-                a,
-                b,
-                scale,
-                accumulate || first > 0,
-            )
-        };
+        unsafe { multiply_at(out, out_stride, extent, a, &b, scale, start) };
     }
 }
 
@@ -398,40 +348,127 @@ fn store_with_bias<T: Element, O: Element>(
     }
 }
 
-/// Rows and columns from the start of a matrix, as f32: a view where it is f32 already, else a copy at
-/// the start of `panels`. What is left of `panels` comes along.
-fn f32_panel<'a, T: Element>(
-    matrix: Matrix<'a, T>,
-    rows: usize,
-    cols: usize,
-    panels: &'a mut [f32],
-) -> (Matrix<'a, f32>, &'a mut [f32]) {
-    let Matrix {
-        values,
-        row_stride,
-        col_stride,
-    } = matrix;
-    if let Some(values) = T::as_f32(values) {
-        let view = Matrix {
-            values,
-            row_stride,
-            col_stride,
+#[cfg(test)]
+mod tests {
+    use half::f16;
+
+    use super::*;
+
+    /// Small numbers, in both halves of the sign.
+    fn values<T: Element>(len: usize, seed: usize) -> Vec<T> {
+        let value = |i: usize| ((i * 2_654_435 + seed * 40_503) % 1_999) as f32 / 1_000.0 - 1.0;
+        (0..len).map(|i| T::from_f32(value(i))).collect()
+    }
+
+    /// `[m, k]` and `[k, n]`, each stored by rows or by columns, with something behind each row.
+    fn matrices<T: Element>(
+        extent: Extent,
+        by_rows: (bool, bool),
+        memory: &mut (Vec<T>, Vec<T>),
+    ) -> (Matrix<'_, T>, Matrix<'_, T>) {
+        let Extent { m, n, k } = extent;
+        *memory = (values((m + 3) * (k + 3), 1), values((k + 3) * (n + 3), 2));
+        let stored = |values, rows: usize, cols: usize, by_rows: bool| match by_rows {
+            true => Matrix::rows(values, cols + 3),
+            false => Matrix::transposed(values, rows + 3),
         };
-        return (view, panels);
+        (
+            stored(&memory.0[..], m, k, by_rows.0),
+            stored(&memory.1[..], k, n, by_rows.1),
+        )
     }
-    let (panel, rest) = panels.split_at_mut(rows * cols);
-    let (stride, width) = if col_stride == 1 {
-        (row_stride, cols)
-    } else {
-        (col_stride, rows)
-    };
-    for (index, out) in panel.chunks_exact_mut(width).enumerate() {
-        T::widen(out, &values[index * stride..][..width]);
+
+    /// Every order of operands gives the products, and nothing beside the tile is written.
+    fn tile_is_computed<T: Element>(order: Order) {
+        for (m, n, k) in [
+            (1, 1, 1),
+            (3, 65, 97),
+            (12, 32, 16),
+            (13, 33, 1025),
+            (65, 97, 3),
+            (97, 16, 65),
+        ] {
+            for by_rows in [(true, true), (true, false), (false, true), (false, false)] {
+                for (keep, biased) in [(false, false), (false, true), (true, false), (true, true)] {
+                    let extent = Extent { m, n, k };
+                    let mut memory = (Vec::new(), Vec::new());
+                    let (a, b) = matrices::<T>(extent, by_rows, &mut memory);
+                    let bias = values::<f32>(n, 3);
+                    let before = values::<f32>(m * (n + 2), 4);
+                    let mut out = before.clone();
+                    let start = Start {
+                        keep,
+                        bias: biased.then_some(&bias[..]),
+                    };
+                    let tile = Tile {
+                        row: 0,
+                        col: 0,
+                        extent,
+                    };
+                    let mut copies = vec![f32::NAN; copies_len(order, a, b, extent)];
+                    // SAFETY: `out` has m rows of n + 2 values.
+                    unsafe {
+                        let (out, copies) = (out.as_mut_ptr(), &mut copies[..]);
+                        compute_tile(out, n + 2, tile, order, a, b, 0.5, start, copies);
+                    }
+                    for row in 0..m {
+                        for col in 0..n + 2 {
+                            let (place, what) = (row * (n + 2) + col, (m, n, k, by_rows, row, col));
+                            if col >= n {
+                                assert_eq!(out[place], before[place], "{what:?}: beside the tile");
+                                continue;
+                            }
+                            let sum: f64 = (0..k)
+                                .map(|i| {
+                                    let a = a.values[row * a.row_stride + i * a.col_stride];
+                                    let b = b.values[i * b.row_stride + col * b.col_stride];
+                                    f64::from(a.to_f32()) * f64::from(b.to_f32())
+                                })
+                                .sum();
+                            let kept = if keep { before[place] } else { 0.0 };
+                            let bias = if biased { bias[col] } else { 0.0 };
+                            let expected = 0.5 * sum + f64::from(kept) + f64::from(bias);
+                            let error = (f64::from(out[place]) - expected).abs();
+                            assert!(error <= 1e-6 * (k as f64 + 4.0), "{what:?}: off by {error}");
+                        }
+                    }
+                }
+            }
+        }
     }
-    let panel = if col_stride == 1 {
-        Matrix::rows(panel, cols)
-    } else {
-        Matrix::transposed(panel, rows)
-    };
-    (panel, rest)
+
+    #[test]
+    fn tiles_are_computed_in_every_order() {
+        for order in [Order::Rows, Order::Stored] {
+            tile_is_computed::<f32>(order);
+            tile_is_computed::<f16>(order);
+        }
+        if strips::supported() {
+            tile_is_computed::<f32>(Order::Panels);
+            tile_is_computed::<f16>(Order::Panels);
+        }
+    }
+
+    /// Rows computed alone, and beside others, with more and with fewer threads.
+    #[test]
+    fn panels_give_the_same_bits_in_every_tile() {
+        if !strips::supported() {
+            return;
+        }
+        let (m, n, k) = (1_100, 193, 1_030);
+        let (x, weight) = (values::<f32>(m * k, 1), values::<f32>(n * k, 2));
+        let compute = |threads: usize, rows: usize| {
+            let threads = Threads::new(threads).expect("threads");
+            let mut out = vec![0.0; rows * n];
+            let extent = Extent { m: rows, n, k };
+            let (a, b) = (Matrix::rows(&x[..], k), Matrix::transposed(&weight[..], k));
+            product(&threads, &mut out, extent, a, b, None, 1.0, false);
+            out
+        };
+        let all = compute(1, m);
+        assert_eq!(all, compute(3, m));
+        for rows in [16, 65, 512] {
+            assert_eq!(all[..rows * n], compute(2, rows), "{rows} rows");
+        }
+    }
 }

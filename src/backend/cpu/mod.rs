@@ -14,12 +14,14 @@ mod elementwise;
 mod loss;
 mod matmul;
 mod norm;
+mod operands;
 mod ops;
 mod optim;
 mod reduce;
 mod rms_norm;
 mod rotary;
 mod rows;
+mod strips;
 mod threads;
 mod transpose;
 

@@ -1,7 +1,7 @@
 //! The compute threads of one CPU stage, and the loops that use them.
 //!
-//! Work is always cut by shape, never by the number of threads: who computes a piece can change,
-//! what is computed cannot.
+//! Work is cut by shape, and by the number of threads only where the bits of a result do not depend on the
+//! cut: who computes a piece can change, what is computed cannot.
 
 use std::cell::RefCell;
 use std::sync::{Mutex, PoisonError};
@@ -41,6 +41,13 @@ impl Threads {
             pool: Some(pool),
             clock: HostClock::default(),
         })
+    }
+
+    /// How many there are.
+    pub fn count(&self) -> usize {
+        self.pool
+            .as_ref()
+            .map_or(1, rayon::ThreadPool::current_num_threads)
     }
 
     /// Calls `work(0) .. work(tasks - 1)`, in any order.
@@ -150,15 +157,35 @@ thread_local! {
     static SCRATCH: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Lends `work` memory of this thread for `len` values, which hold whatever was left there. It is kept
-/// from call to call (a fresh megabyte costs a page fault for every 4 KiB), and is lent once at a time.
+/// Values in a line of the cache.
+const LINE: usize = 16;
+
+/// Lends `work` memory of this thread for `len` values, which hold whatever was left there; it starts with
+/// a line of the cache, since vectors across two lines take two reads. It is kept from call to call (a
+/// fresh megabyte costs a page fault for every 4 KiB), and is lent once at a time.
 pub fn with_scratch<R>(len: usize, work: impl FnOnce(&mut [f32]) -> R) -> R {
     SCRATCH.with_borrow_mut(|scratch| {
-        if scratch.len() < len {
-            scratch.resize(len, 0.0);
+        if scratch.len() < len + LINE {
+            scratch.resize(len + LINE, 0.0);
         }
-        work(&mut scratch[..len])
+        let line = scratch.as_ptr().align_offset(LINE * size_of::<f32>());
+        work(&mut scratch[line.min(LINE)..][..len])
     })
+}
+
+/// Scratch memory cut into parts, each of which starts with a line of the cache; see [`parts_len`].
+pub fn parts<const PARTS: usize>(scratch: &mut [f32], lens: [usize; PARTS]) -> [&mut [f32]; PARTS] {
+    let mut rest = scratch;
+    lens.map(|len| {
+        let (part, others) = std::mem::take(&mut rest).split_at_mut(len.next_multiple_of(LINE));
+        rest = others;
+        &mut part[..len]
+    })
+}
+
+/// Values of scratch memory that [`parts`] needs.
+pub fn parts_len(lens: &[usize]) -> usize {
+    lens.iter().map(|len| len.next_multiple_of(LINE)).sum()
 }
 
 /// A slice that several tasks write at once, each to places of its own.

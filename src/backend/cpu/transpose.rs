@@ -1,7 +1,7 @@
 //! Columns of a matrix brought into rows, block by block.
 //!
-//! Where the processor has AVX-512, values of f32 blocks change places inside registers, which is several
-//! times as fast as one value at a time. Nothing is computed, so every way gives the same bits.
+//! Where the processor has AVX-512, values change places inside registers, which is several times as fast
+//! as one value at a time. Nothing is computed, so every way gives the same bits.
 
 use multiversion::multiversion;
 
@@ -10,42 +10,53 @@ use crate::backend::Element;
 /// A block's rows are a line of the cache each, in and out.
 const BLOCK: usize = 16;
 
-/// `out[c, r] = x[r, c]`, as f32, for the columns of `out`, of which there are `cols`; the rows of x are
-/// `stride` apart.
-pub fn transpose<T: Element>(out: &mut [f32], x: &[T], stride: usize, cols: usize) {
-    let rows = out.len() / cols;
-    #[cfg(target_arch = "x86_64")]
-    if let Some(x) = T::as_f32(x).filter(|_| is_x86_feature_detected!("avx512f")) {
-        let (whole_rows, whole_cols) = (rows - rows % BLOCK, cols - cols % BLOCK);
-        if whole_rows > 0 && whole_cols > 0 {
-            // SAFETY: the processor has AVX-512F.
-            unsafe { avx512::blocks(out, x, stride, cols, whole_rows, whole_cols) };
-        }
-        borders(out, x, stride, cols, whole_rows, whole_cols);
+/// `out[r, c] = x[c, r]`, widened, for `rows` rows and `cols` columns of `out`, whose rows are `out_stride`
+/// apart; those of x are `stride` apart.
+pub fn transpose<T: Element>(
+    out: &mut [f32],
+    out_stride: usize,
+    x: &[T],
+    stride: usize,
+    rows: usize,
+    cols: usize,
+) {
+    if rows == 0 || cols == 0 {
         return;
     }
-    blocks(out, x, stride, cols, rows);
+    assert!((cols - 1) * stride + rows <= x.len());
+    assert!((rows - 1) * out_stride + cols <= out.len());
+    #[cfg(target_arch = "x86_64")]
+    if is_x86_feature_detected!("avx512f") {
+        // SAFETY: the processor has AVX-512F.
+        unsafe { avx512::blocks(out, out_stride, x, stride, rows, cols) };
+        return;
+    }
+    blocks(out, out_stride, x, stride, rows, cols);
 }
 
-/// What lies behind the whole blocks: the last columns of all rows of `out`, and its last rows.
-fn borders(
-    out: &mut [f32],
-    x: &[f32],
-    stride: usize,
-    cols: usize,
-    whole_rows: usize,
-    whole_cols: usize,
-) {
-    for (row, out) in out.chunks_exact_mut(cols).enumerate() {
-        let first = if row < whole_rows { whole_cols } else { 0 };
-        for (col, out) in out.iter_mut().enumerate().skip(first) {
-            *out = x[col * stride + row];
-        }
+/// Asks memory for the line of the cache at `place`, which may lie outside of x.
+#[inline(always)]
+pub fn prefetch<T>(x: &[T], place: usize) {
+    let line = x.as_ptr().wrapping_add(place);
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: every x86-64 has the instruction, and it fails for no address.
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_T0>(line.cast());
     }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = line;
 }
 
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2"))]
-fn blocks<T: Element>(out: &mut [f32], x: &[T], stride: usize, cols: usize, rows: usize) {
+fn blocks<T: Element>(
+    out: &mut [f32],
+    out_stride: usize,
+    x: &[T],
+    stride: usize,
+    rows: usize,
+    cols: usize,
+) {
     let mut block = [[0.0f32; BLOCK]; BLOCK];
     for first_col in (0..cols).step_by(BLOCK) {
         let width = BLOCK.min(cols - first_col);
@@ -57,9 +68,8 @@ fn blocks<T: Element>(out: &mut [f32], x: &[T], stride: usize, cols: usize, rows
                     *value = x.to_f32();
                 }
             }
-            let out = out[first_row * cols..].chunks_mut(cols).take(height);
-            for (row, out) in out.enumerate() {
-                let out = &mut out[first_col..][..width];
+            for row in 0..height {
+                let out = &mut out[(first_row + row) * out_stride + first_col..][..width];
                 for (out, values) in out.iter_mut().zip(&block) {
                     *out = values[row];
                 }
@@ -71,41 +81,62 @@ fn blocks<T: Element>(out: &mut [f32], x: &[T], stride: usize, cols: usize, rows
 #[cfg(target_arch = "x86_64")]
 mod avx512 {
     use std::arch::x86_64::{
-        __m512, _mm512_castpd_ps, _mm512_castps_pd, _mm512_loadu_ps, _mm512_setzero_ps,
-        _mm512_shuffle_f32x4, _mm512_storeu_ps, _mm512_unpackhi_pd, _mm512_unpackhi_ps,
-        _mm512_unpacklo_pd, _mm512_unpacklo_ps,
+        __m512, __mmask16, _mm512_castpd_ps, _mm512_castps_pd, _mm512_loadu_ps,
+        _mm512_mask_storeu_ps, _mm512_maskz_loadu_ps, _mm512_setzero_ps, _mm512_shuffle_f32x4,
+        _mm512_unpackhi_pd, _mm512_unpackhi_ps, _mm512_unpacklo_pd, _mm512_unpacklo_ps,
     };
 
-    use super::BLOCK;
+    use super::{BLOCK, prefetch};
+    use crate::backend::Element;
 
-    /// The first `rows` rows and `cols` columns of `out`, whole blocks both, at least one.
+    /// As [`super::transpose`].
     #[target_feature(enable = "avx512f")]
-    pub fn blocks(
+    pub fn blocks<T: Element>(
         out: &mut [f32],
-        x: &[f32],
-        stride: usize,
         out_stride: usize,
+        x: &[T],
+        stride: usize,
         rows: usize,
         cols: usize,
     ) {
-        assert!(rows.is_multiple_of(BLOCK) && cols.is_multiple_of(BLOCK) && rows > 0 && cols > 0);
-        assert!((cols - 1) * stride + rows <= x.len());
-        assert!((rows - 1) * out_stride + cols <= out.len());
         for first_col in (0..cols).step_by(BLOCK) {
+            let width = BLOCK.min(cols - first_col);
             for first_row in (0..rows).step_by(BLOCK) {
+                let height = BLOCK.min(rows - first_row);
                 let mut block = [_mm512_setzero_ps(); BLOCK];
-                for (col, values) in block.iter_mut().enumerate() {
+                for (col, values) in block.iter_mut().enumerate().take(width) {
                     let place = (first_col + col) * stride + first_row;
-                    // SAFETY: 16 values of row `first_col + col < cols` of x, inside by the assertion.
-                    *values = unsafe { _mm512_loadu_ps(x.as_ptr().add(place)) };
+                    prefetch(x, place + BLOCK * stride);
+                    *values = load(&x[place..][..height]);
                 }
-                for (row, values) in transposed(block).into_iter().enumerate() {
-                    let place = (first_row + row) * out_stride + first_col;
-                    // SAFETY: 16 values of row `first_row + row < rows` of `out`, inside by the assertion.
-                    unsafe { _mm512_storeu_ps(out.as_mut_ptr().add(place), values) };
+                let columns = transposed(block);
+                for (row, &values) in columns.iter().enumerate().take(height) {
+                    let out = &mut out[(first_row + row) * out_stride + first_col..][..width];
+                    // SAFETY: the mask has a bit for each value of `out`, of which there are at most 16.
+                    unsafe { _mm512_mask_storeu_ps(out.as_mut_ptr(), mask(width), values) };
                 }
             }
         }
+    }
+
+    /// A bit for each of the first `len` lanes, at least one.
+    fn mask(len: usize) -> __mmask16 {
+        __mmask16::MAX >> (BLOCK - len)
+    }
+
+    /// Up to 16 values, widened, and zeros.
+    #[target_feature(enable = "avx512f")]
+    fn load<T: Element>(x: &[T]) -> __m512 {
+        if let Some(x) = T::as_f32(x) {
+            // SAFETY: the mask has a bit for each value of x, of which there are at most 16.
+            return unsafe { _mm512_maskz_loadu_ps(mask(x.len()), x.as_ptr()) };
+        }
+        let mut values = [0.0; BLOCK];
+        for (value, x) in values.iter_mut().zip(x) {
+            *value = x.to_f32();
+        }
+        // SAFETY: 16 values.
+        unsafe { _mm512_loadu_ps(values.as_ptr()) }
     }
 
     /// Rows to columns: pairs of rows are mixed value by value, pairs of those two values at a time, and
@@ -148,33 +179,42 @@ mod avx512 {
 
 #[cfg(test)]
 mod tests {
+    use half::f16;
+
     use super::*;
 
-    #[test]
-    fn every_value_finds_its_place() {
-        for (rows, cols, stride) in [
-            (1, 1, 1),
-            (16, 16, 16),
-            (3, 65, 7),
-            (65, 97, 70),
-            (97, 48, 97),
+    fn places<T: Element + PartialEq>() {
+        for (rows, cols, stride, out_stride) in [
+            (1, 1, 1, 1),
+            (16, 16, 16, 16),
+            (3, 65, 7, 65),
+            (65, 97, 70, 112),
+            (97, 48, 97, 50),
         ] {
-            // `cols` rows of x, of which the first `rows` values count.
-            let x: Vec<f32> = (0..cols * stride).map(|i| i as f32).collect();
-            let mut out = vec![-1.0; rows * cols];
-            transpose(&mut out, &x, stride, cols);
-            let mut plain = vec![-1.0; rows * cols];
-            blocks(&mut plain, &x, stride, cols, rows);
-            for row in 0..rows {
-                for col in 0..cols {
-                    assert_eq!(
-                        out[row * cols + col],
-                        (col * stride + row) as f32,
-                        "{row} {col}"
-                    );
-                }
+            // `cols` rows of x, of which the first `rows` values count. f16 has integers up to 2,048.
+            let x: Vec<T> = (0..cols * stride)
+                .map(|i| T::from_f32((i * 7 % 2039) as f32))
+                .collect();
+            let mut out = vec![-1.0; rows * out_stride];
+            let mut plain = out.clone();
+            transpose(&mut out, out_stride, &x, stride, rows, cols);
+            blocks(&mut plain, out_stride, &x, stride, rows, cols);
+            for (place, value) in out.iter().enumerate() {
+                let (row, col) = (place / out_stride, place % out_stride);
+                let expected = if col < cols {
+                    x[col * stride + row].to_f32()
+                } else {
+                    -1.0
+                };
+                assert_eq!(*value, expected, "{row} {col}");
             }
             assert_eq!(out, plain, "{rows} x {cols}");
         }
+    }
+
+    #[test]
+    fn every_value_finds_its_place() {
+        places::<f32>();
+        places::<f16>();
     }
 }
