@@ -20,7 +20,7 @@ const TILES: [(usize, usize); 5] = [(1024, 128), (1024, 64), (512, 64), (256, 64
 /// Tiles that are enough to keep threads busy, where their number is not known.
 const ENOUGH_TILES: usize = 16;
 /// The same for each thread, where it is.
-const ENOUGH_TILES_PER_THREAD: usize = 4;
+const ENOUGH_TILES_PER_THREAD: usize = 8;
 /// Length of sums for which operands are copied at once: panels of it stay in the second-level cache.
 const DEPTH: usize = 1024;
 
