@@ -23,6 +23,8 @@ const ENOUGH_TILES: usize = 16;
 const ENOUGH_TILES_PER_THREAD: usize = 8;
 /// Length of sums for which operands are copied at once: panels of it stay in the second-level cache.
 const DEPTH: usize = 1024;
+/// Rows of the left operand for which that is done.
+const COPIED_ROWS: usize = 120;
 
 fn tile_size(m: usize, n: usize, order: Order, threads: usize) -> (usize, usize) {
     let wanted = match order {
@@ -112,9 +114,9 @@ pub fn multiply(
         m == 0 || n == 0 || (m - 1) * out_stride + n <= out.len(),
         "product outside of its output"
     );
-    let start = Start {
-        keep: accumulate,
-        bias: None,
+    let start = match accumulate {
+        true => Start::kept(),
+        false => Start::default(),
     };
     // SAFETY: the assertion bounds what is written, and `out` is borrowed uniquely.
     unsafe { multiply_at(out.as_mut_ptr(), out_stride, extent, a, b, scale, start) }
@@ -274,10 +276,19 @@ fn product<T: Element, O: Element>(
     });
 }
 
+/// Rows of a left operand that are copied at once, where it has to be copied.
+fn rows_at_once(order: Order, rows: usize) -> usize {
+    match order {
+        Order::Panels => rows.min(COPIED_ROWS),
+        Order::Rows | Order::Stored => rows,
+    }
+}
+
 /// Values of scratch memory that [`compute_tile`] needs for copies of its operands.
 fn copies_len<T: Element>(order: Order, a: Matrix<'_, T>, b: Matrix<'_, T>, tile: Extent) -> usize {
     let depth = DEPTH.min(tile.k);
-    a.left_len(order, tile.m, depth) + Right::len(order, b, depth, tile.n)
+    let rows = rows_at_once(order, tile.m);
+    a.left_len(order, rows, depth) + Right::len(order, b, depth, tile.n)
 }
 
 /// `out = scale * a b + start` for one tile, `copies` of [`copies_len`].
@@ -302,21 +313,28 @@ unsafe fn compute_tile<T: Element>(
     let bias = start.bias.map(|bias| &bias[tile.col..][..n]);
     for first in (0..k).step_by(depth.max(1)) {
         let k = depth.min(k - first);
-        let extent = Extent { m, n, k };
-        let (a, b) = (a.part(tile.row, first), b.part(first, tile.col));
-        let (left, right) = copies.split_at_mut(a.left_len(order, m, k));
-        let right = &mut right[..Right::len(order, b, k, n)];
-        let (a, b) = (a.left(order, m, k, left), Right::new(order, b, k, n, right));
-        let start = if first == 0 {
-            Start { bias, ..start }
-        } else {
-            Start {
-                keep: true,
-                bias: None,
-            }
+        let start = match first {
+            0 => Start { bias, ..start },
+            _ => Start::kept(),
         };
-        // SAFETY: as promised by the caller.
-        unsafe { multiply_at(out, out_stride, extent, a, &b, scale, start) };
+        let b = b.part(first, tile.col);
+        let (right, left) = copies.split_at_mut(Right::len(order, b, k, n));
+        let b = Right::new(order, b, k, n, right);
+        let rows = match a.left_len(order, 1, 1) {
+            0 => m,
+            _ => rows_at_once(order, m),
+        };
+        for row in (0..m).step_by(rows.max(1)) {
+            let m = rows.min(m - row);
+            let a = a.part(tile.row + row, first);
+            let left = &mut left[..a.left_len(order, m, k)];
+            let (a, extent) = (a.left(order, m, k, left), Extent { m, n, k });
+            // SAFETY: as promised by the caller, for these rows of the tile.
+            unsafe {
+                let out = out.add(row * out_stride);
+                multiply_at(out, out_stride, extent, a, &b, scale, start);
+            }
+        }
     }
 }
 
@@ -387,6 +405,7 @@ mod tests {
             (13, 33, 1025),
             (65, 97, 3),
             (97, 16, 65),
+            (131, 34, 70),
         ] {
             for by_rows in [(true, true), (true, false), (false, true), (false, false)] {
                 for (keep, biased) in [(false, false), (false, true), (true, false), (true, true)] {

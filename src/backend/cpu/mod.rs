@@ -5,7 +5,7 @@
 //! has is taken at run time. They are loops over a piece or a row; what they call is `#[inline(always)]`,
 //! since a call, a closure's too, stays compiled for any processor. All compute the same bits: no sum is
 //! reordered, and no product joined with a sum into one rounding, unless the code says so. (Matrix
-//! products are another matter: the kernels of `gemm` differ from processor to processor.)
+//! products are another matter: ours for AVX-512 and those of `gemm` sum in other orders.)
 
 mod attention;
 mod buffer;

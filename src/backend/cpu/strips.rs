@@ -110,6 +110,16 @@ pub struct Start<'a> {
     pub bias: Option<&'a [f32]>,
 }
 
+impl Start<'_> {
+    /// What the output holds, alone.
+    pub fn kept() -> Self {
+        Start {
+            keep: true,
+            bias: None,
+        }
+    }
+}
+
 /// `out = scale * a b + start`, on one thread.
 ///
 /// # Safety
