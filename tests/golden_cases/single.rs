@@ -18,7 +18,7 @@ use super::adapter::Adapter;
 use super::batch::spans;
 use super::case::Family;
 use super::{Golden, Outcome};
-use mp_train::backend::Backend;
+use mp_train::backend::{Backend, Sums};
 
 /// The whole model on one stage.
 pub struct Single<B: Backend> {
@@ -77,6 +77,7 @@ impl<B: Golden> Single<B> {
             initial: &initial,
             pulse: &Arc::default(),
             first_stage: true,
+            sums: Sums::F32,
         };
         let shape = StageShape {
             chunks: vec![ChunkShape {
