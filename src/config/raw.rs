@@ -59,7 +59,7 @@ pub struct RawModel {
     /// Rounding of the rotary tables: original as the model's own f16 code [original with f16]
     #[arg(long, value_name = "original|f32", hide_possible_values = true)]
     pub rotary_table: Option<RotaryPrecision>,
-    /// Sums of the frozen layers' products on GPUs: f16 is for GeForce [f32]
+    /// Sums in the frozen layers' products [f32]
     #[arg(long, value_name = "f32|f16", hide_possible_values = true)]
     pub product_sums: Option<ProductSums>,
 }

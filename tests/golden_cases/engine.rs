@@ -5,9 +5,7 @@ use std::time::Duration;
 
 use mp_train::adapter::{AdapterError, ParameterSpec, ParameterState};
 use mp_train::comm::in_process;
-use mp_train::config::run::{
-    Device, Precision, ProductSums, Recompute, STALL_TIMEOUT, ScheduleKind,
-};
+use mp_train::config::run::{Device, Precision, Recompute, STALL_TIMEOUT, ScheduleKind};
 use mp_train::model::rotary::RotaryPrecision;
 use mp_train::model::trainables::Trainables;
 use mp_train::pipeline::launch::{Blueprint, Engine, launch};
@@ -113,7 +111,7 @@ pub fn start_training<B: Golden>(
         max_rows: room.rows,
         max_sequences: room.sequences,
         rotary: RotaryPrecision::F32,
-        product_sums: ProductSums::F32,
+        product_sums: parts.family.product_sums,
         threads,
         stall_timeout: Duration::from_secs(STALL_TIMEOUT),
     };
