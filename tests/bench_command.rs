@@ -395,7 +395,7 @@ fn products_summed_in_f16_are_named() {
     let Some(emulator) = Emulator::build() else {
         return;
     };
-    let mut command = tiny("--devices 0 --product-sums f16 --profile-steps 0 --json");
+    let mut command = tiny("--devices 0 --product-sums f16 --json");
     emulator.command_env(&mut command);
     let document = document(&succeed(&mut command).stdout);
     assert_eq!(document["options"]["product_sums"], "f16");

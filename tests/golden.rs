@@ -206,7 +206,7 @@ fn golden_cuda_f16_sums() {
     {
         run.finish();
         let ran = |case: &&str| run.verdicts.iter().any(|family| family.ran(case));
-        assert!(F16_SUMS.iter().any(|case| ran(&case)));
+        assert!(F16_SUMS.iter().any(ran));
         if std::env::var_os("UPDATE_SNAPSHOTS").is_some() && !on_this_gpu() {
             write_f16_sums(&run);
         }

@@ -103,8 +103,8 @@ pub fn f16_sums(folder: &Path, cpu: &Errors, cuda: &Errors) -> Outcome<Vec<Value
                     "family": name,
                     "case": case,
                     "of": words,
-                    "cpu_f16": number(cpu),
-                    "cuda_f16_sums": number(cuda),
+                    "cpu_f16": number(cpu).parse::<f64>()?,
+                    "cuda_f16_sums": number(cuda).parse::<f64>()?,
                     "limit": kind.half().to_string(),
                 }));
             }
