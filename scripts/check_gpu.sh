@@ -13,8 +13,8 @@
 # the PyTorch peers, each held against what the project asks for. Results go to RESULTS (gpu-results.json)
 # as JSON, one check per line inside. The last line
 # is `N passed, N failed, N skipped`; with MP_TRAIN_REQUIRE_GPU=1 a skip is a failure.
-# CHECKS="ops golden" runs some of: wrappers ops ops_75 ops_80 golden train answer stages sanitizer bench
-# speed, and of speed speed_ops speed_attention speed_mfu speed_stages speed_memory speed_peers. Each ends
+# CHECKS="ops golden" runs some of: wrappers ops ops_75 ops_80 golden golden_f16_sums train train_f16_sums answer stages
+# sanitizer bench speed, and of speed speed_ops speed_attention speed_mfu speed_stages speed_memory speed_peers. Each ends
 # within nine minutes or is cut. PYTHON names the Python that has torch (python3). To see that it goes on an
 # emulated GPU: SPEED_SIZE=tiny SPEED_LENGTH=64 OP_SPEED_SIZES=tiny.
 set -uo pipefail
@@ -100,17 +100,28 @@ measure() {
   fi
 }
 
-# The golden LoRA run on the GPU and on the CPU, both in f16: final losses within 0.05.
+# The golden LoRA run on the GPU and on the CPU, both in f16: losses within 0.05. What follows are flags for the GPU.
 train() {
-  local on
+  local on more
   cd "$root" || return 1
   for on in 0 cpu; do
+    more=("$@")
+    [ "$on" != cpu ] || more=()
+    rm -rf "$work/train-$on"
     "$bin/mp-train" --config configs/lora-golden.toml --devices "$on" --precision f16 --rotary-table f32 \
-      --output "$work/train-$on" --quiet || return 1
+      --output "$work/train-$on" --quiet "${more[@]}" || return 1
   done
   paste -d ' ' <(losses "$work/train-0") <(losses "$work/train-cpu") |
     awk '{ d = $1 - $2; if (d < 0) d = -d; if (!(d <= 0.05)) { print "FAIL step " NR ": " $1 " on the GPU, " $2 " on the CPU"; bad = 1 } n++ }
       END { if (bad || n == 0) exit 1; print n " steps within 0.05: passed" }'
+}
+
+# The same with products summed in f16, which change the losses.
+train_f16_sums() {
+  train --product-sums f16 || return 1
+  "$bin/mp-train" --config "$root/configs/lora-golden.toml" --devices 0 --precision f16 --rotary-table f32 \
+    --output "$work/train-single" --quiet || return 1
+  ! cmp -s <(losses "$work/train-0") <(losses "$work/train-single") || { echo "FAIL: --product-sums f16 changes nothing" && return 1; }
 }
 
 # The golden LoRA run as two and three stages on one GPU by peer copies, by NCCL where it lets ranks share
@@ -276,7 +287,9 @@ run() {
     MP_TRAIN_KERNEL_ARCH=75 check ops_75 "$bin/ops" --exact cuda_on_this_gpu --nocapture
     MP_TRAIN_KERNEL_ARCH=80 check ops_80 "$bin/ops" --exact cuda_on_this_gpu --nocapture
     check golden "$bin/golden" --exact golden_cuda --nocapture
+    check golden_f16_sums "$bin/golden" --exact golden_cuda_f16_sums --nocapture
     check train "$root/scripts/check_gpu.sh" step train "$bin" "$work"
+    check train_f16_sums "$root/scripts/check_gpu.sh" step train_f16_sums "$bin" "$work"
     check answer "$root/scripts/check_gpu.sh" step answer "$bin" "$work"
     check stages "$root/scripts/check_gpu.sh" step stages "$bin" "$work"
     if command -v compute-sanitizer >/dev/null; then
@@ -289,6 +302,8 @@ run() {
     measure bench_lora_1x512_block --size chatglm-6b --sequence-length 512 --recompute block
     measure bench_lora_1x512 --size chatglm-6b --sequence-length 512
     measure bench_lora_4x1024 --size chatglm-6b --micro-batch-size 4 --sequence-length 1024
+    measure bench_lora_1x512_f16_sums --size chatglm-6b --sequence-length 512 --product-sums f16
+    measure bench_lora_4x1024_f16_sums --size chatglm-6b --micro-batch-size 4 --sequence-length 1024 --product-sums f16
     measure bench_prefix_int4_1x128 --size chatglm-6b --adapter prefix --quantization int4 --sequence-length 128
     measure bench_lora_int4_1x512 --size chatglm-6b --quantization int4 --sequence-length 512
     measure bench_two_stages --size chatglm-6b --devices 0,0 --sequence-length 512 --recompute block

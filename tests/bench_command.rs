@@ -391,8 +391,29 @@ fn a_step_is_drawn_for_every_layout() {
 }
 
 #[test]
+fn products_summed_in_f16_are_named() {
+    let Some(emulator) = Emulator::build() else {
+        return;
+    };
+    let mut command = tiny("--devices 0 --product-sums f16 --json");
+    emulator.command_env(&mut command);
+    let document = document(&succeed(&mut command).stdout);
+    assert_eq!(document["options"]["product_sums"], "f16");
+    assert_eq!(document["matmul"][0]["product_sums"], "f16");
+    check_numbers(&layouts(&document)[0]);
+}
+
+#[test]
 fn what_makes_no_sense_is_refused() {
     for (arguments, words) in [
+        (
+            "--devices cpu --product-sums f16",
+            &["--product-sums f16 is for frozen weights on GPUs"][..],
+        ),
+        (
+            "--devices 0 --adapter full --product-sums f16",
+            &["--product-sums f16 is for frozen weights on GPUs"],
+        ),
         ("--lengths 64,x", &["`x` is no length", "mixed"][..]),
         ("--lengths 64,,4", &["`` is no length"]),
         (

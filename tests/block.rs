@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use mp_train::adapter::{ParameterSpec, ParameterState};
 use mp_train::backend::cpu::Cpu;
-use mp_train::backend::{Backend, Span};
+use mp_train::backend::{Backend, Span, Sums};
 use mp_train::checkpoint::{CheckpointError, Dtype, HostTensor, TensorInfo, TensorSource};
 use mp_train::comm::in_process;
 use mp_train::config::architecture::{Architecture, Naming, NormKind, QkvLayout, RotaryKind};
@@ -179,6 +179,7 @@ impl Case<'_> {
             initial: &|spec| Ok(ParameterState::fresh(values[&spec.title()].clone())),
             pulse: &Arc::default(),
             first_stage: true,
+            sums: Sums::F32,
         };
         let shape = StageShape {
             chunks: vec![ChunkShape {

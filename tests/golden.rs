@@ -23,6 +23,7 @@ use mp_train::backend::cpu::Cpu;
 use mp_train::backend::cuda::Cuda;
 use mp_train::checkpoint::HostTensor;
 use mp_train::checkpoint::safetensors::{SafetensorsFile, write_safetensors};
+use mp_train::config::run::ProductSums;
 use serde_json::{Value, json};
 
 use cuda_emulator::{Emulator, Order, on_this_gpu};
@@ -59,6 +60,38 @@ fn wanted<B: Golden>() -> bool {
     }
 }
 
+/// Cases of adapters over frozen weights, first those that emulated GPUs run too.
+const F16_SUMS: [&str; 13] = [
+    "lora_qkv",
+    "lora_train",
+    "ptuning",
+    "ptuning_train",
+    "lora_all",
+    "lora_attn",
+    "lora_train_all",
+    "ptuning_plain",
+    "ptuning_projection",
+    "ptuning_projection_train",
+    "ptuning_train_plain",
+    "ptuning_train_projection",
+    "quant_int8",
+];
+const F16_SUMS_EMULATED: usize = 4;
+
+/// The GPU of this machine, or an emulated one; whether there is either.
+fn gpu() -> bool {
+    if on_this_gpu() {
+        return true;
+    }
+    let Some(emulator) = Emulator::build() else {
+        return false;
+    };
+    let loaded = emulator.load_here();
+    loaded.set("EMULATOR_ARCH", "80");
+    loaded.set_order(Order::Forward);
+    true
+}
+
 /// All cases on one backend.
 struct Run {
     lines: Vec<String>,
@@ -69,15 +102,21 @@ struct Run {
 impl Run {
     /// Each family is held against the errors of another run, where there is one.
     fn of<B: Golden>(cpu: Option<&Run>) -> Run {
+        let cases = std::env::var("GOLDEN_CASES").ok();
+        Run::of_cases::<B>(cpu, cases.as_deref(), ProductSums::F32)
+    }
+
+    /// These cases, separated by commas, instead of all, with products summed so.
+    fn of_cases<B: Golden>(cpu: Option<&Run>, cases: Option<&str>, sums: ProductSums) -> Run {
         let mut lines = Vec::new();
         let mut say = |line: &str| lines.push(line.to_owned());
-        let cases = std::env::var("GOLDEN_CASES").ok();
         let mut verdicts = Vec::new();
         for (index, folder) in families().iter().enumerate() {
             let scope = Scope {
                 folder,
-                cases: cases.as_deref(),
+                cases,
                 cpu_errors: cpu.map(|cpu| &cpu.verdicts[index].errors),
+                product_sums: sums,
             };
             verdicts.push(golden_cases::run::<B>(scope, &mut say).unwrap());
         }
@@ -102,15 +141,28 @@ impl Run {
     /// Held against the errors of the CPU in f16. `None` without a GPU to emulate or to use.
     fn on_cuda() -> Option<&'static Run> {
         static RUN: OnceLock<Option<Run>> = OnceLock::new();
-        let run = RUN.get_or_init(|| {
-            if !on_this_gpu() {
-                let loaded = Emulator::build()?.load_here();
-                loaded.set("EMULATOR_ARCH", "80");
-                loaded.set_order(Order::Forward);
-            }
-            Some(Run::of::<Cuda>(Some(Run::on_cpu_f16())))
-        });
+        let run = RUN.get_or_init(|| gpu().then(|| Run::of::<Cuda>(Some(Run::on_cpu_f16()))));
         run.as_ref()
+    }
+
+    /// The cases that train adapters, with products summed in f16. Emulated GPUs are slow: there some show
+    /// it.
+    fn on_cuda_with_f16_sums() -> Option<Run> {
+        let asked = std::env::var("GOLDEN_CASES").ok();
+        let cases: Vec<&str> = match &asked {
+            Some(asked) => asked
+                .split(',')
+                .filter(|case| F16_SUMS.contains(case))
+                .collect(),
+            None if on_this_gpu() => F16_SUMS.to_vec(),
+            None => F16_SUMS[..F16_SUMS_EMULATED].to_vec(),
+        };
+        let cases = cases.join(",");
+        if cases.is_empty() || !gpu() {
+            return None;
+        }
+        let cpu = Some(Run::on_cpu_f16());
+        Some(Run::of_cases::<Cuda>(cpu, Some(&cases), ProductSums::F16))
     }
 
     /// Says how it went, past the capture of the test harness: the lines are the point.
@@ -143,6 +195,45 @@ fn golden_cuda() {
     {
         run.finish();
     }
+}
+
+/// What GPUs with `product_sums = "f16"` are held to: the same caps, and so many times the error of the CPU
+/// in f16 as tests/golden_cases/compare.rs says. The same bits in every layout, as always.
+#[test]
+fn golden_cuda_f16_sums() {
+    if wanted::<Cuda>()
+        && let Some(run) = Run::on_cuda_with_f16_sums()
+    {
+        run.finish();
+        let ran = |case: &&str| run.verdicts.iter().any(|family| family.ran(case));
+        assert!(F16_SUMS.iter().any(ran));
+        if std::env::var_os("UPDATE_SNAPSHOTS").is_some() && !on_this_gpu() {
+            write_f16_sums(&run);
+        }
+    }
+}
+
+/// docs/measurements/product-sums.json: what sums in f16 cost in accuracy.
+fn write_f16_sums(run: &Run) {
+    let mut rows = Vec::new();
+    for (index, folder) in families().iter().enumerate() {
+        let errors = [Run::on_cpu_f16(), run].map(|run| &run.verdicts[index].errors);
+        rows.extend(parity::f16_sums(folder, errors[0], errors[1]).unwrap());
+    }
+    let git = ["rev-parse", "HEAD"];
+    let commit = std::process::Command::new("git")
+        .args(git)
+        .output()
+        .unwrap();
+    let document = json!({
+        "command": "UPDATE_SNAPSHOTS=1 cargo test --release --test golden golden_cuda_f16_sums",
+        "device": "emulated GPU (sm_80), sums rounded to f16 behind every fourth term",
+        "commit": String::from_utf8_lossy(&commit.stdout).trim(),
+        "errors": rows,
+    });
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/measurements/product-sums.json");
+    let text = serde_json::to_string_pretty(&document).unwrap();
+    fs::write(path, text + "\n").unwrap();
 }
 
 /// docs/golden-parity.md lists these cases under these limits; `UPDATE_SNAPSHOTS=1` writes it anew.
@@ -197,6 +288,7 @@ fn tampered(change: impl FnOnce(&Path, &mut Value)) -> (Vec<String>, String) {
         folder: folder.path(),
         cases: None,
         cpu_errors: None,
+        product_sums: ProductSums::F32,
     };
     let verdict = golden_cases::run::<Cpu<f32>>(scope, &mut say).unwrap();
     (verdict.failed, lines)

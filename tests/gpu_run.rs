@@ -10,6 +10,8 @@ mod answers;
 mod cases;
 #[path = "cuda_emulator/mod.rs"]
 mod cuda_emulator;
+#[path = "gpu_run/f16_sums.rs"]
+mod f16_sums;
 #[path = "run/family.rs"]
 mod family;
 #[path = "gpu_run/golden.rs"]

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use half::f16;
 use mp_train::adapter::{ParameterSpec, ParameterState, Role};
 use mp_train::backend::cpu::Cpu;
-use mp_train::backend::{Backend, Element};
+use mp_train::backend::{Backend, Element, Sums};
 use mp_train::checkpoint::{
     CheckpointError, Dtype, HostTensor, OpenTensor, TensorInfo, TensorSource,
 };
@@ -230,6 +230,7 @@ where
         initial: &initial,
         pulse: &Arc::default(),
         first_stage: sizes.embedding,
+        sums: Sums::F32,
     };
     let shape = StageShape {
         chunks: sizes.chunks.clone(),

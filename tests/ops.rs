@@ -22,6 +22,8 @@ mod check;
 mod cuda_emulator;
 #[path = "ops/dropout.rs"]
 mod dropout;
+#[path = "ops/half_sums.rs"]
+mod half_sums;
 #[path = "ops/layouts.rs"]
 mod layouts;
 #[path = "ops/linear.rs"]
@@ -148,7 +150,7 @@ fn cuda_emulated() {
 /// What makes cuBLASLt have no algorithm with GELU, and the cases that are about it.
 const PLAIN: [(&str, &str); 2] = [
     ("EMULATOR_EPILOGUES", "plain"),
-    ("OPS_FAMILIES", "linear_gelu"),
+    ("OPS_FAMILIES", "linear_gelu,half_sums"),
 ];
 
 /// Tells a child of `cuda_emulated` its generation.
@@ -212,7 +214,7 @@ fn reports<B: Backend>(b: &B, pulse: &Pulse, check: &mut Check) {
 
 type Cases<B> = fn(&B, &mut Check);
 
-fn families<B: Backend>() -> [(&'static str, Cases<B>); 16] {
+fn families<B: Backend>() -> [(&'static str, Cases<B>); 17] {
     [
         ("memory", memory::cases::<B>),
         ("rows", rows::cases::<B>),
@@ -222,6 +224,7 @@ fn families<B: Backend>() -> [(&'static str, Cases<B>); 16] {
         ("residual_norm", residual_norm::cases::<B>),
         ("low_rank", low_rank::cases::<B>),
         ("linear_gelu", linear_gelu::cases::<B>),
+        ("half_sums", half_sums::cases::<B>),
         ("rotary", rotary::cases::<B>),
         ("attention", attention::cases::<B>),
         ("dropout", dropout::cases::<B>),

@@ -15,7 +15,7 @@ use mp_train::checkpoint::TensorSource;
 use mp_train::comm::in_process;
 use mp_train::config::run::{
     AdapterSection, Device, LoraSection, LossNormalisation, LrSchedule, OptimizerSection,
-    PrefixSection, Quantization, Recompute, ScheduleKind,
+    PrefixSection, ProductSums, Quantization, Recompute, ScheduleKind,
 };
 use mp_train::data::batch::MicroBatch;
 use mp_train::data::rows::{RawRow, Rows};
@@ -125,6 +125,7 @@ fn blueprint(adapter: &AdapterSection, kind: ScheduleKind) -> Blueprint {
         max_rows: 24,
         max_sequences: 2,
         rotary: RotaryPrecision::F32,
+        product_sums: ProductSums::F32,
         threads: 2,
         stall_timeout: LIMIT,
         config: base.config,

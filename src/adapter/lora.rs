@@ -1,7 +1,7 @@
 //! Low-rank adaptation of one linear layer (Hu et al. 2021): `out += scale * B(A(dropout(x)))`.
 
 use super::{Parameter, Role};
-use crate::backend::{Backend, BackendError, Dropout, LinearShape, Span};
+use crate::backend::{Backend, BackendError, Dropout, LinearShape, Span, Sums};
 
 /// `lora_A` and `lora_B` of one linear layer.
 pub struct Lora<B: Backend> {
@@ -83,6 +83,7 @@ impl<B: Backend> Lora<B> {
     fn down(&self, shape: LinearShape) -> LinearShape {
         LinearShape {
             out_features: self.rank,
+            sums: Sums::F32,
             ..shape
         }
     }
@@ -90,6 +91,7 @@ impl<B: Backend> Lora<B> {
     fn up(&self, shape: LinearShape) -> LinearShape {
         LinearShape {
             in_features: self.rank,
+            sums: Sums::F32,
             ..shape
         }
     }

@@ -6,7 +6,7 @@
 //! original, the encoder computes in f32 whatever the storage type of the model is.
 
 use super::Parameter;
-use crate::backend::{Backend, BackendError, LinearShape};
+use crate::backend::{Backend, BackendError, LinearShape, Sums};
 
 /// Sizes of a prefix.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,6 +27,7 @@ impl PrefixShape {
             rows: self.len,
             in_features: self.embedding_width,
             out_features: self.hidden_size,
+            sums: Sums::F32,
         }
     }
 
@@ -35,6 +36,7 @@ impl PrefixShape {
             rows: self.len,
             in_features: self.hidden_size,
             out_features: self.width,
+            sums: Sums::F32,
         }
     }
 }

@@ -4,7 +4,7 @@
 //! what the op touches (the shape arguments say how much that is); nothing but [`Backend::zeros`],
 //! [`Backend::upload`] and [`Backend::upload_pieces`] allocates; sums are taken in f32 in an order that depends on the shape alone,
 //! so that a result repeats bit for bit at every thread count; an element is rounded once, when it
-//! is stored. Every sequence has at least one query, and every shape at least one row: a micro-batch
+//! is stored ([`Sums::F16`] is the one exception to both, and asked for by name). Every sequence has at least one query, and every shape at least one row: a micro-batch
 //! without tokens does not exist.
 //!
 //! Letters: T rows (tokens) of a micro-batch, H hidden_size, F inner_hidden_size, N attention heads,
@@ -33,7 +33,7 @@ pub use memory::{MemoryUse, PIECE_BYTES};
 pub use pulse::Pulse;
 pub use shapes::{
     AdamwStep, AdamwTensor, AttentionLayout, Dropout, HeadLayout, LinearShape, NormShape, Prefix,
-    RotaryPositions, RowGradient, Span, SumOf,
+    RotaryPositions, RowGradient, Span, SumOf, Sums,
 };
 pub use work::{Counting, HostClock, Measured, Measuring, Work, WorkSeconds};
 

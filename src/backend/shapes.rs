@@ -3,6 +3,18 @@
 use super::Backend;
 use crate::random::Key;
 
+/// What the sums of a product of halves are kept in on their way.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Sums {
+    /// IEEE binary32.
+    #[default]
+    F32,
+    /// IEEE binary16 where the device gains by it: GPUs, in products large enough for their library. The
+    /// sum is rounded every few terms, and may overflow on its way. Products of f32 know no such thing,
+    /// nor do gradients of weights, nor the CPU.
+    F16,
+}
+
 /// `[rows, in_features] -> [rows, out_features]`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LinearShape {
@@ -12,6 +24,8 @@ pub struct LinearShape {
     pub in_features: usize,
     /// O, columns of the output and rows of the weight.
     pub out_features: usize,
+    /// How the terms of an output are added.
+    pub sums: Sums,
 }
 
 /// Rows to be normed.

@@ -168,6 +168,7 @@ impl Bench<'_> {
             balance: None,
             precision: options.precision,
             rotary_table: options.precision.rotary_table(),
+            product_sums: options.product_sums,
             schedule: choice.schedule,
             virtual_stages: choice.virtual_stages,
             micro_batches: choice.micro_batches,

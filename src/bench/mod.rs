@@ -225,7 +225,7 @@ fn matmul_rates(
             .iter()
             .find(|gpu| Some(gpu.ordinal) == device.ordinal());
         rates.push(match gpu {
-            Some(gpu) => MatmulRate::of_gpu(gpu)?,
+            Some(gpu) => MatmulRate::of_gpu(gpu, options.product_sums)?,
             None => {
                 let name = machine.cpu.clone().unwrap_or_else(|| "cpu".to_owned());
                 MatmulRate::of_cpu(options.threads, name)?

@@ -8,7 +8,8 @@ use serde::Serialize;
 use super::rows::Lengths;
 use crate::config::model_size::ModelSize;
 use crate::config::run::{
-    AdapterSection, Device, Precision, Quantization, Recompute, ScheduleKind, TransportKind,
+    AdapterSection, Device, Precision, ProductSums, Quantization, Recompute, ScheduleKind,
+    TransportKind,
 };
 
 /// What to measure.
@@ -26,6 +27,8 @@ pub struct BenchOptions {
     pub precision: Precision,
     /// Storage of the frozen linear layers.
     pub quantization: Quantization,
+    /// What their products are summed in.
+    pub product_sums: ProductSums,
     /// Rows of a micro-batch.
     pub micro_batch_size: usize,
     /// Tokens of the rows; half of them have a target.

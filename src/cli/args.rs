@@ -18,8 +18,8 @@ use crate::config::model_size::ModelSize;
 use crate::config::paths::Paths;
 use crate::config::raw::{AdapterKind, RawConfig};
 use crate::config::run::{
-    BadRowPolicy, Device, Precision, Quantization, Recompute, RotaryPrecision, RunConfig,
-    ScheduleKind, TemplateKind, TransportKind,
+    BadRowPolicy, Device, Precision, ProductSums, Quantization, Recompute, RotaryPrecision,
+    RunConfig, ScheduleKind, TemplateKind, TransportKind,
 };
 use crate::export::{Format, TorchDtype};
 use crate::plan::PlanOptions;
@@ -428,6 +428,14 @@ pub(super) struct BenchArgs {
         hide_possible_values = true
     )]
     pub quantization: Quantization,
+    /// Sums of their products on GPUs: f16 is for GeForce
+    #[arg(
+        long,
+        value_name = "f32|f16",
+        default_value = "f32",
+        hide_possible_values = true
+    )]
+    pub product_sums: ProductSums,
     /// Rows of a micro-batch
     #[arg(long, value_name = "N", default_value_t = 1,
         value_parser = clap::value_parser!(u32).range(1..=4_096))]

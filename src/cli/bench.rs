@@ -14,7 +14,8 @@ use crate::bench::{
 use crate::config::byte_size::ByteSize;
 use crate::config::raw::AdapterKind;
 use crate::config::run::{
-    AdapterSection, Device, FullSection, LoraSection, Precision, PrefixSection, ScheduleKind,
+    AdapterSection, Device, FullSection, LoraSection, Precision, PrefixSection, ProductSums,
+    ScheduleKind,
 };
 use crate::report::atomic_file::AtomicFile;
 use crate::report::timeline::{chrome_trace, svg};
@@ -144,6 +145,13 @@ fn options(args: &BenchArgs) -> Result<BenchOptions, Failure> {
             "--timeline and --trace show a profiled step, and --profile-steps 0 asks for none",
         ));
     }
+    let frozen_on_gpus = !on_cpu && args.adapter != AdapterKind::Full;
+    if args.product_sums == ProductSums::F16 && !frozen_on_gpus {
+        return Err(Failure::user(
+            "--product-sums f16 is for frozen weights on GPUs: leave it out with --devices cpu and with \
+             --adapter full",
+        ));
+    }
     // Sooner than after all has been measured.
     for path in [&args.output, &args.timeline, &args.trace]
         .into_iter()
@@ -166,6 +174,7 @@ fn options(args: &BenchArgs) -> Result<BenchOptions, Failure> {
         layouts: layouts(args),
         precision: args.precision.unwrap_or(precision),
         quantization: args.quantization,
+        product_sums: args.product_sums,
         micro_batch_size: args.micro_batch_size as usize,
         lengths: lengths(args)?,
         recompute: args.recompute,
@@ -330,6 +339,9 @@ fn title(result: &BenchResult) -> String {
             Precision::F16 => "f16",
         },
     );
+    if options.product_sums == ProductSums::F16 {
+        text.insert_str(text.len() - 2, ", products summed in f16");
+    }
     let rows = options.micro_batch_size;
     let plural = if rows == 1 { "" } else { "s" };
     let (shortest, longest) = options.lengths.range();

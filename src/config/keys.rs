@@ -4,7 +4,13 @@
 pub(super) const SECTIONS: &[(&str, &[&str])] = &[
     (
         "model",
-        &["path", "precision", "quantization", "rotary_table"],
+        &[
+            "path",
+            "precision",
+            "quantization",
+            "rotary_table",
+            "product_sums",
+        ],
     ),
     (
         "adapter",

@@ -16,8 +16,8 @@ use serde::{Deserialize, Serialize};
 use super::byte_size::ByteSize;
 use super::paths::Paths;
 use super::run::{
-    BadRowPolicy, Device, LossNormalisation, LrSchedule, Precision, Quantization, Recompute,
-    Resume, RotaryPrecision, ScheduleKind, TemplateKind, TrainedTurns, TransportKind,
+    BadRowPolicy, Device, LossNormalisation, LrSchedule, Precision, ProductSums, Quantization,
+    Recompute, Resume, RotaryPrecision, ScheduleKind, TemplateKind, TrainedTurns, TransportKind,
 };
 
 /// A run configuration as typed, in a file or as flags.
@@ -59,6 +59,9 @@ pub struct RawModel {
     /// Rounding of the rotary tables: original as the model's own f16 code [original with f16]
     #[arg(long, value_name = "original|f32", hide_possible_values = true)]
     pub rotary_table: Option<RotaryPrecision>,
+    /// Sums in the frozen layers' products [f32]
+    #[arg(long, value_name = "f32|f16", hide_possible_values = true)]
+    pub product_sums: Option<ProductSums>,
 }
 
 /// What is trained.

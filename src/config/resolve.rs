@@ -10,8 +10,8 @@ use super::raw::AdapterKind;
 use super::run::{
     AdapterSection, BadRowPolicy, DataSection, Device, FullSection, LoraSection, LossNormalisation,
     LrSchedule, ModelSection, OptimizerSection, PipelineSection, Precision, PrefixSection,
-    Quantization, Recompute, Resume, RunConfig, RunSection, STALL_TIMEOUT, ScheduleKind,
-    TemplateKind, TrainedTurns, TransportKind,
+    ProductSums, Quantization, Recompute, Resume, RunConfig, RunSection, STALL_TIMEOUT,
+    ScheduleKind, TemplateKind, TrainedTurns, TransportKind,
 };
 use super::setting::{Setting, Value};
 
@@ -67,7 +67,35 @@ fn model(
         rotary_table: setting!(typed, model.rotary_table)
             .or(precision.rotary_table())
             .any(),
+        product_sums: product_sums(
+            setting!(typed, model.product_sums),
+            precision,
+            devices,
+            adapter,
+        )?,
     })
+}
+
+/// f16 where it means anything: products of halves on GPUs, with weights that are frozen.
+fn product_sums(
+    given: Setting<ProductSums>,
+    precision: Precision,
+    devices: &[Device],
+    adapter: &AdapterSection,
+) -> Result<ProductSums, ConfigError> {
+    let value = given.or(ProductSums::F32);
+    if value.value == ProductSums::F32 {
+        return Ok(value.any());
+    }
+    let (on_gpus, frozen) = (
+        precision == Precision::F16 && !devices.contains(&Device::Cpu),
+        !matches!(adapter, AdapterSection::Full(_)),
+    );
+    let allowed = match on_gpus {
+        false => "f32 on the CPU and with precision = \"f32\": only GPUs sum in f16",
+        true => "f32 with adapter.kind = \"full\": sums in f16 are for weights that are frozen",
+    };
+    value.check(allowed, |_| on_gpus && frozen)
 }
 
 /// f32 where the CPU computes, f16 where all stages are GPUs.

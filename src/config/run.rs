@@ -63,6 +63,8 @@ pub struct ModelSection {
     pub quantization: Quantization,
     /// Rounding of the rotary tables.
     pub rotary_table: RotaryPrecision,
+    /// What products of the frozen linear layers are summed in.
+    pub product_sums: ProductSums,
 }
 
 /// Storage type of weights and activations; arithmetic is f32 either way.
@@ -89,6 +91,18 @@ pub enum Quantization {
     Int8,
     /// Half a byte per weight.
     Int4,
+}
+
+/// What products of halves with the frozen linear layers of all blocks are summed in, on GPUs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+#[value(rename_all = "lowercase")]
+pub enum ProductSums {
+    /// IEEE binary32.
+    #[default]
+    F32,
+    /// IEEE binary16, which GeForce cards do at twice the rate.
+    F16,
 }
 
 /// How the tables of the rotary embedding are rounded.

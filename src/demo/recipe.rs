@@ -6,9 +6,9 @@ use super::DemoOptions;
 use super::files::Folder;
 use crate::config::run::{
     AdapterSection, DataSection, Device, FullSection, LoraSection, LossNormalisation, LrSchedule,
-    ModelSection, OptimizerSection, PipelineSection, Precision, PrefixSection, Quantization,
-    Recompute, Resume, RotaryPrecision, RunConfig, RunSection, STALL_TIMEOUT, ScheduleKind,
-    TransportKind,
+    ModelSection, OptimizerSection, PipelineSection, Precision, PrefixSection, ProductSums,
+    Quantization, Recompute, Resume, RotaryPrecision, RunConfig, RunSection, STALL_TIMEOUT,
+    ScheduleKind, TransportKind,
 };
 
 /// The three runs, each behind the one before it.
@@ -98,6 +98,7 @@ impl Run {
                 precision: Precision::F32,
                 quantization: Quantization::None,
                 rotary_table: RotaryPrecision::F32,
+                product_sums: ProductSums::F32,
             },
             adapter: self.adapter,
             data: DataSection::token_ids(self.rows, true),

@@ -7,7 +7,7 @@ use super::GenerateError;
 use super::sampling::{self, Draw};
 use crate::adapter::{AdapterError, ParameterSpec, ParameterState, files};
 use crate::config::generate::{GenerateOptions, Sampling};
-use crate::config::run::{Recompute, STALL_TIMEOUT, TransportKind};
+use crate::config::run::{ProductSums, Recompute, STALL_TIMEOUT, TransportKind};
 use crate::data::batch::MicroBatch;
 use crate::data::rows::PromptRow;
 use crate::model::head::LogitsRows;
@@ -94,6 +94,7 @@ impl Generator {
             devices: options.devices.clone(),
             precision: options.precision,
             rotary_table: options.rotary_table,
+            product_sums: ProductSums::F32,
             schedule: Schedule::one_forward_one_backward(stages.len(), 1),
             recompute: vec![Recompute::Block; stages.len()],
             stages,

@@ -2,7 +2,7 @@
 
 use super::batch::Batch;
 use super::norm::Norm;
-use crate::backend::{Backend, BackendError, LinearShape};
+use crate::backend::{Backend, BackendError, LinearShape, Sums};
 
 /// Logits held at once: 16 Mi of them (128 rows of ChatGLM-6B's vocabulary), but at least 16 rows.
 const CHUNK_LOGITS: usize = 1 << 24;
@@ -96,6 +96,8 @@ impl<B: Backend> Head<B> {
             rows,
             in_features: self.norm.hidden_size,
             out_features: self.vocab_size,
+            // Gradients of logits are small and many: a sum of V of them in f16 loses most.
+            sums: Sums::F32,
         }
     }
 

@@ -5,7 +5,7 @@ use super::names::LinearSite;
 use super::quantised::Matrix;
 use crate::adapter::Parameter;
 use crate::adapter::lora::{Lora, LoraNoise, LoraScratch};
-use crate::backend::{Backend, BackendError, Dropout, LinearShape};
+use crate::backend::{Backend, BackendError, Dropout, LinearShape, Sums};
 use crate::random::{Domain, Key};
 
 /// A tensor of the base model.
@@ -65,6 +65,8 @@ pub struct Linear<B: Backend> {
     pub lora: Option<Lora<B>>,
     /// Dropout probability of the LoRA's input; 0 for none.
     pub lora_dropout: f32,
+    /// How the products of the weight add; those of the LoRA add in f32.
+    pub sums: Sums,
 }
 
 impl<B: Backend> Linear<B> {
@@ -73,6 +75,7 @@ impl<B: Backend> Linear<B> {
             rows,
             in_features: self.in_features,
             out_features: self.out_features,
+            sums: self.sums,
         }
     }
 

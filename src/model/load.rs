@@ -19,11 +19,11 @@ use super::weights;
 use crate::adapter::lora::Lora;
 use crate::adapter::prefix::PrefixEncoder;
 use crate::adapter::{AdapterError, Parameter, ParameterSpec, ParameterState};
-use crate::backend::{AttentionLayout, Backend, Element, ElementsMut, Pulse};
+use crate::backend::{AttentionLayout, Backend, Element, ElementsMut, Pulse, Sums};
 use crate::checkpoint::{CheckpointError, Dtype, TensorSource};
 use crate::config::architecture::{NormKind, QkvLayout};
 use crate::config::model::ModelConfig;
-use crate::config::run::AdapterSection;
+use crate::config::run::{AdapterSection, ProductSums};
 use crate::quant::{Bits, QuantError, check_cols, quantise_row};
 
 /// Gives a trainable tensor (or its part) its values and moments: from a file, a saved run, or by
@@ -47,6 +47,16 @@ pub struct Loader<'a, B: Backend> {
     pub pulse: &'a Arc<Pulse>,
     /// Whether this is the stage that counts parameters held by several stages.
     pub first_stage: bool,
+    /// How the linear layers of the blocks add.
+    pub sums: Sums,
+}
+
+/// How a device adds under a setting.
+pub fn sums(setting: ProductSums) -> Sums {
+    match setting {
+        ProductSums::F32 => Sums::F32,
+        ProductSums::F16 => Sums::F16,
+    }
 }
 
 /// A tensor on its way from its file, for all threads that read pieces of it.
@@ -234,6 +244,7 @@ impl<B: Backend> Loader<'_, B> {
             },
             lora: None,
             lora_dropout: 0.0,
+            sums: self.sums,
         };
         if let Some(AdapterSection::Lora(lora)) = &self.trainables.adapter {
             let a = trainables::lora_name(names, site, layer, "lora_A");

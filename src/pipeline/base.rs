@@ -19,7 +19,7 @@ use crate::checkpoint::{CheckpointError, ModelFolder, TensorSource};
 use crate::comm::{CommError, in_process, nccl, peer_copy};
 use crate::config::error::ConfigError;
 use crate::config::model::ModelConfig;
-use crate::config::run::{Device, Precision, Quantization, Recompute, TransportKind};
+use crate::config::run::{Device, Precision, ProductSums, Quantization, Recompute, TransportKind};
 use crate::data::DataError;
 use crate::data::tokenizer::TokenizerError;
 use crate::model::ModelError;
@@ -159,6 +159,8 @@ pub struct Layout {
     pub precision: Precision,
     /// Rounding of the rotary tables.
     pub rotary_table: RotaryPrecision,
+    /// What products of the frozen linear layers are summed in.
+    pub product_sums: ProductSums,
     /// The stages.
     pub stages: Vec<StageSpec>,
     /// The order of actions.
@@ -303,6 +305,7 @@ impl Base {
             max_rows: layout.max_rows,
             max_sequences: layout.max_sequences,
             rotary: layout.rotary_table,
+            product_sums: layout.product_sums,
             threads,
             stall_timeout: layout.stall_timeout,
         }

@@ -11,7 +11,7 @@ use super::partition::{self, PartitionError, StageSpec};
 use super::schedule::Schedule;
 use crate::config::model::ModelConfig;
 use crate::config::run::{
-    Device, Precision, Recompute, RotaryPrecision, ScheduleKind, TransportKind,
+    Device, Precision, ProductSums, Recompute, RotaryPrecision, ScheduleKind, TransportKind,
 };
 use crate::model::trainables::Trainables;
 
@@ -28,6 +28,8 @@ pub struct Demand {
     pub precision: Precision,
     /// Rounding of the rotary tables.
     pub rotary_table: RotaryPrecision,
+    /// What products of the frozen linear layers are summed in.
+    pub product_sums: ProductSums,
     /// Order of forwards and backwards.
     pub schedule: ScheduleKind,
     /// Chunks of each stage.
@@ -259,6 +261,7 @@ impl Search<'_> {
             devices: demand.devices.clone(),
             precision: demand.precision,
             rotary_table: demand.rotary_table,
+            product_sums: demand.product_sums,
             stages,
             schedule: self.schedule.clone(),
             recompute,

@@ -21,8 +21,8 @@ use crate::backend::{Backend, BackendError, Pulse};
 use crate::checkpoint::TensorSource;
 use crate::comm::{Flow, Mailbox, Transport};
 use crate::config::model::ModelConfig;
-use crate::config::run::{Device, Recompute};
-use crate::model::load::Loader;
+use crate::config::run::{Device, ProductSums, Recompute};
+use crate::model::load::{Loader, sums};
 use crate::model::rotary::RotaryPrecision;
 use crate::model::stage::{Stage, StageShape};
 use crate::model::trainables::Trainables;
@@ -58,6 +58,8 @@ pub struct Blueprint {
     pub max_sequences: usize,
     /// Rounding of the rotary tables.
     pub rotary: RotaryPrecision,
+    /// What products of the frozen linear layers are summed in.
+    pub product_sums: ProductSums,
     /// Compute threads of all CPU stages together.
     pub threads: usize,
     /// Silence of a stage that owes an answer, after which it counts as hung.
@@ -275,6 +277,7 @@ fn load<B: Backend>(
         initial: blueprint.initial.as_ref(),
         pulse,
         first_stage: rank == 0,
+        sums: sums(blueprint.product_sums),
     };
     let shape = StageShape {
         chunks: blueprint.schedule.chunks(rank, &spec.chunks),

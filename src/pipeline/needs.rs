@@ -2,12 +2,14 @@
 //! run reserves.
 
 use super::base::Layout;
+use crate::backend::Sums;
 use crate::backend::cuda::{self, GeluAt, LinearWork, MemoryPlan, OpRooms};
 use crate::comm::{nccl, peer_copy};
 use crate::config::architecture::Activation;
 use crate::config::model::ModelConfig;
 use crate::config::run::{AdapterSection, Device, Precision, TransportKind};
 use crate::model::head::chunk_rows;
+use crate::model::load::sums;
 use crate::model::memory::{self, Inventory, Purpose, StageSizes};
 use crate::model::names::{LinearSite, Names};
 use crate::model::trainables::{self, Trainables, prefix_shape};
@@ -214,6 +216,7 @@ impl Layout {
             backward: true,
             weight_gradient: trainables.is_full(),
             single: false,
+            sums: Sums::F32,
         };
         let names = Names::of(config);
         let layer = |site: LinearSite| {
@@ -227,6 +230,7 @@ impl Layout {
             let lora = trainables::lora_name(names, site, 0, "lora_A");
             LinearWork {
                 gelu,
+                sums: sums(self.product_sums),
                 lora: trainables.find(&lora, None).is_some(),
                 ..work(in_features, out_features, bias, self.max_rows)
             }

@@ -139,6 +139,7 @@ pub fn demand(config: &RunConfig, largest: (usize, usize), typical: TypicalBatch
         balance: pipeline.balance.clone(),
         precision: config.model.precision,
         rotary_table: config.model.rotary_table,
+        product_sums: config.model.product_sums,
         schedule: pipeline.schedule,
         virtual_stages: pipeline.virtual_stages,
         micro_batches: config.run.gradient_accumulation,

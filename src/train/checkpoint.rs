@@ -164,6 +164,11 @@ impl Resumed {
             &then.model.rotary_table,
             &now.model.rotary_table,
         );
+        fact(
+            "model.product_sums",
+            &then.model.product_sums,
+            &now.model.product_sums,
+        );
         fact("data.shuffle", &then.data.shuffle, &now.data.shuffle);
         fact(
             "data.bucket_by_length",

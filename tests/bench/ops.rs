@@ -13,7 +13,7 @@ use half::f16;
 use mp_train::backend::cpu::{Cpu, CpuBuffer};
 use mp_train::backend::{
     AdamwStep, AdamwTensor, AttentionLayout, Backend, Element, LinearShape, NormShape, RowGradient,
-    Span,
+    Span, Sums,
 };
 
 /// T.
@@ -62,6 +62,7 @@ fn shape(in_features: usize, out_features: usize) -> LinearShape {
         rows: ROWS,
         in_features,
         out_features,
+        sums: Sums::F32,
     }
 }
 

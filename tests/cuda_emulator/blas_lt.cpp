@@ -1,5 +1,5 @@
-// A pretend cuBLASLt: column-major products of half or float matrices with float sums, each taken in
-// an order that only k decides, as an operation of the stream it is given.
+// A pretend cuBLASLt: column-major products of half or float matrices with float sums, or of half ones with
+// half sums, each taken in an order that only k decides, as an operation of the stream it is given.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -21,6 +21,7 @@ namespace {
 
 enum Status { success = 0, not_initialized = 1, invalid_value = 7, execution_failed = 13, not_supported = 15 };
 enum Type { real_32 = 0, real_16 = 2 };
+enum Compute { compute_16 = 64, compute_16_pedantic = 65, compute_32 = 68, compute_32_pedantic = 69, compute_32_fast_16 = 74, compute_32_fast_tf32 = 77 };
 
 struct Layout {
     int type;
@@ -44,13 +45,16 @@ struct Product {
     void* auxiliary = nullptr;
     int64_t auxiliary_leading = 0, auxiliary_stride = 0;
     int auxiliary_type = -1;
+    bool half_sums() const { return compute == compute_16 || compute == compute_16_pedantic; }
 };
 struct Preference {
     uint64_t workspace = 0;
     uint32_t alignment[4] = {256, 256, 256, 256};
 };
 struct Algorithm {
-    uint64_t magic, bucket, workspace, unused[5];
+    uint64_t magic, bucket, workspace;
+    uint32_t alignment[4];
+    uint64_t unused[3];
 };
 struct Heuristic {
     Algorithm algorithm;
@@ -76,6 +80,8 @@ void store(void* p, int type, size_t i, float value) {
     if (type == real_16) static_cast<uint16_t*>(p)[i] = _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT);
     else static_cast<float*>(p)[i] = value;
 }
+
+float half(float value) { return _cvtsh_ss(_cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT)); }
 
 // The tanh form, which cuBLASLt takes.
 float gelu(float x) { return 0.5f * x * (1.0f + std::tanh(0.7978845608028654f * (x + 0.044715f * x * x * x))); }
@@ -110,8 +116,15 @@ void pack(std::vector<float>& panel, const char* matrix, const Layout& layout, b
 
 const size_t tile_m = 16, tile_n = 6;
 
+// What a tensor core with half accumulators is taken to do: four terms are added to the accumulator in float,
+// then it is rounded to half. Four is what experiments found on Volta and Turing (Fasi et al. 2021, Numerical
+// behavior of NVIDIA tensor cores); those that take more terms at once round less often than this one.
+const size_t half_steps = 4;
+
+__m256 half(__m256 values) { return _mm256_cvtph_ps(_mm256_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT)); }
+
 // sums[n][m] of one tile: the order of the sum over k is k ascending, whatever the shape.
-void multiply(float (&sums)[tile_n][tile_m], const float* a, const float* b, size_t k) {
+void multiply(float (&sums)[tile_n][tile_m], const float* a, const float* b, size_t k, bool half_sums) {
     __m256 sum[tile_n][2];
     for (auto& pair : sum) pair[0] = pair[1] = _mm256_setzero_ps();
     for (size_t i = 0; i < k; i++) {
@@ -120,6 +133,9 @@ void multiply(float (&sums)[tile_n][tile_m], const float* a, const float* b, siz
             const __m256 factor = _mm256_set1_ps(b[i * tile_n + j]);
             sum[j][0] = _mm256_fmadd_ps(a0, factor, sum[j][0]);
             sum[j][1] = _mm256_fmadd_ps(a1, factor, sum[j][1]);
+        }
+        if (half_sums && (i % half_steps == half_steps - 1 || i == k - 1)) {
+            for (auto& pair : sum) pair[0] = half(pair[0]), pair[1] = half(pair[1]);
         }
     }
     for (size_t j = 0; j < tile_n; j++) {
@@ -133,9 +149,11 @@ void finish(const Work& w, int batch, size_t row, size_t column, float sum) {
     const size_t in_c = (size_t)batch * (size_t)w.lc.stride + column * (size_t)w.lc.leading + row;
     const size_t in_d = (size_t)batch * (size_t)w.ld.stride + column * (size_t)w.ld.leading + row;
     const size_t in_auxiliary = (size_t)batch * (size_t)p.auxiliary_stride + column * (size_t)p.auxiliary_leading + row;
-    float value = w.alpha * sum;
-    if (w.beta != 0.0f) value += w.beta * load(w.c, w.lc.type, in_c);
-    if (p.epilogue & 4) value += load(p.bias, p.bias_type < 0 ? w.ld.type : p.bias_type, (size_t)batch * (size_t)p.bias_stride + row);
+    // With half sums what follows is done in half too, each operation with its rounding.
+    const auto rounded = [&](float x) { return p.half_sums() ? half(x) : x; };
+    float value = rounded(w.alpha * sum);
+    if (w.beta != 0.0f) value = rounded(value + rounded(w.beta * load(w.c, w.lc.type, in_c)));
+    if (p.epilogue & 4) value = rounded(value + load(p.bias, p.bias_type < 0 ? w.ld.type : p.bias_type, (size_t)batch * (size_t)p.bias_stride + row));
     const int auxiliary_type = p.auxiliary_type < 0 ? w.ld.type : p.auxiliary_type;
     if (p.epilogue == 192) {
         value *= gelu_slope(load(p.auxiliary, auxiliary_type, in_auxiliary));
@@ -160,7 +178,7 @@ void run(void* data) {
         for (size_t i = 0; i < w.m; i += tile_m) {
             pack(a, a_batch, w.la, w.product.transpose_a, i, tile_m, w.m, w.k);
             for (size_t j = 0; j < b.size(); j++) {
-                multiply(sums, a.data(), b[j].data(), w.k);
+                multiply(sums, a.data(), b[j].data(), w.k, w.product.half_sums());
                 for (size_t y = 0; y < tile_n && j * tile_n + y < w.n; y++) {
                     for (size_t x = 0; x < tile_m && i + x < w.m; x++) finish(w, batch, i + x, j * tile_n + y, sums[y][x]);
                 }
@@ -190,8 +208,18 @@ bool plain_epilogues() {
 }
 
 Status check(const Product& p, const Layout& a, const Layout& b, const Layout& c, const Layout& d) {
-    if (p.compute != 68 && p.compute != 69 && p.compute != 74 && p.compute != 77) return refuse(not_supported, "only 32-bit float sums are emulated");
-    if (p.scale != real_32) return refuse(not_supported, "only float alpha and beta are emulated");
+    if (p.half_sums()) {
+        // As the table of cublasLtMatmul has it: everything is half.
+        if (p.scale != real_16) return refuse(not_supported, "half sums have half factors alpha and beta");
+        for (const Layout* layout : {&a, &b, &c, &d}) {
+            if (layout->type != real_16) return refuse(not_supported, "half sums of matrices, or into one, that are not half");
+        }
+        if (p.bias_type >= 0 && p.bias_type != real_16) return refuse(not_supported, "half sums with a bias that is not half");
+        if (p.auxiliary_type >= 0 && p.auxiliary_type != real_16) return refuse(not_supported, "half sums with a side matrix that is not half");
+    } else {
+        if (p.compute != compute_32 && p.compute != compute_32_pedantic && p.compute != compute_32_fast_16 && p.compute != compute_32_fast_tf32) return refuse(not_supported, "compute type " + std::to_string(p.compute));
+        if (p.scale != real_32) return refuse(not_supported, "float sums have float factors alpha and beta");
+    }
     if (p.pointer_mode != 0) return refuse(not_supported, "alpha and beta must be on the host");
     if (Status bad = check_layout("A", a, d.batches)) return bad;
     if (Status bad = check_layout("B", b, d.batches)) return bad;
@@ -237,7 +265,7 @@ bool any_shape() {
 }
 uint64_t kind(const Product& p, const Layout& a, const Layout& d) {
     uint64_t hash = 0xcbf29ce484222325ull;
-    for (const uint64_t part : {(uint64_t)p.transpose_a, (uint64_t)p.transpose_b, (uint64_t)a.type, (uint64_t)d.type, (uint64_t)p.epilogue}) hash = (hash ^ part) * 0x100000001B3ull;
+    for (const uint64_t part : {(uint64_t)p.transpose_a, (uint64_t)p.transpose_b, (uint64_t)p.compute, (uint64_t)a.type, (uint64_t)d.type, (uint64_t)p.epilogue}) hash = (hash ^ part) * 0x100000001B3ull;
     return hash;
 }
 uint64_t bucket(const Product& p, const Layout& a, const Layout& b, const Layout& d) {
@@ -362,6 +390,7 @@ API Status cublasLtMatmulAlgoGetHeuristic(void* handle, const Product* product, 
     results->algorithm.magic = algorithm_magic;
     results->algorithm.bucket = bucket(*product, *a, *b, *d);
     results->algorithm.workspace = results->workspace = workspace;
+    memcpy(results->algorithm.alignment, preference->alignment, sizeof preference->alignment);
     results->waves = 1.0f;
     *found = 1;
     return success;
@@ -379,14 +408,15 @@ API Status cublasLtMatmulAlgoCheck(void* handle, const Product* product, const L
     return success;
 }
 
-API Status cublasLtMatmul(void* handle, const Product* product, const float* alpha, const void* a, const Layout* la, const void* b, const Layout* lb, const float* beta, const void* c, const Layout* lc, void* d, const Layout* ld, const Algorithm* algorithm, void* workspace, size_t workspace_bytes, void* stream) {
+API Status cublasLtMatmul(void* handle, const Product* product, const void* alpha_at, const void* a, const Layout* la, const void* b, const Layout* lb, const void* beta_at, const void* c, const Layout* lc, void* d, const Layout* ld, const Algorithm* algorithm, void* workspace, size_t workspace_bytes, void* stream) {
     if (handle == nullptr) return not_initialized;
-    if (alpha == nullptr || beta == nullptr) return invalid_value;
+    if (alpha_at == nullptr || beta_at == nullptr) return invalid_value;
     if (const Status bad = check(*product, *la, *lb, *lc, *ld)) return bad;
+    const float alpha = load(alpha_at, product->scale, 0), beta = load(beta_at, product->scale, 0);
     if (const Status bad = check_pointer("A", a, *la)) return bad;
     if (const Status bad = check_pointer("B", b, *lb)) return bad;
     if (const Status bad = check_pointer("D", d, *ld)) return bad;
-    if (*beta != 0.0f) {
+    if (beta != 0.0f) {
         if (const Status bad = check_pointer("C", c, *lc)) return bad;
         if (c == d && lc->leading != ld->leading) return refuse(invalid_value, "C and D are the same memory with different leading dimensions");
     }
@@ -404,6 +434,10 @@ API Status cublasLtMatmul(void* handle, const Product* product, const float* alp
     if (algorithm != nullptr) {
         if (algorithm->magic != algorithm_magic) return refuse(invalid_value, "the algorithm comes from nowhere");
         if (algorithm->bucket != bucket(*product, *la, *lb, *ld)) return refuse(not_supported, "the algorithm was chosen for another shape");
+        const void* const at[4] = {a, b, c, d};
+        for (int i = 0; i < 4; i++) {
+            if ((i != 2 || beta != 0.0f) && (uintptr_t)at[i] % algorithm->alignment[i] != 0) return refuse(invalid_value, std::string(1, "ABCD"[i]) + ": not aligned to the " + std::to_string(algorithm->alignment[i]) + " bytes that the algorithm was asked for with");
+        }
         if (algorithm->workspace > workspace_bytes) return refuse(invalid_value, "the algorithm needs more workspace");
     }
     if (workspace_bytes > 0) {
@@ -412,7 +446,7 @@ API Status cublasLtMatmul(void* handle, const Product* product, const float* alp
     }
     if (emulator_planned_failure("product")) return execution_failed;
     emulator_note_load(kind(*product, *la, *ld));
-    auto* work = new Work{*product, *alpha, *beta, static_cast<const char*>(a), static_cast<const char*>(b), static_cast<const char*>(c), static_cast<char*>(d), *la, *lb, *lc, *ld, ld->rows, ld->columns, product->transpose_a ? la->rows : la->columns};
+    auto* work = new Work{*product, alpha, beta, static_cast<const char*>(a), static_cast<const char*>(b), static_cast<const char*>(c), static_cast<char*>(d), *la, *lb, *lc, *ld, ld->rows, ld->columns, product->transpose_a ? la->rows : la->columns};
     const int error = emulator_enqueue(stream, "products", run, [](void* data) { delete static_cast<Work*>(data); }, work);
     return error == 0 ? success : execution_failed;
 }

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use mp_train::checkpoint::safetensors::SafetensorsFile;
 use mp_train::checkpoint::{HostTensor, ModelFolder, TensorSource};
 use mp_train::config::model::ModelConfig;
+use mp_train::config::run::ProductSums;
 use mp_train::model::names::Names;
 use mp_train::model::weights::{self, HeadSource};
 use serde_json::Value;
@@ -28,6 +29,8 @@ pub struct Family {
     pub model: Arc<dyn TensorSource>,
     /// Where embedding and head come from.
     pub head_source: HeadSource,
+    /// What products of the linear layers are summed in, where the backend has a choice.
+    pub product_sums: ProductSums,
     /// Folders that something was read from.
     opened: RefCell<BTreeSet<PathBuf>>,
 }
@@ -70,6 +73,7 @@ impl Family {
             model_name: name,
             model: source,
             head_source,
+            product_sums: ProductSums::F32,
             opened: RefCell::new(BTreeSet::from([folder.join("model"), folder.join("cases")])),
         })
     }
@@ -83,6 +87,7 @@ impl Family {
             model_name: variant.name.clone(),
             model: Arc::clone(&variant.source),
             head_source: variant.head_source.clone(),
+            product_sums: self.product_sums,
             opened: self.opened.clone(),
         })
     }

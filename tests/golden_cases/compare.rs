@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use mp_train::config::run::Precision;
+use mp_train::config::run::{Precision, ProductSums};
 
 use super::Outcome;
 use super::case::{Case, Tensor};
@@ -64,6 +64,8 @@ pub type FoundTensors = BTreeMap<String, Found>;
 /// A GPU rounds where the CPU does in f16, but sums in another order: its error may be so many times
 /// the CPU's.
 const OF_CPU: f64 = 4.0;
+/// The same where products are summed in f16.
+const OF_CPU_IN_F16: f64 = 8.0;
 
 /// The error of each tensor of a run, by case, variant and name.
 #[derive(Default)]
@@ -97,6 +99,8 @@ pub struct Report<'a> {
     precision: Precision,
     /// Of the CPU in f16, for a GPU.
     cpu_errors: Option<&'a Errors>,
+    /// How many times these are allowed.
+    of_cpu: f64,
     errors: Errors,
     lines: Vec<String>,
     failed: bool,
@@ -127,10 +131,20 @@ impl<'a> Report<'a> {
             case: case.to_owned(),
             precision,
             cpu_errors,
+            of_cpu: OF_CPU,
             errors: Errors::default(),
             lines: Vec::new(),
             failed: false,
         }
+    }
+
+    /// The same for products that are summed so.
+    pub fn with_sums(mut self, sums: ProductSums) -> Self {
+        self.of_cpu = match sums {
+            ProductSums::F32 => OF_CPU,
+            ProductSums::F16 => OF_CPU_IN_F16,
+        };
+        self
     }
 
     pub fn lines(&self) -> &[String] {
@@ -233,7 +247,7 @@ impl<'a> Report<'a> {
         // What is exact stays so, and what is not compared is not compared here.
         Ok(limit.value().min(match limit {
             Limit::Finite => f64::INFINITY,
-            _ => OF_CPU * cpu.max(least),
+            _ => self.of_cpu * cpu.max(least),
         }))
     }
 }

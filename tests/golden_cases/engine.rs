@@ -111,6 +111,7 @@ pub fn start_training<B: Golden>(
         max_rows: room.rows,
         max_sequences: room.sequences,
         rotary: RotaryPrecision::F32,
+        product_sums: parts.family.product_sums,
         threads,
         stall_timeout: Duration::from_secs(STALL_TIMEOUT),
     };

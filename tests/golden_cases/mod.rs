@@ -28,7 +28,7 @@ use mp_train::backend::cpu::Cpu;
 use mp_train::backend::cuda::Cuda;
 use mp_train::backend::{Backend, BackendError};
 use mp_train::config::model::ModelConfig;
-use mp_train::config::run::{Device, Precision};
+use mp_train::config::run::{Device, Precision, ProductSums};
 
 use case::{Case, Family, Variant};
 pub use compare::Errors;
@@ -138,6 +138,8 @@ pub struct Scope<'a> {
     pub cases: Option<&'a str>,
     /// The errors of the same cases on the CPU in f16, which a GPU is held against.
     pub cpu_errors: Option<&'a Errors>,
+    /// What products of the linear layers are summed in, where the backend has a choice.
+    pub product_sums: ProductSums,
 }
 
 /// Runs the cases of a folder and hands each line to `say`.
@@ -146,8 +148,10 @@ pub fn run<B: Golden>(scope: Scope<'_>, say: &mut dyn FnMut(&str)) -> Outcome<Ve
         folder,
         cases,
         cpu_errors,
+        product_sums,
     } = scope;
-    let family = Family::open(folder)?;
+    let mut family = Family::open(folder)?;
+    family.product_sums = product_sums;
     // Of cases that another family has, nothing is said here.
     let asked: Option<Vec<&str>> = cases.map(|cases| cases.split(',').collect());
     let wanted = |case: &&str| asked.as_ref().is_none_or(|asked| asked.contains(case));
@@ -200,6 +204,7 @@ impl Run<'_> {
     /// A case on a model, reported under `title`.
     fn case<B: Golden>(&mut self, family: &Family, name: &str, title: &str) {
         let mut report = Report::new(title, B::PRECISION, self.cpu_errors);
+        report = report.with_sums(family.product_sums);
         if let Err(error) = run_case::<B>(family, name, &mut report) {
             report.fail(error.to_string());
         }

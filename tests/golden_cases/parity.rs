@@ -4,6 +4,7 @@ use std::fmt::Write;
 use std::path::Path;
 
 use mp_train::config::run::Precision;
+use serde_json::{Value, json};
 
 use super::Outcome;
 use super::case::Family;
@@ -88,6 +89,28 @@ pub fn section(folder: &Path, errors: [&Errors; 3]) -> Outcome<String> {
         }
     }
     Ok(section)
+}
+
+/// The errors of a family's cases on the CPU in f16 and on a GPU that sums products in f16.
+pub fn f16_sums(folder: &Path, cpu: &Errors, cuda: &Errors) -> Outcome<Vec<Value>> {
+    let family = Family::open(folder)?;
+    let name = folder.file_name().unwrap_or_default().to_string_lossy();
+    let mut rows = Vec::new();
+    for case in cuda.cases(family.cases()) {
+        for (kind, words) in KINDS {
+            if let (Some(cpu), Some(cuda)) = (cpu.largest(&case, kind), cuda.largest(&case, kind)) {
+                rows.push(json!({
+                    "family": name,
+                    "case": case,
+                    "of": words,
+                    "cpu_f16": number(cpu).parse::<f64>()?,
+                    "cuda_f16_sums": number(cuda).parse::<f64>()?,
+                    "limit": kind.half().to_string(),
+                }));
+            }
+        }
+    }
+    Ok(rows)
 }
 
 /// A page but for its measured numbers.

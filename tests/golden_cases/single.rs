@@ -8,7 +8,7 @@ use mp_train::config::model::ModelConfig;
 use mp_train::config::run::{Quantization, Recompute};
 use mp_train::data::batch::MicroBatch;
 use mp_train::model::batch::BatchRows;
-use mp_train::model::load::Loader;
+use mp_train::model::load::{Loader, sums};
 use mp_train::model::rotary::RotaryPrecision;
 use mp_train::model::stage::{ChunkShape, Stage, StageShape};
 use mp_train::model::weights::HeadSource;
@@ -77,6 +77,7 @@ impl<B: Golden> Single<B> {
             initial: &initial,
             pulse: &Arc::default(),
             first_stage: true,
+            sums: sums(parts.family.product_sums),
         };
         let shape = StageShape {
             chunks: vec![ChunkShape {

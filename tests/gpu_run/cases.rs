@@ -269,6 +269,13 @@ pub const CASES: &[Case] = &[
         &["f32", "f16", "--devices cpu"],
     ),
     case(
+        "sums in f16 for the whole model",
+        &[],
+        "{train} --devices 0 --kind full --product-sums f16",
+        2,
+        &["--product-sums \"f16\"", "f32", "adapter.kind"],
+    ),
+    case(
         "answering in f32 on a GPU",
         &[],
         "generate --model model --input prompts.jsonl --devices 0 --precision f32",

@@ -1,6 +1,6 @@
 //! Matrix products: those of a block and of the head, and the narrow ones of LoRA.
 
-use mp_train::backend::{Backend, LinearShape};
+use mp_train::backend::{Backend, LinearShape, Sums};
 
 use super::{Bound, Case, Sizes, Visit, Work, elements, memory, stored, words};
 
@@ -17,6 +17,7 @@ pub(super) fn visit<B: Backend>(b: &B, sizes: &Sizes, visit: &mut Visit<'_, B>) 
             rows,
             in_features,
             out_features,
+            sums: Sums::F32,
         };
         // LoRA's share stands in the result already: the product adds to it.
         let accumulate = name == "query_key_value";
@@ -27,6 +28,7 @@ pub(super) fn visit<B: Backend>(b: &B, sizes: &Sizes, visit: &mut Visit<'_, B>) 
         rows: sizes.target_rows,
         in_features: h,
         out_features: sizes.vocab_size,
+        sums: Sums::F32,
     };
     forward(b, visit, "lm_head", head, false, false);
     backward(b, visit, "lm_head", head, false);
@@ -45,6 +47,7 @@ fn operands<B: Backend>(shape: LinearShape) -> [usize; 3] {
         rows,
         in_features,
         out_features,
+        ..
     } = shape;
     [
         rows * in_features,
@@ -127,11 +130,13 @@ fn with_gelu<B: Backend>(b: &B, sizes: &Sizes, visit: &mut Visit<'_, B>) {
             rows: t,
             in_features: h,
             out_features: f,
+            sums: Sums::F32,
         },
         LinearShape {
             rows: t,
             in_features: f,
             out_features: h,
+            sums: Sums::F32,
         },
     );
     let inner = stored::<B>(t * f);
@@ -168,6 +173,7 @@ fn weight_gradient<B: Backend>(b: &B, sizes: &Sizes, visit: &mut Visit<'_, B>) {
         rows: sizes.rows,
         in_features: sizes.hidden_size,
         out_features: sizes.inner_hidden_size,
+        sums: Sums::F32,
     };
     let x = elements::<B, B::Element>(b, shape.rows * shape.in_features, 1.0);
     let dout = elements(b, shape.rows * shape.out_features, 0.1);
@@ -194,11 +200,13 @@ fn low_rank<B: Backend>(b: &B, sizes: &Sizes, visit: &mut Visit<'_, B>) {
         rows: sizes.rows,
         in_features: sizes.hidden_size,
         out_features: sizes.rank,
+        sums: Sums::F32,
     };
     let up = LinearShape {
         rows: sizes.rows,
         in_features: sizes.rank,
         out_features: 3 * sizes.hidden_size,
+        sums: Sums::F32,
     };
     let [x_bytes, a_bytes, low_bytes] = operands::<B>(down);
     let [_, b_bytes, out_bytes] = operands::<B>(up);

@@ -19,6 +19,12 @@ const NOISE: &[(&str, f64)] = &[
     ("low_rank_backward", 4.0),
     ("gelu_linear_backward", 4.0),
     ("cross_entropy", 4.0),
+    // Of the roundings to f16 on the way of a sum (tests/ops/half_sums.rs): six times their deviation, which is
+    // 0.212 * 2^-10 of the root of the sum of the squares of what is rounded.
+    ("linear/f16-sums", 10_434.0),
+    ("linear_backward/f16-sums", 10_434.0),
+    ("linear_gelu/f16-sums", 10_434.0),
+    ("gelu_linear_backward/f16-sums", 10_434.0),
     // The noise of six steps, carried along.
     ("adamw", 6.0),
 ];

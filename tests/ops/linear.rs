@@ -1,6 +1,6 @@
 //! Matrix products.
 
-use mp_train::backend::{Backend, Element, LinearShape};
+use mp_train::backend::{Backend, Element, LinearShape, Sums};
 
 use crate::buffer::Buf;
 use crate::check::Check;
@@ -106,6 +106,7 @@ fn shape<B: Backend, T: Element>(
         rows,
         in_features,
         out_features,
+        sums: Sums::F32,
     };
     let (accumulate, with_bias) = (variant & 1 != 0, variant & 2 != 0);
     let scale = if variant & 4 != 0 { 1.0f32 } else { -1.7 };

@@ -1,6 +1,6 @@
 //! Products with GELU behind or in front of them.
 
-use mp_train::backend::{Backend, Element, LinearShape};
+use mp_train::backend::{Backend, Element, LinearShape, Sums};
 
 use crate::activation::{gelu_exact, gelu_slope};
 use crate::buffer::Act;
@@ -61,6 +61,7 @@ fn shape<B: Backend>(
         rows,
         in_features,
         out_features,
+        sums: Sums::F32,
     };
     let label = format!("{rows} x {in_features} to {out_features}, bias {with_bias}");
     // So that the input of GELU is about as wide as its bend.

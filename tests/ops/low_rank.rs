@@ -1,6 +1,6 @@
 //! Both gradients of a low-rank product in one pass.
 
-use mp_train::backend::{Backend, LinearShape};
+use mp_train::backend::{Backend, LinearShape, Sums};
 
 use crate::buffer::{Act, Buf};
 use crate::check::Check;
@@ -32,6 +32,7 @@ pub fn cases<B: Backend>(b: &B, check: &mut Check) {
             rows,
             in_features: rank,
             out_features: outputs,
+            sums: Sums::F32,
         };
         let scale = if index % 2 == 0 { 4.0 } else { -1.7 };
         gradients(b, check, &mut numbers, shape, scale);
@@ -49,6 +50,7 @@ fn gradients<B: Backend>(
         rows,
         in_features: rank,
         out_features: outputs,
+        ..
     } = shape;
     let factor = f64::from(scale);
     let dout = Act::<B>::of(b, &numbers.values(rows * outputs));

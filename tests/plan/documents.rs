@@ -8,8 +8,8 @@ use std::time::Duration;
 use mp_train::config::model::ModelConfig;
 use mp_train::config::model_size::ModelSize;
 use mp_train::config::run::{
-    AdapterSection, Device, FullSection, LoraSection, Precision, PrefixSection, Quantization,
-    Recompute, RotaryPrecision, ScheduleKind, TransportKind,
+    AdapterSection, Device, FullSection, LoraSection, Precision, PrefixSection, ProductSums,
+    Quantization, Recompute, RotaryPrecision, ScheduleKind, TransportKind,
 };
 use mp_train::model::trainables::Trainables;
 use mp_train::pipeline::cost::TypicalBatch;
@@ -100,6 +100,7 @@ fn taken(
         balance: None,
         precision: Precision::F16,
         rotary_table: RotaryPrecision::Original,
+        product_sums: ProductSums::F32,
         schedule: ScheduleKind::OneForwardOneBackward,
         virtual_stages: 1,
         micro_batches,

@@ -5,8 +5,8 @@ use std::time::Duration;
 use mp_train::config::model::ModelConfig;
 use mp_train::config::model_size::ModelSize;
 use mp_train::config::run::{
-    AdapterSection, Device, FullSection, LoraSection, Precision, Quantization, Recompute,
-    RotaryPrecision, ScheduleKind, TransportKind,
+    AdapterSection, Device, FullSection, LoraSection, Precision, ProductSums, Quantization,
+    Recompute, RotaryPrecision, ScheduleKind, TransportKind,
 };
 use mp_train::data::sampler::MicroBatchSize;
 use mp_train::model::trainables::Trainables;
@@ -46,6 +46,7 @@ fn asked(devices: u32, adapter: AdapterSection, sequences: usize) -> Asked {
             balance: None,
             precision: Precision::F16,
             rotary_table: RotaryPrecision::Original,
+            product_sums: ProductSums::F32,
             schedule: ScheduleKind::OneForwardOneBackward,
             virtual_stages: 1,
             micro_batches: 8,

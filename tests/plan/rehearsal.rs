@@ -8,8 +8,8 @@ use mp_train::adapter::initial::initial_values;
 use mp_train::adapter::{ParameterSpec, ParameterState};
 use mp_train::config::run::{
     AdapterSection, Device, FullSection, LoraSection, LossNormalisation, LrSchedule,
-    OptimizerSection, Precision, PrefixSection, Quantization, Recompute, RotaryPrecision,
-    ScheduleKind, TransportKind,
+    OptimizerSection, Precision, PrefixSection, ProductSums, Quantization, Recompute,
+    RotaryPrecision, ScheduleKind, TransportKind,
 };
 use mp_train::data::batch::MicroBatch;
 use mp_train::data::rows::{RawRow, Rows};
@@ -79,6 +79,7 @@ impl Run {
             balance: None,
             precision: self.precision,
             rotary_table: RotaryPrecision::F32,
+            product_sums: ProductSums::F32,
             schedule: self.schedule,
             virtual_stages: match self.schedule {
                 ScheduleKind::Interleaved => 2,

@@ -1,4 +1,4 @@
-//! Matrix products by cuBLASLt: f16 or f32 in, f32 sums.
+//! Matrix products by cuBLASLt: f16 or f32 in, f32 sums; f16 sums of halves where they are asked for.
 //!
 //! Micro-batches without padding have nearly every number of rows. The algorithm is chosen for the
 //! number of rows rounded up to [`BUCKET`], by the library's first proposal for a fixed workspace and
@@ -18,142 +18,13 @@ use cudarc::cublaslt::sys;
 use super::device::{Device, Pointer};
 use super::error::CudaError;
 use super::memory::{CudaBuffer, Memory};
+use super::product::{Kind, Part, Product, Types};
 use crate::backend::{BackendError, Work};
 
 type Result<T> = std::result::Result<T, BackendError>;
 
 /// Rows of a micro-batch share an algorithm up to the next multiple of this.
 pub(super) const BUCKET: usize = 64;
-
-/// Types of a product.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) enum Types {
-    /// Halves in and out.
-    F16,
-    /// Halves in, f32 out: gradients of weights.
-    F16IntoF32,
-    /// f32 in and out, without rounding to TF32.
-    F32,
-}
-
-impl Types {
-    fn input(self) -> sys::cudaDataType {
-        match self {
-            Types::F16 | Types::F16IntoF32 => sys::cudaDataType::CUDA_R_16F,
-            Types::F32 => sys::cudaDataType::CUDA_R_32F,
-        }
-    }
-
-    fn output(self) -> sys::cudaDataType {
-        match self {
-            Types::F16 => sys::cudaDataType::CUDA_R_16F,
-            Types::F16IntoF32 | Types::F32 => sys::cudaDataType::CUDA_R_32F,
-        }
-    }
-}
-
-impl std::fmt::Display for Types {
-    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        out.write_str(match self {
-            Types::F16 => "f16",
-            Types::F16IntoF32 => "f16 into f32",
-            Types::F32 => "f32",
-        })
-    }
-}
-
-/// Which product of a linear layer. Letters: T rows, I in_features, O out_features.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) enum Kind {
-    /// `out [T, O] = x [T, I] weight [O, I]ᵀ`, with a bias `[O]` or not.
-    Forward {
-        /// Whether a bias is added.
-        bias: bool,
-        /// Whether `out` is GELU of that, and that itself goes to `pre [T, O]`.
-        gelu: bool,
-    },
-    /// `dx [T, I] = dout [T, O] weight [O, I]`.
-    Backward {
-        /// Whether each value is multiplied by `gelu'` of that of `pre [T, I]`.
-        gelu: bool,
-    },
-    /// `dweight [O, I] = dout [T, O]ᵀ x [T, I]`.
-    WeightGradient,
-}
-
-impl std::fmt::Display for Kind {
-    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        out.write_str(match self {
-            Kind::Forward { gelu: true, .. } => "forward with GELU",
-            Kind::Forward { bias: true, .. } => "forward with bias",
-            Kind::Forward { bias: false, .. } => "forward",
-            Kind::Backward { gelu: true } => "backward through GELU",
-            Kind::Backward { gelu: false } => "backward",
-            Kind::WeightGradient => "gradient of the weight",
-        })
-    }
-}
-
-impl Kind {
-    fn has_bias(self) -> bool {
-        matches!(self, Kind::Forward { bias: true, .. })
-    }
-
-    /// Whether GELU or its gradient is part of it.
-    pub fn has_gelu(self) -> bool {
-        matches!(
-            self,
-            Kind::Forward { gelu: true, .. } | Kind::Backward { gelu: true }
-        )
-    }
-
-    /// What is done with the sums, where that is anything.
-    fn epilogue(self) -> Option<sys::cublasLtEpilogue_t> {
-        use sys::cublasLtEpilogue_t as Epilogue;
-        match self {
-            Kind::Forward { bias, gelu } => match (bias, gelu) {
-                (true, true) => Some(Epilogue::CUBLASLT_EPILOGUE_GELU_AUX_BIAS),
-                (false, true) => Some(Epilogue::CUBLASLT_EPILOGUE_GELU_AUX),
-                (true, false) => Some(Epilogue::CUBLASLT_EPILOGUE_BIAS),
-                (false, false) => None,
-            },
-            Kind::Backward { gelu: true } => Some(Epilogue::CUBLASLT_EPILOGUE_DGELU),
-            Kind::Backward { gelu: false } | Kind::WeightGradient => None,
-        }
-    }
-}
-
-/// One product. `left` and `right` are `weight` and `x`, `weight` and `dout`, or `x` and `dout`.
-pub(super) struct Product {
-    pub kind: Kind,
-    pub types: Types,
-    /// T.
-    pub rows: usize,
-    /// I.
-    pub in_features: usize,
-    /// O.
-    pub out_features: usize,
-    pub scale: f32,
-    /// Whether the product is added to what `out` holds.
-    pub accumulate: bool,
-    pub out: Pointer,
-    pub left: Pointer,
-    pub right: Pointer,
-    /// Read where the kind has a bias.
-    pub bias: Pointer,
-    /// Of the kinds with GELU: written by the forward product, read by the backward one.
-    pub pre: Pointer,
-}
-
-impl Product {
-    /// Columns of `out`.
-    fn out_cols(&self) -> usize {
-        match self.kind {
-            Kind::Forward { .. } => self.out_features,
-            Kind::Backward { .. } | Kind::WeightGradient => self.in_features,
-        }
-    }
-}
 
 /// The library takes `pre` where its rows are a multiple of so many values.
 const PRE_COLS: usize = 8;
@@ -164,6 +35,8 @@ struct Key {
     types: Types,
     in_features: usize,
     out_features: usize,
+    /// Terms of each value, fewer than there are where the product is one part of several.
+    terms: usize,
     bucket: usize,
     accumulate: bool,
 }
@@ -174,10 +47,10 @@ struct Layout(sys::cublasLtMatrixLayout_t);
 impl Layout {
     fn new(
         data: sys::cudaDataType,
-        rows: usize,
-        cols: usize,
+        [rows, cols]: [usize; 2],
+        leading: usize,
     ) -> std::result::Result<Self, CublasError> {
-        result::create_matrix_layout(data, rows as u64, cols as u64, rows as i64).map(Layout)
+        result::create_matrix_layout(data, rows as u64, cols as u64, leading as i64).map(Layout)
     }
 
     fn set_cols(&self, cols: usize) -> std::result::Result<(), CublasError> {
@@ -205,8 +78,8 @@ struct Description(sys::cublasLtMatmulDesc_t);
 
 impl Description {
     fn new(product: &Product, transposed: [bool; 2]) -> std::result::Result<Self, CublasError> {
-        let compute = sys::cublasComputeType_t::CUBLAS_COMPUTE_32F;
-        let desc = result::create_matmul_desc(compute, sys::cudaDataType::CUDA_R_32F)?;
+        let types = product.types;
+        let desc = result::create_matmul_desc(types.compute(), types.factor())?;
         let desc = Description(desc);
         use sys::cublasLtMatmulDescAttributes_t as Attribute;
         for (attribute, transposed) in [
@@ -329,7 +202,7 @@ impl Blas {
     /// Queues a product with GELU; `false` where the library has no algorithm for it, and nothing was
     /// queued.
     pub fn multiply_with_gelu(&self, product: &Product) -> Result<bool> {
-        if !product.out_cols().is_multiple_of(PRE_COLS) {
+        if !product.out_cols().is_multiple_of(PRE_COLS) || !product.is_whole() {
             return Ok(false);
         }
         self.counted(product)
@@ -337,8 +210,13 @@ impl Blas {
 
     fn counted(&self, product: &Product) -> Result<bool> {
         let multiply = || {
-            let queued = self.try_multiply(product);
-            queued.map_err(|error| self.failure(product, error))
+            for part in product.parts() {
+                let queued = self.try_multiply(&part);
+                if !queued.map_err(|error| self.failure(product, error))? {
+                    return Ok(false);
+                }
+            }
+            Ok(true)
         };
         self.device.counted(Work::Products, multiply)
     }
@@ -364,14 +242,16 @@ impl Blas {
         })
     }
 
-    /// Queues a product, unless there is no algorithm for it: then `false`.
-    fn try_multiply(&self, product: &Product) -> std::result::Result<bool, CublasError> {
+    /// Queues a part of a product, unless there is no algorithm for it: then `false`.
+    fn try_multiply(&self, part: &Part) -> std::result::Result<bool, CublasError> {
+        let Part { product, terms } = part;
         let bucket = product.rows.next_multiple_of(BUCKET);
         let key = Key {
             kind: product.kind,
             types: product.types,
             in_features: product.in_features,
             out_features: product.out_features,
+            terms: *terms,
             bucket,
             accumulate: product.accumulate,
         };
@@ -379,7 +259,7 @@ impl Blas {
         let plan = match plans.entry(key) {
             std::collections::hash_map::Entry::Occupied(entry) => entry.into_mut(),
             std::collections::hash_map::Entry::Vacant(entry) => {
-                entry.insert(self.plan(product, bucket)?)
+                entry.insert(self.plan(part, bucket)?)
             }
         };
         let Some(plan) = plan else {
@@ -403,16 +283,18 @@ impl Blas {
         let Some(algorithm) = algorithm else {
             return Ok(false);
         };
-        let (alpha, beta) = (product.scale, f32::from(u8::from(product.accumulate)));
+        let factors = product.factors();
+        let [alpha, beta] = factors.at();
         let at = |pointer: Pointer| pointer.0 as *mut c_void;
-        // SAFETY: handle, descriptor and layouts are alive; the buffers have the shapes of the layouts
+        // SAFETY: handle, descriptor and layouts are alive; `factors` lives until the call has returned and
+        // has the type that the descriptor was made for; the buffers have the shapes of the layouts
         // by the contract of `Product`; the workspace is used by this stream alone, in order.
         unsafe {
             result::matmul(
                 self.handle,
                 plan.description.0,
-                (&raw const alpha).cast(),
-                (&raw const beta).cast(),
+                alpha,
+                beta,
                 at(product.left),
                 plan.left.0,
                 at(product.right),
@@ -431,24 +313,23 @@ impl Blas {
     }
 
     /// Description, layouts and algorithm of a bucket; nothing where there is no algorithm.
-    fn plan(
-        &self,
-        product: &Product,
-        bucket: usize,
-    ) -> std::result::Result<Option<Plan>, CublasError> {
+    fn plan(&self, part: &Part, bucket: usize) -> std::result::Result<Option<Plan>, CublasError> {
+        let Part { product, terms } = part;
         let (t, i, o) = (bucket, product.in_features, product.out_features);
         let (input, output) = (product.types.input(), product.types.output());
+        // x is as wide as the weight, dout is not.
+        let right_is_x = matches!(product.kind, Kind::Forward { .. });
         // A matrix [rows, cols] of ours is [cols, rows] in columns, so every product is turned over.
         let (transposed, left, right, out) = match product.kind {
-            Kind::Forward { .. } => ([true, false], (i, o), (i, t), (o, t)),
-            Kind::Backward { .. } => ([false, false], (i, o), (o, t), (i, t)),
-            Kind::WeightGradient => ([false, true], (i, t), (o, t), (i, o)),
+            Kind::Forward { .. } => ([true, false], [*terms, o], [*terms, t], [o, t]),
+            Kind::Backward { .. } => ([false, false], [i, *terms], [*terms, t], [i, t]),
+            Kind::WeightGradient => ([false, true], [i, t], [o, t], [i, o]),
         };
         let mut plan = Plan {
             description: Description::new(product, transposed)?,
-            left: Layout::new(input, left.0, left.1)?,
-            right: Layout::new(input, right.0, right.1)?,
-            out: Layout::new(output, out.0, out.1)?,
+            left: Layout::new(input, left, i)?,
+            right: Layout::new(input, right, if right_is_x { i } else { o })?,
+            out: Layout::new(output, out, product.out_cols())?,
             algorithm: sys::cublasLtMatmulAlgo_t { data: [0; 8] },
             agreed: HashSet::new(),
             exact: HashMap::new(),

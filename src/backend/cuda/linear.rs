@@ -1,12 +1,13 @@
 //! Linear layers: large products by cuBLASLt, low-rank ones by kernels/adapter.cu.
 
-use super::blas::{BUCKET, Kind, Product, Types};
+use super::blas::BUCKET;
 use super::device::{Geometry, Kernel, Pointer};
 use super::memory::CudaBuffer;
 use super::module::Modules;
 use super::prepare::GeluAt;
+use super::product::{Kind, Product, Types};
 use super::{Cuda, LinearWork, Result, adapter, elementwise};
-use crate::backend::{Element, LinearShape};
+use crate::backend::{Element, LinearShape, Sums};
 use half::f16;
 
 /// Kernels of kernels/linear.cu.
@@ -27,6 +28,15 @@ impl Kernels {
 /// The two storage types differ in size, which decides everything here.
 fn is_half<T: Element>() -> bool {
     T::SIZE == 2
+}
+
+/// Types of a product with a weight.
+fn types<T: Element>(sums: Sums) -> Types {
+    match (is_half::<T>(), sums) {
+        (true, Sums::F16) => Types::F16Sums,
+        (true, Sums::F32) => Types::F16,
+        (false, _) => Types::F32,
+    }
 }
 
 /// Whether a product is narrow enough for the kernels of LoRA.
@@ -61,11 +71,7 @@ pub(super) fn linear<T: Element>(
             bias: bias.is_some(),
             gelu: false,
         },
-        types: if is_half::<T>() {
-            Types::F16
-        } else {
-            Types::F32
-        },
+        types: types::<T>(shape.sums),
         rows: shape.rows,
         in_features: shape.in_features,
         out_features: shape.out_features,
@@ -97,11 +103,7 @@ pub(super) fn linear_backward<T: Element>(
     }
     cuda.blas.multiply(&Product {
         kind: Kind::Backward { gelu: false },
-        types: if is_half::<T>() {
-            Types::F16
-        } else {
-            Types::F32
-        },
+        types: types::<T>(shape.sums),
         rows: shape.rows,
         in_features: shape.in_features,
         out_features: shape.out_features,
@@ -133,7 +135,7 @@ pub(super) fn linear_gelu(
             bias: bias.is_some(),
             gelu: true,
         },
-        types: Types::F16,
+        types: types::<f16>(shape.sums),
         rows: shape.rows,
         in_features: shape.in_features,
         out_features: shape.out_features,
@@ -166,7 +168,7 @@ pub(super) fn gelu_linear_backward(
     }
     let in_one = cuda.blas.multiply_with_gelu(&Product {
         kind: Kind::Backward { gelu: true },
-        types: Types::F16,
+        types: types::<f16>(shape.sums),
         rows: shape.rows,
         in_features: shape.in_features,
         out_features: shape.out_features,
@@ -264,7 +266,7 @@ pub(super) fn prepare(cuda: &Cuda, layer: &LinearWork, at: Pointer, bytes: usize
     let (i, o) = (layer.in_features, layer.out_features);
     let (types, gradient) = match layer.single {
         true => (Types::F32, Types::F32),
-        false => (Types::F16, Types::F16IntoF32),
+        false => (types::<f16>(layer.sums), Types::F16IntoF32),
     };
     let forward = |gelu| Kind::Forward {
         bias: layer.bias,

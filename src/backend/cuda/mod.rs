@@ -25,6 +25,7 @@ mod ops;
 mod optim;
 mod prepare;
 mod probe;
+mod product;
 mod quant;
 mod rotary;
 mod rows;

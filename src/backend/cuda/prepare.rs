@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::memory::rounded;
 use super::{Cuda, Result, adapter, attention, blas, linear, norm, optim};
-use crate::backend::Pulse;
+use crate::backend::{Pulse, Sums};
 
 /// Bytes of a GPU that a worker takes beside what is planned to the byte: its context, the kernels, the
 /// libraries' own. An estimate, and why a plan leaves headroom: about half a gigabyte is what contexts
@@ -46,6 +46,8 @@ pub struct LinearWork {
     pub weight_gradient: bool,
     /// Whether everything about it is f32, as in the projection of a prefix.
     pub single: bool,
+    /// How the products of its weight add, but for those of the weight's gradient.
+    pub sums: Sums,
 }
 
 /// What the ops of a run need beside its buffers: tables of sequences and tensors, scratch, cuBLASLt's

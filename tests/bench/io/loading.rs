@@ -10,7 +10,7 @@ use memmap2::{Advice, MmapMut};
 use mp_train::adapter::ParameterState;
 use mp_train::adapter::initial::initial_values;
 use mp_train::backend::cpu::Cpu;
-use mp_train::backend::{Backend, Element};
+use mp_train::backend::{Backend, Element, Sums};
 use mp_train::checkpoint::safetensors::{PlannedTensor, SafetensorsFile, stream_safetensors};
 use mp_train::checkpoint::synthetic::SyntheticTensors;
 use mp_train::checkpoint::{CheckpointError, Dtype, OpenTensor, TensorSource};
@@ -99,6 +99,7 @@ where
         initial: &initial,
         pulse: &Arc::default(),
         first_stage: true,
+        sums: Sums::F32,
     };
     let shape = StageShape {
         chunks: vec![ChunkShape { blocks, slots: 1 }],

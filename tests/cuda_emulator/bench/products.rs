@@ -271,6 +271,121 @@ fn an_element_does_not_depend_on_the_size_of_the_product() {
     }
 }
 
+/// The sums of one column, rounded to half behind every fourth term, then times alpha, plus beta C.
+fn half_sum(a: &[f16], b: &[f16], [alpha, beta]: [f32; 2], c: f16) -> f16 {
+    let half = |x: f32| f16::from_f32(x).to_f32();
+    let quads = a.chunks(4).zip(b.chunks(4));
+    let sum = quads.fold(0.0f32, |sum, (a, b)| {
+        let terms = a.iter().zip(b);
+        half(terms.fold(sum, |sum, (a, b)| a.to_f32().mul_add(b.to_f32(), sum)))
+    });
+    f16::from_f32(half(alpha * sum) + half(beta * c.to_f32()))
+}
+
+#[test]
+fn sums_in_half_are_rounded_on_their_way() {
+    let Some(bench) = bench(&[]) else { return };
+    let context = bench.device(0);
+    let stream = context.new_stream().unwrap();
+    const K: usize = 1001;
+    let (a, b) = (numbers::<f16>(K, 1), numbers::<f16>(K, 5));
+    let c = f16::from_f32(3.75);
+    let factors = [0.75f32, 0.5];
+    let halves = factors.map(f16::from_f32);
+    let half_type = <f16 as Element>::TYPE;
+    let compute = sys::cublasComputeType_t::CUBLAS_COMPUTE_16F;
+    let (a_device, b_device) = (
+        stream.clone_htod(&a).unwrap(),
+        stream.clone_htod(&b).unwrap(),
+    );
+    let mut d_device = stream.clone_htod(&[c]).unwrap();
+    let handle = result::create_handle().unwrap();
+    let product = result::create_matmul_desc(compute, half_type).unwrap();
+    let preference = result::create_matmul_pref().unwrap();
+    let layout = |rows: usize, cols: usize| {
+        result::create_matrix_layout(half_type, rows as u64, cols as u64, rows as i64).unwrap()
+    };
+    let [la, lb, ld] = [layout(1, K), layout(K, 1), layout(1, 1)];
+    let [alpha, beta] = halves.each_ref().map(|x| (&raw const *x).cast());
+    // SAFETY: everything is alive during the calls and destroyed once; the matrices have the sizes of their
+    // layouts, alpha and beta the type of the descriptor.
+    unsafe {
+        let found =
+            result::get_matmul_algo_heuristic(handle, product, la, lb, ld, ld, preference).unwrap();
+        let d_at = d_device.device_ptr_mut(&stream).0 as *mut _;
+        let (a_at, b_at) = (
+            a_device.device_ptr(&stream).0 as *const _,
+            b_device.device_ptr(&stream).0 as *const _,
+        );
+        let (none, queue) = (std::ptr::null_mut(), stream.cu_stream().cast());
+        let algorithm = &raw const found.algo;
+        result::matmul(
+            handle, product, alpha, beta, a_at, la, b_at, lb, d_at, ld, d_at, ld, algorithm, none,
+            0, queue,
+        )
+        .unwrap();
+        for layout in [la, lb, ld] {
+            result::destroy_matrix_layout(layout).unwrap();
+        }
+        result::destroy_matmul_pref(preference).unwrap();
+        result::destroy_matmul_desc(product).unwrap();
+        result::destroy_handle(handle).unwrap();
+    }
+    let found = stream.clone_dtoh(&d_device).unwrap()[0];
+    assert_eq!(found, half_sum(&a, &b, factors, c));
+    let exact: f64 = a.iter().zip(&b).map(|(a, b)| a.value() * b.value()).sum();
+    let once = f16::from_f64(0.75 * exact + 0.5 * c.value());
+    assert_ne!(found, once, "rounded once");
+}
+
+/// The types that `cublasLtMatmul` has no product for.
+#[test]
+fn sums_in_half_of_other_types_are_refused() {
+    let Some(_bench) = bench(&[]) else { return };
+    use sys::cublasComputeType_t::{CUBLAS_COMPUTE_16F, CUBLAS_COMPUTE_32F};
+    let (half, single) = (<f16 as Element>::TYPE, <f32 as Element>::TYPE);
+    let handle = result::create_handle().unwrap();
+    let preference = result::create_matmul_pref().unwrap();
+    let unsupported = Err(sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED);
+    for (compute, factors, input, output, expected) in [
+        (CUBLAS_COMPUTE_16F, half, half, half, Ok(())),
+        (CUBLAS_COMPUTE_16F, single, half, half, unsupported),
+        (CUBLAS_COMPUTE_16F, half, half, single, unsupported),
+        (CUBLAS_COMPUTE_16F, half, single, single, unsupported),
+        (CUBLAS_COMPUTE_32F, half, half, half, unsupported),
+        (CUBLAS_COMPUTE_32F, single, half, half, Ok(())),
+    ] {
+        let layout = |data, rows: u64, cols: u64| {
+            result::create_matrix_layout(data, rows, cols, rows as i64).unwrap()
+        };
+        let layouts = [
+            layout(input, 64, 32),
+            layout(input, 32, 16),
+            layout(output, 64, 16),
+        ];
+        let [a, b, d] = layouts;
+        let product = result::create_matmul_desc(compute, factors).unwrap();
+        // SAFETY: descriptors made above, destroyed once.
+        unsafe {
+            let asked = result::get_matmul_algo_heuristic(handle, product, a, b, d, d, preference);
+            let asked = asked.map(|_| ()).map_err(|error| error.0);
+            assert_eq!(
+                asked, expected,
+                "{compute:?} {factors:?} {input:?} {output:?}"
+            );
+            for layout in layouts {
+                result::destroy_matrix_layout(layout).unwrap();
+            }
+            result::destroy_matmul_desc(product).unwrap();
+        }
+    }
+    // SAFETY: made above, destroyed once.
+    unsafe {
+        result::destroy_matmul_pref(preference).unwrap();
+        result::destroy_handle(handle).unwrap();
+    }
+}
+
 #[test]
 fn what_cublaslt_refuses() {
     let Some(_bench) = bench(&[]) else { return };
