@@ -52,6 +52,8 @@ mod rotary;
 mod rows;
 #[path = "ops/swiglu.rs"]
 mod swiglu;
+#[path = "ops/synthetic.rs"]
+mod synthetic;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::Command;
@@ -212,7 +214,7 @@ fn reports<B: Backend>(b: &B, pulse: &Pulse, check: &mut Check) {
 
 type Cases<B> = fn(&B, &mut Check);
 
-fn families<B: Backend>() -> [(&'static str, Cases<B>); 16] {
+fn families<B: Backend>() -> [(&'static str, Cases<B>); 17] {
     [
         ("memory", memory::cases::<B>),
         ("rows", rows::cases::<B>),
@@ -230,6 +232,7 @@ fn families<B: Backend>() -> [(&'static str, Cases<B>); 16] {
         ("loss", loss::cases::<B>),
         ("optimiser", optimiser::cases::<B>),
         ("quant", quant::cases::<B>),
+        ("synthetic", synthetic::cases::<B>),
     ]
 }
 

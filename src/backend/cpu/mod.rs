@@ -20,6 +20,7 @@ mod reduce;
 mod rms_norm;
 mod rotary;
 mod rows;
+mod synthetic;
 mod threads;
 mod transpose;
 
