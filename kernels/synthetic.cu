@@ -1,8 +1,8 @@
 // Made-up weights and codes, those of src/backend/cpu/synthetic.rs bit for bit: a whole number that is
 // nearly normally distributed for each value, from one word of the counter-based generator; four values
 // share a draw. Flat lists of `len` values (codes: bytes), any grid of at least 8 threads; a thread makes
-// 8 at a time. Nothing is read. Ten rounds of Philox for four values (about 26 operations a value) weigh
-// more than the 1/2 to 4 bytes that are written.
+// 8 at a time. Nothing is read. Bound by the ten rounds of Philox for four values (docs/kernel-floors.md:
+// issue beside bytes), which a start can bear.
 #include "pieces.cuh"
 #include "random.cuh"
 

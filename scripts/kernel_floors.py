@@ -419,8 +419,7 @@ they touch, over the minimum, counted on an emulated GPU at a smaller shape
                 for op in result["ops"]
             ],
         ),
-        """
-## Launches of a block
+        """## Launches of a block
 
 What one micro-batch has a block queue that has others before and behind it, nothing computed again: our kernels
 and calls of cuBLASLt, by a model of three blocks less one of two on an emulated GPU whose cuBLASLt has
