@@ -97,3 +97,39 @@ impl TensorSource for SyntheticTensors {
         self.tensors.get(name).map(|(_, values)| *values)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn matrices_differ_and_spread_as_they_should() {
+        let shapes = [
+            ("a", vec![97, 65]),
+            ("b", vec![97, 65]),
+            ("norm.weight", vec![3]),
+            ("norm.bias", vec![3]),
+        ];
+        let shapes = shapes.map(|(name, shape)| (name.to_owned(), shape));
+        let source = SyntheticTensors::new(shapes.clone(), 7);
+        // The order in which they are named does not matter.
+        let again = SyntheticTensors::new(shapes.into_iter().rev(), 7);
+        let values = |name: &str| {
+            let read = source.read(name).unwrap();
+            assert_eq!(read.bytes, again.read(name).unwrap().bytes);
+            let mut values = vec![0.0; read.shape.iter().product()];
+            source.open(name).unwrap().read_f32(0, &mut values).unwrap();
+            values
+        };
+        assert_eq!(
+            (values("norm.weight"), values("norm.bias")),
+            (vec![1.0; 3], vec![0.0; 3])
+        );
+        assert_ne!(values("a"), values("b"));
+        let squares: f32 = values("a").iter().map(|value| value * value).sum();
+        let deviation = (squares / (97.0 * 65.0)).sqrt();
+        assert!((deviation / DEVIATION - 1.0).abs() < 0.03, "{deviation}");
+        assert!(source.read("c").is_err() && source.synthetic("c").is_none());
+    }
+}
