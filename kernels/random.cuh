@@ -33,5 +33,12 @@ DEVICE uint4 random_words(RandomKey key, u32 row, u64 column) {
     return philox(make_uint4((u32)column, (u32)(column >> 32), row, 0u), key);
 }
 
+// `random::near_normal`: the bytes of a word added up, less their mean.
+#define NEAR_NORMAL_LARGEST 510
+DEVICE int near_normal(u32 word) {
+    const u32 pairs = (word & 0x00ff00ffu) + (word >> 8 & 0x00ff00ffu);
+    return (int)((pairs & 0xffffu) + (pairs >> 16)) - NEAR_NORMAL_LARGEST;
+}
+
 // `random::uniform`: in [0, 1), exact.
 DEVICE float uniform(u32 word) { return (float)(word >> 8) * (1.0f / 16777216.0f); }

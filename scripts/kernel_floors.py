@@ -1,8 +1,8 @@
 """Floors of the kernels from their machine code: scripts/kernel_floors.sh calls this.
 
 Reads the disassembly of every kernel for sm_86 and sm_90, the launches of ChatGLM-6B's ops
-(tests/cuda_emulator/launches.json) and the counted traffic (traffic.json); writes one JSON and the page
-that is made of it. Standard library only.
+(tests/cuda_emulator/launches.json), those of single blocks (block_launches.json) and the counted traffic
+(traffic.json); writes one JSON and the page that is made of it. Standard library only.
 """
 
 import json
@@ -327,7 +327,7 @@ def step(ops, blocks):
     return {"ops": dict(counts), "devices": result}
 
 
-def measure(folder, nvdisasm, launches, traffic):
+def measure(folder, nvdisasm, launches, traffic, blocks):
     code = machine_code(folder, nvdisasm)
     asked = {op["op"].split(" 1x")[0]: op for op in traffic["ops"]}
     ops = []
@@ -363,6 +363,7 @@ def measure(folder, nvdisasm, launches, traffic):
         "sizes": launches["sizes"],
         "ops": ops,
         "step": step(ops, launches["sizes"]["blocks"]),
+        "blocks": blocks["blocks"],
         "kernels": code,
     }
 
@@ -416,6 +417,21 @@ they touch, over the minimum, counted on an emulated GPU at a smaller shape
                     op.get("touched_of_minimum", ""),
                 ]
                 for op in result["ops"]
+            ],
+        ),
+        """## Launches of a block
+
+What one micro-batch has a block queue that has others before and behind it, nothing computed again: our kernels
+and calls of cuBLASLt, by a model of three blocks less one of two on an emulated GPU whose cuBLASLt has
+algorithms with GELU (tests/cuda_emulator/block_launches.json, which names the kernels; tests/kernel_traffic.rs
+holds it).
+""",
+        table(
+            ["model", "adapter", "forward: kernels", "products", "backward: kernels", "products"],
+            [
+                [block["model"], block["adapter"]]
+                + [block[way][kind] for way in ("forward", "backward") for kind in ("kernels", "products")]
+                for block in result["blocks"]
             ],
         ),
     ]
@@ -567,7 +583,7 @@ def main():
         "commit": commit,
         "nvrtc": (folder / "nvrtc").read_text().strip(),
         "nvdisasm": re.search(r"release ([\d.]+)", version).group(1),
-        **measure(folder, nvdisasm, read("launches.json"), read("traffic.json")),
+        **measure(folder, nvdisasm, read("launches.json"), read("traffic.json"), read("block_launches.json")),
     }
     spilled = [
         f"{arch} {name}"

@@ -7,6 +7,8 @@
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 
+use crate::random::NEAR_NORMAL_LARGEST;
+
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 
@@ -73,6 +75,23 @@ impl Bits {
 }
 
 impl Bits {
+    /// The code that a number of [`near_normal`](crate::random::near_normal) becomes: cut towards 0, so that
+    /// the largest is the largest code and the mean is 0.
+    #[inline(always)]
+    pub fn code_of(self, number: i32) -> i8 {
+        // Within the codes, as `number` is at most the largest.
+        (number / (NEAR_NORMAL_LARGEST / i32::from(self.largest_code()))) as i8
+    }
+
+    /// The scale that gives such codes this standard deviation.
+    pub fn scale_for(self, deviation: f32) -> f16 {
+        let of_codes = match self {
+            Bits::Eight => 36.648_743,
+            Bits::Four => 1.695_201,
+        };
+        f16::from_f32(deviation / of_codes)
+    }
+
     /// The weights that a row of codes stands for, `f16(code * scale)`; `out` has as many values as
     /// the row has columns.
     pub fn dequantise_row(self, out: &mut [f32], codes: &[i8], scale: f16) {
@@ -288,7 +307,8 @@ fn codes_of(codes: &mut [i8], weights: &[f16], scale: f16, bits: Bits) {
     }
 }
 
-fn pack(out: &mut [i8], codes: &[i8], bits: Bits) {
+/// Codes as they are stored; `out` has the [`Bits::row_bytes`] of them.
+pub fn pack(out: &mut [i8], codes: &[i8], bits: Bits) {
     match bits {
         Bits::Eight => out.copy_from_slice(codes),
         Bits::Four => {
@@ -306,6 +326,7 @@ fn pack(out: &mut [i8], codes: &[i8], bits: Bits) {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use crate::random::{Domain, Key, near_normal};
 
     fn halves(values: &[f32]) -> Vec<f16> {
         values.iter().map(|&value| f16::from_f32(value)).collect()
@@ -323,6 +344,30 @@ mod tests {
             panic!("no values")
         };
         assert!((first.to_f32() - 0.5).abs() <= matrix.scales[0].to_f32());
+    }
+
+    #[test]
+    fn codes_of_near_normal_numbers_spread_as_their_scale_says() {
+        let mut stream = Key::new(5, Domain::ModelInit).stream();
+        let numbers: Vec<i32> = (0..200_000)
+            .map(|_| near_normal(stream.next_word()))
+            .collect();
+        for bits in [Bits::Eight, Bits::Four] {
+            let ends = [-NEAR_NORMAL_LARGEST, NEAR_NORMAL_LARGEST].map(|n| bits.code_of(n));
+            assert_eq!(ends, [-bits.largest_code(), bits.largest_code()]);
+            let scale = f64::from(bits.scale_for(0.02));
+            let values = numbers.iter().map(|&n| f64::from(bits.code_of(n)) * scale);
+            let (sum, squares) = values.fold((0.0, 0.0), |(sum, squares), value| {
+                (sum + value, squares + value * value)
+            });
+            let count = numbers.len() as f64;
+            assert!((sum / count).abs() < 2e-4, "{bits:?}: {}", sum / count);
+            let deviation = (squares / count).sqrt();
+            assert!(
+                (deviation / 0.02 - 1.0).abs() < 0.01,
+                "{bits:?}: {deviation}"
+            );
+        }
     }
 
     #[test]

@@ -66,6 +66,29 @@ impl Key {
         philox([low, high, row, DRAW], self.0)
     }
 
+    /// The words of row 0 from `4 * block` on, as [`Key::stream`] has them one by one, handed to `work` with
+    /// their places in `out`, of which the last may take fewer than there are.
+    #[inline(always)]
+    pub fn fill<T>(self, block: u64, out: &mut [T], work: impl Fn(u32) -> T) {
+        const LANES: usize = 16;
+        for (index, out) in out.chunks_mut(4 * LANES).enumerate() {
+            let first = block + (index * LANES) as u64;
+            let counter = |lane: usize| split(first + lane as u64);
+            let counters = [
+                std::array::from_fn(|lane| counter(lane)[0]),
+                std::array::from_fn(|lane| counter(lane)[1]),
+                [0; LANES],
+                [DRAW; LANES],
+            ];
+            let words = philox_lanes::<LANES>(counters, self.0);
+            for (lane, out) in out.chunks_mut(4).enumerate() {
+                for (out, words) in out.iter_mut().zip(&words) {
+                    *out = work(words[lane]);
+                }
+            }
+        }
+    }
+
     /// All words of row 0 in order.
     pub fn stream(self) -> Stream {
         self.stream_from(0)
@@ -160,19 +183,48 @@ pub fn normal(first: u32, second: u32) -> f32 {
 
 /// Philox4x32-10: four random words, a bijection of the counter for every key.
 pub fn philox(counter: [u32; 4], key: [u32; 2]) -> [u32; 4] {
-    let [mut c0, mut c1, mut c2, mut c3] = counter;
+    philox_lanes(counter.map(|word| [word]), key).map(|[word]| word)
+}
+
+/// The same for N counters at a time, lane by lane, which become vector code.
+#[inline(always)]
+fn philox_lanes<const N: usize>(counters: [[u32; N]; 4], key: [u32; 2]) -> [[u32; N]; 4] {
+    let [mut c0, mut c1, mut c2, mut c3] = counters;
     let [mut k0, mut k1] = key;
     for _ in 0..10 {
-        let [low0, high0] = split(u64::from(c0) * 0xD251_1F53);
-        let [low1, high1] = split(u64::from(c2) * 0xCD9E_8D57);
-        [c0, c1, c2, c3] = [high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0];
+        for lane in 0..N {
+            let [low0, high0] = split(u64::from(c0[lane]) * 0xD251_1F53);
+            let [low1, high1] = split(u64::from(c2[lane]) * 0xCD9E_8D57);
+            c0[lane] = high1 ^ c1[lane] ^ k0;
+            c1[lane] = low1;
+            c2[lane] = high0 ^ c3[lane] ^ k1;
+            c3[lane] = low0;
+        }
         k0 = k0.wrapping_add(0x9E37_79B9);
         k1 = k1.wrapping_add(0xBB67_AE85);
     }
     [c0, c1, c2, c3]
 }
 
+/// The largest number of [`near_normal`].
+pub const NEAR_NORMAL_LARGEST: i32 = 4 * 255 / 2;
+
+/// Its standard deviation: the square root of 4 (256² - 1) / 12.
+pub const NEAR_NORMAL_DEVIATION: f32 = 147.800_54;
+
+/// A whole number that is normally distributed for most purposes: the four bytes of a word added up, less
+/// their mean (Irwin 1927, Hall 1927). Its kurtosis is 2.7, and it ends 3.45 deviations from 0.
+///
+/// Unlike [`normal`] it needs no function whose last bits differ between processors.
+#[inline(always)]
+pub fn near_normal(word: u32) -> i32 {
+    // Two pairs of bytes in one word, then both sums.
+    let pairs = (word & 0x00ff_00ff) + (word >> 8 & 0x00ff_00ff);
+    ((pairs & 0xffff) + (pairs >> 16)) as i32 - NEAR_NORMAL_LARGEST
+}
+
 /// Low and high half.
+#[inline(always)]
 fn split(word: u64) -> [u32; 2] {
     [word as u32, (word >> 32) as u32]
 }
@@ -256,6 +308,52 @@ mod tests {
         assert!(moment(1).abs() < 0.03, "{}", moment(1));
         assert!((moment(2) - 1.0).abs() < 0.04, "{}", moment(2));
         assert!((moment(4) - 3.0).abs() < 0.4, "{}", moment(4));
+    }
+
+    #[test]
+    fn near_normal_has_the_moments_that_are_said() {
+        // How often each sum of four bytes comes, counted byte by byte.
+        let mut counts = vec![1_u64];
+        for _ in 0..4 {
+            let mut next = vec![0; counts.len() + 255];
+            for (sum, count) in counts.iter().enumerate() {
+                next[sum..=sum + 255].iter_mut().for_each(|n| *n += count);
+            }
+            counts = next;
+        }
+        let moment = |power: i32| {
+            let term = |(sum, &count): (usize, &u64)| {
+                let value = sum as f64 - f64::from(NEAR_NORMAL_LARGEST);
+                value.powi(power) * count as f64
+            };
+            counts.iter().enumerate().map(term).sum::<f64>() / 2.0_f64.powi(32)
+        };
+        assert_eq!(moment(1), 0.0);
+        assert_eq!(moment(2).sqrt() as f32, NEAR_NORMAL_DEVIATION);
+        assert!((moment(4) / moment(2).powi(2) - 2.7).abs() < 0.001);
+        let ends = [(0, -NEAR_NORMAL_LARGEST), (u32::MAX, NEAR_NORMAL_LARGEST)];
+        for (word, expected) in ends {
+            assert_eq!(near_normal(word), expected);
+        }
+        for word in [0x0102_0304, 0xff00_01fe, 0x8000_7f09] {
+            let sum: i32 = u32::to_le_bytes(word).map(i32::from).iter().sum();
+            assert_eq!(near_normal(word), sum - NEAR_NORMAL_LARGEST);
+        }
+    }
+
+    #[test]
+    fn words_filled_in_are_those_of_the_stream() {
+        let key = Key::new(9, Domain::ModelInit).fold(3);
+        // Across the border of a counter's halves too.
+        for block in [0, 5, (1 << 32) - 3] {
+            for len in [0, 1, 3, 64, 65, 97, 200] {
+                let mut filled = vec![0; len];
+                key.fill(block, &mut filled, |word| word);
+                let mut stream = key.stream_from(4 * block);
+                let expected: Vec<u32> = (0..len).map(|_| stream.next_word()).collect();
+                assert_eq!(filled, expected);
+            }
+        }
     }
 
     #[test]

@@ -129,6 +129,9 @@ fn the_script_measures_every_layout_on_the_cpu() {
         );
         assert_eq!(memory[0]["measured_as"], "resident_rise");
     }
+    // Every layout has the same weights, whichever stage made them.
+    let loss = |at: usize| &layouts(&document)[at]["measured"]["last_loss"];
+    assert!((1..4).all(|at| loss(at) == loss(0)));
     let bubble = |at: usize| &layouts(&document)[at]["measured"]["bubble_by_formula"];
     assert_eq!(bubble(0), 0.0);
     // (p - 1) / (m + p - 1) with 4 micro-batches, and with two parts per stage.

@@ -4,6 +4,8 @@
 
 #![allow(clippy::unwrap_used)]
 
+#[path = "kernel_traffic/blocks.rs"]
+mod blocks;
 mod cuda_emulator;
 mod op_cases;
 
@@ -263,6 +265,19 @@ fn launches_are_those_on_record() {
     let settings = [("EMULATOR_SKIP_KERNELS", "1"), (TRACE, trace.as_str())];
     in_child("launches_are_those_on_record", &settings, |_| {
         compare("launches.json", &launches(Path::new(&trace)));
+    });
+}
+
+#[test]
+fn blocks_launch_what_is_on_record() {
+    let folder = tempfile::tempdir().unwrap();
+    let own = folder.path().join("trace").to_str().unwrap().to_owned();
+    let trace = std::env::var(TRACE).unwrap_or(own);
+    let settings = [("EMULATOR_SKIP_KERNELS", "1"), (TRACE, trace.as_str())];
+    in_child("blocks_launch_what_is_on_record", &settings, |_| {
+        let record = blocks::block_launches(Path::new(&trace));
+        blocks::check(&record);
+        compare("block_launches.json", &record);
     });
 }
 

@@ -54,6 +54,8 @@ mod rotary;
 mod rows;
 #[path = "ops/swiglu.rs"]
 mod swiglu;
+#[path = "ops/synthetic.rs"]
+mod synthetic;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::Command;
@@ -233,6 +235,7 @@ fn families<B: Backend>() -> [(&'static str, Cases<B>); 17] {
         ("loss", loss::cases::<B>),
         ("optimiser", optimiser::cases::<B>),
         ("quant", quant::cases::<B>),
+        ("synthetic", synthetic::cases::<B>),
     ]
 }
 

@@ -1,11 +1,10 @@
 //! The op vocabulary of the engine and its contracts; [`cpu`] is the readable reference.
 //!
 //! Conventions of every op: outputs come first; buffers hold contiguous rows and may be longer than
-//! what the op touches (the shape arguments say how much that is); nothing but [`Backend::zeros`],
-//! [`Backend::upload`] and [`Backend::upload_pieces`] allocates; sums are taken in f32 in an order that depends on the shape alone,
-//! so that a result repeats bit for bit at every thread count; an element is rounded once, when it
-//! is stored ([`Sums::F16`] is the one exception to both, and asked for by name). Every sequence has at least one query, and every shape at least one row: a micro-batch
-//! without tokens does not exist.
+//! what the op touches; nothing but [`Backend::zeros`], [`Backend::upload`] and
+//! [`Backend::upload_pieces`] allocates; sums are taken in f32 in an order that depends on the shape
+//! alone, so that a result repeats bit for bit at every thread count; an element is rounded once, when
+//! it is stored ([`Sums::F16`] is excepted). Every sequence has a query, and every shape a row.
 //!
 //! Letters: T rows (tokens) of a micro-batch, H hidden_size, F inner_hidden_size, N attention heads,
 //! G key/value heads, D head_dim, V vocabulary, P prefix positions, S sequences, r LoRA rank.
@@ -20,11 +19,10 @@ mod pulse;
 mod shapes;
 mod work;
 
-use half::f16;
-
-use memory::piece_len;
-
 use crate::quant::Bits;
+use crate::random::Key;
+use half::f16;
+use memory::piece_len;
 
 pub use element::{Element, ElementsMut, Plain};
 pub use error::BackendError;
@@ -43,6 +41,7 @@ type Result<T> = std::result::Result<T, BackendError>;
 ///
 /// `Element` is the storage type of weights and activations. Residual sums, statistics, gradients of
 /// trainables and optimiser state are f32 whatever it is. A backend belongs to one worker thread.
+#[allow(clippy::too_many_arguments)]
 pub trait Backend: Measuring + Sized + 'static {
     /// Storage type of weights and activations.
     type Element: Element;
@@ -211,7 +210,6 @@ pub trait Backend: Measuring + Sized + 'static {
     /// Gradient of [`Backend::rms_norm`] with respect to x, plus `residual`: the gradient of x where it
     /// is used beside the norm, as in a [`Backend::residual_sum`]. Rounded once.
     /// `dx`, `dout`, `residual`: `[T, H]`.
-    #[allow(clippy::too_many_arguments)]
     fn rms_norm_backward(
         &self,
         dx: &mut Self::Buffer<Self::Element>,
@@ -235,7 +233,6 @@ pub trait Backend: Measuring + Sized + 'static {
 
     /// `out = scale * x weightᵀ + bias + keep * out`, with `keep` 0 or 1 (0: `out` is not read).
     /// `out [T, O]`, `x [T, I]`, `weight [O, I]`, `bias [O]`.
-    #[allow(clippy::too_many_arguments)]
     fn linear<T: Element>(
         &self,
         out: &mut Self::Buffer<T>,
@@ -280,7 +277,6 @@ pub trait Backend: Measuring + Sized + 'static {
     /// Gradients of a low-rank `out = scale * low weightᵀ`, as LoRA has it, in one pass over `dout`:
     /// `dlow = scale * dout weight` and `dweight += scale * doutᵀ low`.
     /// `dlow`, `low [T, I]`, `dweight`, `weight [O, I]`, `dout [T, O]`.
-    #[allow(clippy::too_many_arguments)]
     fn low_rank_backward(
         &self,
         dlow: &mut Self::Buffer<Self::Element>,
@@ -298,7 +294,6 @@ pub trait Backend: Measuring + Sized + 'static {
     /// Rotary embedding (Su et al. 2021) on the query and key heads of x, in place: each pair of
     /// elements `(a, b)` that [`RotaryPositions`] names becomes `(a cos - b sin, b cos + a sin)`.
     /// With `inverse` the rotation is undone, which is also its gradient.
-    #[allow(clippy::too_many_arguments)]
     fn rotary(
         &self,
         x: &mut Self::Buffer<Self::Element>,
@@ -326,7 +321,6 @@ pub trait Backend: Measuring + Sized + 'static {
     ///
     /// Query i of a span stands at `t = kv_len - q_len + i`; it sees key k when `k <= t` or
     /// `k < context_length`, and all prefix keys. Scores are `scale * q·k`.
-    #[allow(clippy::too_many_arguments)]
     fn attention(
         &self,
         out: &mut Self::Buffer<Self::Element>,
@@ -342,7 +336,6 @@ pub trait Backend: Measuring + Sized + 'static {
     /// Gradient of [`Backend::attention`] where queries, keys and values stand in one buffer and
     /// every query has its key: fills the query, key and value heads of `dqkv`, and
     /// `dprefix [S, P, 2, G, D]` where there is a prefix.
-    #[allow(clippy::too_many_arguments)]
     fn attention_backward(
         &self,
         dqkv: &mut Self::Buffer<Self::Element>,
@@ -420,10 +413,8 @@ pub trait Backend: Measuring + Sized + 'static {
     ) -> Result<()>;
 
     /// [`Backend::gelu`] behind a linear layer: `pre = x weightᵀ + bias` and `out = gelu(pre)`.
-    /// `out`, `pre`: `[T, O]`.
-    ///
-    /// A device may take GELU of the sum before it is rounded to `pre`, the same way every time for a
-    /// device and a shape. Unless it has something better, it takes one op after the other.
+    /// `out`, `pre`: `[T, O]`. A device may take GELU of the sum before it is rounded to `pre`, always so
+    /// for a device and a shape; where it has nothing better, it takes one op after the other.
     fn linear_gelu(
         &self,
         out: &mut Self::Buffer<Self::Element>,
@@ -504,7 +495,6 @@ pub trait Backend: Measuring + Sized + 'static {
 
     /// [`Backend::residual`] into `sum [T, H]` and [`Backend::layer_norm`] of it, to the bits of one
     /// after the other.
-    #[allow(clippy::too_many_arguments)]
     fn residual_layer_norm(
         &self,
         out: &mut Self::Buffer<Self::Element>,
@@ -523,7 +513,6 @@ pub trait Backend: Measuring + Sized + 'static {
 
     /// [`Backend::residual_sum`] into `sum [T, H]` and [`Backend::rms_norm`] of it, to the bits of one
     /// after the other.
-    #[allow(clippy::too_many_arguments)]
     fn residual_rms_norm(
         &self,
         out: &mut Self::Buffer<Self::Element>,
@@ -541,7 +530,6 @@ pub trait Backend: Measuring + Sized + 'static {
     /// Softmax cross-entropy of rows `first .. first + rows` of a list of targets, and its gradient.
     /// `loss[first + i] = -log softmax(logits[i])[ids[first + i]]`; afterwards
     /// `logits[i] = scale * (softmax(logits[i]) - one_hot)`. `logits [rows, V]`.
-    #[allow(clippy::too_many_arguments)]
     fn cross_entropy(
         &self,
         loss: &mut Self::Buffer<f32>,
@@ -571,14 +559,9 @@ pub trait Backend: Measuring + Sized + 'static {
         scale: f32,
     ) -> Result<()>;
 
-    /// The weights that codes stand for: `out[o, i] = code[o, i] * scales[o]`, rounded to float16
-    /// whatever the storage type, as [`QuantisedMatrix::dequantised`] does.
-    ///
-    /// `out [O, I]`, `scales [O]`; `codes` as [`Bits`] packs them, `[O, I]` bytes or, with an even I,
-    /// `[O, I / 2]`.
-    ///
-    /// [`QuantisedMatrix::dequantised`]: crate::quant::QuantisedMatrix::dequantised
-    #[allow(clippy::too_many_arguments)]
+    /// The weights that codes stand for: `out[o, i] = code[o, i] * scales[o]`, rounded to float16 whatever
+    /// the storage type, as [`Bits::dequantise_row`] does. `out [O, I]`, `scales [O]`; `codes` as [`Bits`]
+    /// packs them, `[O, I]` bytes or, with an even I, `[O, I / 2]`.
     fn dequantise(
         &self,
         out: &mut Self::Buffer<Self::Element>,
@@ -587,6 +570,26 @@ pub trait Backend: Measuring + Sized + 'static {
         bits: Bits,
         rows: usize,
         cols: usize,
+    ) -> Result<()>;
+
+    /// Made-up weights of mean 0: `out[i]` is [`near_normal`](crate::random::near_normal) of word i of the
+    /// key's stream, times `deviation / NEAR_NORMAL_DEVIATION` in f32, rounded to float16 whatever the
+    /// storage type. Every backend makes the same bits.
+    fn synthetic<T: Element>(
+        &self,
+        out: &mut Self::Buffer<T>,
+        len: usize,
+        key: Key,
+        deviation: f32,
+    ) -> Result<()>;
+
+    /// The same as codes: `len` bytes of [`Bits::code_of`] of each number, as [`Bits`] packs them.
+    fn synthetic_codes(
+        &self,
+        out: &mut Self::Buffer<i8>,
+        len: usize,
+        key: Key,
+        bits: Bits,
     ) -> Result<()>;
 
     /// One AdamW step (Loshchilov & Hutter 2019) on the f32 master values of each tensor, then on its

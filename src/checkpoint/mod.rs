@@ -39,6 +39,7 @@ pub use error::CheckpointError;
 pub use model_folder::ModelFolder;
 pub use pieces::OpenTensor;
 pub use prefix_files::PrefixFiles;
+pub use synthetic::Synthetic;
 pub use tensor::{Dtype, HostTensor};
 
 /// The most dimensions of a tensor in a file; models have two.
@@ -66,6 +67,11 @@ pub trait TensorSource: Send + Sync {
     /// # Errors
     /// There is no such tensor, or its file cannot be read or no longer holds what it said at first.
     fn read(&self, name: &str) -> Result<HostTensor, CheckpointError>;
+
+    /// What `name` is made of, where it stands in no file and is to be made where it is needed.
+    fn synthetic(&self, _name: &str) -> Option<Synthetic> {
+        None
+    }
 
     /// Opens one tensor, to be taken piece by piece: from the file itself where it stands there in one
     /// piece, else from a copy of this one tensor.

@@ -32,7 +32,6 @@ pub struct OpenTensor<'a> {
 
 #[derive(Debug)]
 enum Bytes<'a> {
-    /// In memory; where they are fewer than the tensor has, they come again and again.
     Memory(Cow<'a, [u8]>),
     File(Stretch<'a>),
 }
@@ -129,30 +128,6 @@ impl<'a> OpenTensor<'a> {
         })
     }
 
-    /// A tensor whose bytes are `pattern` again and again.
-    ///
-    /// # Errors
-    /// `pattern` is empty where the tensor is not, or the shape is beyond any memory.
-    pub fn repeating(
-        dtype: Dtype,
-        shape: Vec<usize>,
-        pattern: &'a [u8],
-    ) -> Result<Self, CheckpointError> {
-        match dtype.bytes_of(&shape) {
-            Some(len) if len == 0 || !pattern.is_empty() => Ok(OpenTensor {
-                dtype,
-                shape,
-                len,
-                bytes: Bytes::Memory(Cow::Borrowed(&pattern[..pattern.len().min(len)])),
-            }),
-            _ => Err(CheckpointError::Shape {
-                dtype,
-                shape,
-                bytes: pattern.len(),
-            }),
-        }
-    }
-
     /// Element type.
     pub fn dtype(&self) -> Dtype {
         self.dtype
@@ -174,8 +149,8 @@ impl<'a> OpenTensor<'a> {
     /// Its file cannot be read.
     pub(super) fn into_bytes(self) -> Result<Vec<u8>, CheckpointError> {
         match self.bytes {
-            Bytes::Memory(bytes) if bytes.len() == self.len => Ok(bytes.into_owned()),
-            _ => {
+            Bytes::Memory(bytes) => Ok(bytes.into_owned()),
+            Bytes::File(_) => {
                 let mut bytes = vec![0; self.len];
                 self.fill(0, &mut bytes)?;
                 Ok(bytes)
@@ -187,15 +162,7 @@ impl<'a> OpenTensor<'a> {
     fn fill(&self, start: usize, out: &mut [u8]) -> Result<(), CheckpointError> {
         match &self.bytes {
             Bytes::File(stretch) => stretch.read(start, out)?,
-            Bytes::Memory(bytes) => match bytes.get(start..start + out.len()) {
-                Some(bytes) => out.copy_from_slice(bytes),
-                None => {
-                    let from = bytes.iter().cycle().skip(start % bytes.len());
-                    out.iter_mut()
-                        .zip(from)
-                        .for_each(|(out, &byte)| *out = byte);
-                }
-            },
+            Bytes::Memory(bytes) => out.copy_from_slice(&bytes[start..start + out.len()]),
         }
         Ok(())
     }
@@ -453,21 +420,5 @@ mod tests {
             assert!(open.read_f32(COUNT - 1, &mut beyond).is_err());
             assert!(open.read_i8(0, &mut [0]).is_err());
         }
-    }
-
-    #[test]
-    fn a_pattern_goes_on_for_the_length_of_the_tensor() {
-        let pattern = [1, 2, 3, 4, 5];
-        let open = OpenTensor::repeating(Dtype::I8, vec![3, 4], &pattern).unwrap();
-        let mut out = [0; 12];
-        open.read_i8(0, &mut out).unwrap();
-        assert_eq!(out, [1, 2, 3, 4, 5, 1, 2, 3, 4, 5, 1, 2]);
-        let mut out = [0; 7];
-        open.read_i8(4, &mut out).unwrap();
-        assert_eq!(out, [5, 1, 2, 3, 4, 5, 1]);
-        assert_eq!(open.into_bytes().unwrap().len(), 12);
-        assert!(OpenTensor::repeating(Dtype::I8, vec![2], &[]).is_err());
-        let short = OpenTensor::repeating(Dtype::I8, vec![2], &pattern).unwrap();
-        assert_eq!(short.into_bytes().unwrap(), [1, 2]);
     }
 }

@@ -20,7 +20,7 @@ use crate::adapter::lora::Lora;
 use crate::adapter::prefix::PrefixEncoder;
 use crate::adapter::{AdapterError, Parameter, ParameterSpec, ParameterState};
 use crate::backend::{AttentionLayout, Backend, Element, ElementsMut, Pulse, Sums};
-use crate::checkpoint::{CheckpointError, Dtype, TensorSource};
+use crate::checkpoint::{CheckpointError, Dtype, Synthetic, TensorSource};
 use crate::config::architecture::{NormKind, QkvLayout};
 use crate::config::model::ModelConfig;
 use crate::config::run::{AdapterSection, ProductSums};
@@ -80,8 +80,11 @@ impl Reading<'_> {
 }
 
 impl<B: Backend> Loader<'_, B> {
-    /// A tensor of the base model, converted on its way to the device.
+    /// A tensor of the base model, converted on its way to the device, or made there.
     fn base<T: Element>(&self, name: &str) -> Result<B::Buffer<T>, ModelError> {
+        if let Some(made) = self.source.synthetic(name) {
+            return self.synthetic(name, made);
+        }
         let tensor = self.source.open(name)?;
         let reading = self.reading(name);
         let upload = |start, out: &mut [T]| {
@@ -92,6 +95,25 @@ impl<B: Backend> Loader<'_, B> {
         };
         self.backend
             .upload_pieces(tensor.element_count(), 1, upload)
+    }
+
+    fn synthetic<T: Element>(
+        &self,
+        name: &str,
+        made: Synthetic,
+    ) -> Result<B::Buffer<T>, ModelError> {
+        let info = self.source.info(name);
+        let len = info.map_or(0, |info| info.shape.iter().product());
+        let made = match made {
+            Synthetic::Constant(value) => self.backend.upload(&vec![T::from_f32(value); len])?,
+            Synthetic::Random { key, deviation } => {
+                let mut out = self.backend.zeros(len)?;
+                self.backend.synthetic(&mut out, len, key, deviation)?;
+                out
+            }
+        };
+        self.pulse.beat();
+        Ok(made)
     }
 
     fn reading<'b>(&'b self, name: &'b str) -> Reading<'b> {
@@ -119,6 +141,21 @@ impl<B: Backend> Loader<'_, B> {
         };
         check_cols(cols, bits).map_err(wrong)?;
         let row_bytes = bits.row_bytes(cols);
+        if let Some(Synthetic::Random { key, deviation }) = self.source.synthetic(name) {
+            let len = rows * row_bytes;
+            let mut codes = self.backend.zeros(len)?;
+            self.backend.synthetic_codes(&mut codes, len, key, bits)?;
+            self.pulse.beat();
+            return Ok(QuantisedWeight {
+                codes,
+                scales: self
+                    .backend
+                    .upload(&vec![bits.scale_for(deviation); rows])?,
+                bits,
+                rows,
+                cols,
+            });
+        }
         let tensor = self.source.open(name)?;
         let mut scales = vec![f16::ZERO; rows];
         let codes = if tensor.dtype() == Dtype::I8 {

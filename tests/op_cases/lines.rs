@@ -31,6 +31,7 @@ pub(super) fn visit<B: Backend>(b: &B, sizes: &Sizes, visit: &mut Visit<'_, B>) 
     cross_entropy(b, sizes, visit);
     optimiser(b, sizes, visit);
     dequantise(b, sizes, visit);
+    synthetic(b, sizes, visit);
 }
 
 fn norm_shape(sizes: &Sizes) -> NormShape {
@@ -391,6 +392,26 @@ fn dequantise<B: Backend>(b: &B, sizes: &Sizes, visit: &mut Visit<'_, B>) {
         let work = Work::over(rows * cols, code_bytes + 2 * rows, stored::<B>(rows * cols));
         memory(b, visit, name, work, SCALES, move |b| {
             b.dequantise(&mut out, &codes, &scales, bits, rows, cols)
+        });
+    }
+}
+
+fn synthetic<B: Backend>(b: &B, sizes: &Sizes, visit: &mut Visit<'_, B>) {
+    let len = sizes.inner_hidden_size * sizes.hidden_size;
+    let key = Key::new(7, Domain::ModelInit);
+    let mut out = b.zeros::<B::Element>(len).unwrap();
+    let work = Work::over(len, 0, stored::<B>(len));
+    memory(b, visit, "synthetic", work, "", move |b| {
+        b.synthetic(&mut out, len, key, 0.02)
+    });
+    for (name, bits) in [
+        ("synthetic int8", Bits::Eight),
+        ("synthetic int4", Bits::Four),
+    ] {
+        let bytes = sizes.inner_hidden_size * bits.row_bytes(sizes.hidden_size);
+        let mut codes = b.zeros(bytes).unwrap();
+        memory(b, visit, name, Work::over(len, 0, bytes), "", move |b| {
+            b.synthetic_codes(&mut codes, bytes, key, bits)
         });
     }
 }

@@ -405,7 +405,7 @@ fn distance<T: Element>(got: f64, exact: Exact) -> f64 {
     }
     let error = (got - exact.value).abs();
     let rounding = exact.steps * step::<T>(got.abs().max(exact.value.abs()));
-    let beyond = error - rounding - FLUSHED;
+    let beyond = error - rounding - exact.on_the_way - FLUSHED;
     if beyond <= 0.0 {
         0.0
     } else if beyond.is_finite() {

@@ -62,6 +62,8 @@ pub struct Exact {
     pub magnitude: f64,
     /// Storage steps that rounding may cost.
     pub steps: f64,
+    /// What may be lost where a value on the way to this one is rounded to the storage type.
+    pub on_the_way: f64,
 }
 
 impl Exact {
@@ -70,6 +72,7 @@ impl Exact {
         value: f64::NAN,
         magnitude: 0.0,
         steps: 0.0,
+        on_the_way: 0.0,
     };
 
     /// A value moved, not computed.
@@ -78,6 +81,7 @@ impl Exact {
             value,
             magnitude: 0.0,
             steps: 0.0,
+            on_the_way: 0.0,
         }
     }
 
@@ -87,7 +91,13 @@ impl Exact {
             value,
             magnitude,
             steps: 0.5,
+            on_the_way: 0.0,
         }
+    }
+
+    /// The same where another value may be rounded before.
+    pub fn losing(self, on_the_way: f64) -> Self {
+        Exact { on_the_way, ..self }
     }
 
     /// The sum of terms.

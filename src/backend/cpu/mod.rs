@@ -22,6 +22,7 @@ mod rms_norm;
 mod rotary;
 mod rows;
 mod strips;
+mod synthetic;
 mod threads;
 mod transpose;
 

@@ -5,12 +5,14 @@ use half::f16;
 use super::attention::{self, Geometry, PrefixRows, Saved};
 use super::{
     Cpu, CpuBuffer, dropout, elementwise, loss, matmul, norm, optim, rms_norm, rotary, rows,
+    synthetic,
 };
 use crate::backend::{
     AdamwStep, AdamwTensor, AttentionLayout, Backend, BackendError, Dropout, Element, LinearShape,
     NormShape, Plain, Prefix, RotaryPositions, RowGradient, Span, SumOf, Work,
 };
 use crate::quant::Bits;
+use crate::random::Key;
 
 fn rows_of<'a, E: Element>(prefix: &Prefix<'a, Cpu<E>>) -> PrefixRows<'a, E> {
     PrefixRows {
@@ -549,14 +551,24 @@ impl<E: Element> Backend for Cpu<E> {
         rows: usize,
         cols: usize,
     ) -> Done {
-        rows::dequantise(
-            &self.threads,
-            &mut out[..rows * cols],
-            codes,
-            scales,
-            bits,
-            cols,
-        );
+        let out = &mut out[..rows * cols];
+        rows::dequantise(&self.threads, out, codes, scales, bits, cols);
+        Ok(())
+    }
+
+    fn synthetic<T: Element>(
+        &self,
+        out: &mut CpuBuffer<T>,
+        len: usize,
+        key: Key,
+        deviation: f32,
+    ) -> Done {
+        synthetic::weights(&self.threads, &mut out[..len], key, deviation);
+        Ok(())
+    }
+
+    fn synthetic_codes(&self, out: &mut CpuBuffer<i8>, len: usize, key: Key, bits: Bits) -> Done {
+        synthetic::codes(&self.threads, &mut out[..len], key, bits);
         Ok(())
     }
 

@@ -48,7 +48,7 @@ const THREADS: u32 = 256;
 const MOST_BLOCKS: usize = 1 << 16;
 
 /// A kernel over a flat list, whose threads take `width` values at once; `len` is its last argument.
-fn flat(
+pub(super) fn flat(
     cuda: &Cuda,
     kernel: &Kernel,
     width: usize,

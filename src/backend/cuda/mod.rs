@@ -33,6 +33,7 @@ mod source;
 mod spans;
 mod staging;
 mod survey;
+mod synthetic;
 mod tiles;
 mod timing;
 
@@ -73,6 +74,7 @@ pub struct Cuda {
     loss: loss::Kernels,
     optim: optim::Kernels,
     quant: quant::Kernels,
+    synthetic: synthetic::Kernels,
     span_table: SpanTable,
     scratch: Scratch,
     staging: Staging,
@@ -124,6 +126,7 @@ impl Cuda {
             loss: loss::Kernels::load(&modules)?,
             optim: optim::Kernels::load(&modules)?,
             quant: quant::Kernels::load(&modules)?,
+            synthetic: synthetic::Kernels::load(&modules)?,
             span_table: SpanTable::new(),
             scratch: Scratch::new(),
             staging: Staging::new(&device)?,

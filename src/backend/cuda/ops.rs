@@ -4,13 +4,14 @@ use half::f16;
 
 use super::{
     Cuda, CudaBuffer, Result, attention, dropout, elementwise, linear, loss, norm, optim, quant,
-    rotary, rows,
+    rotary, rows, synthetic,
 };
 use crate::backend::{
     AdamwStep, AdamwTensor, AttentionLayout, Backend, BackendError, Dropout, Element, LinearShape,
     MemoryUse, NormShape, Plain, Prefix, RotaryPositions, RowGradient, Span, SumOf, piece_len,
 };
 use crate::quant::Bits;
+use crate::random::Key;
 
 impl Backend for Cuda {
     type Element = f16;
@@ -545,6 +546,26 @@ impl Backend for Cuda {
         cols: usize,
     ) -> Result<()> {
         quant::dequantise(self, out, codes, scales, bits, rows, cols)
+    }
+
+    fn synthetic<T: Element>(
+        &self,
+        out: &mut CudaBuffer<T>,
+        len: usize,
+        key: Key,
+        deviation: f32,
+    ) -> Result<()> {
+        synthetic::weights(self, out, len, key, deviation)
+    }
+
+    fn synthetic_codes(
+        &self,
+        out: &mut CudaBuffer<i8>,
+        len: usize,
+        key: Key,
+        bits: Bits,
+    ) -> Result<()> {
+        synthetic::codes(self, out, len, key, bits)
     }
 
     fn adamw(&self, tensors: &mut [AdamwTensor<'_, Cuda>], step: AdamwStep) -> Result<()> {

@@ -23,7 +23,7 @@ const HEADERS: [(&str, &str); 7] = embedded![
 ];
 
 /// Files that are compiled, one module each.
-const MODULES: [(&str, &str); 12] = embedded![
+const MODULES: [(&str, &str); 13] = embedded![
     "rows.cu",
     "elementwise.cu",
     "norm.cu",
@@ -36,6 +36,7 @@ const MODULES: [(&str, &str); 12] = embedded![
     "loss.cu",
     "optim.cu",
     "quant.cu",
+    "synthetic.cu",
 ];
 
 /// Name of a folder to read the sources from instead.
