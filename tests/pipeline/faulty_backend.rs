@@ -11,6 +11,7 @@ use mp_train::backend::{
 };
 use mp_train::pipeline::place::Place;
 use mp_train::quant::Bits;
+use mp_train::random::Key;
 
 /// What a stage is about to do.
 #[derive(Clone, Copy, Debug)]
@@ -353,6 +354,13 @@ impl<B: Backend> Backend for FaultyBackend<B> {
             rows: usize,
             cols: usize,
         );
+        fn synthetic<T: Element>(
+            out: &mut B::Buffer<T>,
+            len: usize,
+            key: Key,
+            deviation: f32,
+        );
+        fn synthetic_codes(out: &mut B::Buffer<i8>, len: usize, key: Key, bits: Bits);
     }
 
     fn layer_norm_backward(
