@@ -216,7 +216,7 @@ fn reports<B: Backend>(b: &B, pulse: &Pulse, check: &mut Check) {
 
 type Cases<B> = fn(&B, &mut Check);
 
-fn families<B: Backend>() -> [(&'static str, Cases<B>); 17] {
+fn families<B: Backend>() -> [(&'static str, Cases<B>); 18] {
     [
         ("memory", memory::cases::<B>),
         ("rows", rows::cases::<B>),
