@@ -9,9 +9,12 @@ use multiversion::multiversion;
 use super::matmul::multiply;
 use super::operands::{Extent, Matrix, Order, Right};
 use super::reduce;
-use super::threads::{Scattered, Threads, parts, parts_len, with_scratch};
+use super::threads::{LINE, Scattered, Threads, parts, parts_len, with_scratch};
+use super::transpose::prefetch;
 use crate::backend::{AttentionLayout, Element, HeadLayout, Span, Work};
 
+/// Rows of a head, far from each other, that memory is asked for before they are gathered.
+const ROWS_AHEAD: usize = 8;
 /// Query rows whose scores are held at once.
 const QUERY_TILE: usize = 64;
 
@@ -57,6 +60,9 @@ fn gather<E: Element>(
 ) {
     for (row, out) in out.chunks_exact_mut(dim).enumerate() {
         let start = (first_row + row) * place.row + place.offset + head * place.stride;
+        for line in (start..start + dim).step_by(LINE) {
+            prefetch(x, line + ROWS_AHEAD * place.row);
+        }
         E::widen(out, &x[start..start + dim]);
     }
 }

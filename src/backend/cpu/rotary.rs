@@ -4,6 +4,7 @@ use multiversion::multiversion;
 
 use super::Cpu;
 use super::threads::Threads;
+use super::transpose::prefetch;
 use crate::backend::{AttentionLayout, Element, HeadLayout, RotaryPositions};
 
 /// Cosines and sines by position.
@@ -36,6 +37,9 @@ fn turn<E: Element>(a: &mut E, b: &mut E, cos: f32, sin: f32) {
 
 /// Pairs are turned so many at a time: a quarter of a head is too short for the compiler's own unrolling.
 const LANES: usize = 16;
+/// Values ahead of a head that memory is asked for: the gaps between queries and keys hide from the processor
+/// what comes next.
+const AHEAD: usize = 1024;
 
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2"))]
 fn turn_halves<E: Element>(low: &mut [E], high: &mut [E], angles: Table<'_>, sign: f32) {
@@ -96,6 +100,9 @@ pub fn rotary<E: Element>(
         let mut turn_heads = |place: HeadLayout, heads: usize| {
             for head in 0..heads {
                 let start = place.offset + head * place.stride;
+                for line in (start..start + layout.head_dim).step_by(LANES) {
+                    prefetch(x, line + AHEAD);
+                }
                 turn_head(row, &mut x[start..start + layout.head_dim]);
             }
         };

@@ -158,7 +158,7 @@ thread_local! {
 }
 
 /// Values in a line of the cache.
-const LINE: usize = 16;
+pub const LINE: usize = 16;
 
 /// Lends `work` memory of this thread for `len` values, which hold whatever was left there; it starts with
 /// a line of the cache, since vectors across two lines take two reads. It is kept from call to call (a
