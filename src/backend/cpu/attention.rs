@@ -6,12 +6,13 @@
 
 use multiversion::multiversion;
 
+use super::Cpu;
 use super::matmul::multiply;
 use super::operands::{Extent, Matrix, Order, Right};
 use super::reduce;
 use super::threads::{LINE, Scattered, Threads, parts, parts_len, with_scratch};
 use super::transpose::prefetch;
-use crate::backend::{AttentionLayout, Element, HeadLayout, Span, Work};
+use crate::backend::{AttentionLayout, Element, HeadLayout, Prefix, Span, Work};
 
 /// Rows of a head, far from each other, that memory is asked for before they are gathered.
 const ROWS_AHEAD: usize = 8;
@@ -27,6 +28,17 @@ pub struct PrefixRows<'a, E> {
     pub len: usize,
     /// Whether each sequence has its own.
     pub per_sequence: bool,
+}
+
+impl<'a, E: Element> PrefixRows<'a, E> {
+    /// Those of the CPU's buffers.
+    pub fn of(prefix: &Prefix<'a, Cpu<E>>) -> Self {
+        PrefixRows {
+            key_value: prefix.key_value,
+            len: prefix.len,
+            per_sequence: prefix.per_sequence,
+        }
+    }
 }
 
 /// What forward and backward share: where things are and who sees whom.

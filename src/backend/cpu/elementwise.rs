@@ -14,7 +14,7 @@ pub fn gelu<E: Element>(threads: &Threads, out: &mut [E], x: &[E]) {
 }
 
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2"))]
-fn gelu_piece<E: Element>(out: &mut [E], x: &[E]) {
+pub fn gelu_piece<E: Element>(out: &mut [E], x: &[E]) {
     for (out, x) in out.iter_mut().zip(x) {
         let x = x.to_f32();
         let t = reduce::tanh(GELU_SCALE * x * (1.0 + GELU_CUBIC * x * x));
@@ -27,7 +27,7 @@ pub fn gelu_backward<E: Element>(threads: &Threads, dx: &mut [E], x: &[E]) {
 }
 
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2"))]
-fn gelu_backward_piece<E: Element>(dx: &mut [E], x: &[E]) {
+pub fn gelu_backward_piece<E: Element>(dx: &mut [E], x: &[E]) {
     for (dx, x) in dx.iter_mut().zip(x) {
         let x = x.to_f32();
         let t = reduce::tanh(GELU_SCALE * x * (1.0 + GELU_CUBIC * x * x));

@@ -7,8 +7,11 @@
 //! in place. f16 operands are widened on their way into the kernels and summed in f32 with one rounding
 //! at the end (the crate's own f16 path rounds partial sums).
 
+use std::ops::Range;
+
 use multiversion::multiversion;
 
+use super::elementwise::{gelu_backward_piece, gelu_piece};
 use super::operands::{Extent, Matrix, Order, Right};
 use super::strips::{self, Start};
 use super::threads::{Scattered, Threads, with_scratch};
@@ -23,8 +26,9 @@ const ENOUGH_TILES: usize = 16;
 const ENOUGH_TILES_PER_THREAD: usize = 8;
 /// Length of sums for which operands are copied at once: panels of it stay in the second-level cache.
 const DEPTH: usize = 1024;
-/// Rows of the left operand for which that is done.
-const COPIED_ROWS: usize = 120;
+/// Rows for which that is done, and of the output that are finished at once, while the second-level cache has
+/// them.
+const BLOCK_ROWS: usize = 120;
 
 fn tile_size(m: usize, n: usize, order: Order, threads: usize) -> (usize, usize) {
     let wanted = match order {
@@ -55,7 +59,60 @@ pub fn linear<E: Element>(
     };
     let x = Matrix::rows(x, shape.in_features);
     let weight = Matrix::transposed(weight, shape.in_features);
-    product(threads, out, extent, x, weight, bias, scale, accumulate);
+    let done = |_: usize, _: usize, _: &mut [E]| {};
+    product(
+        threads, out, extent, x, weight, bias, scale, accumulate, done,
+    );
+}
+
+/// `pre = x weightᵀ + bias`, `out = gelu(pre)`.
+pub fn linear_gelu<E: Element>(
+    threads: &Threads,
+    out: &mut [E],
+    pre: &mut [E],
+    x: &[E],
+    weight: &[E],
+    bias: Option<&[E]>,
+    shape: LinearShape,
+) {
+    let _counting = threads.clock.count(Work::Products);
+    let extent = Extent {
+        m: shape.rows,
+        n: shape.out_features,
+        k: shape.in_features,
+    };
+    let x = Matrix::rows(x, shape.in_features);
+    let weight = Matrix::transposed(weight, shape.in_features);
+    let out = Scattered::new(out);
+    let gelu = |row: usize, col: usize, pre: &mut [E]| {
+        // SAFETY: the same place as the piece's in `pre`, which has one owner.
+        let out = unsafe { out.at(row * shape.out_features + col, pre.len()) };
+        gelu_piece(out, pre);
+    };
+    product(threads, pre, extent, x, weight, bias, 1.0, false, gelu);
+}
+
+/// `dpre = (dout weight) * gelu'(pre)`.
+pub fn gelu_linear_backward<E: Element>(
+    threads: &Threads,
+    dpre: &mut [E],
+    dout: &[E],
+    weight: &[E],
+    pre: &[E],
+    shape: LinearShape,
+) {
+    let _counting = threads.clock.count(Work::Products);
+    let extent = Extent {
+        m: shape.rows,
+        n: shape.in_features,
+        k: shape.out_features,
+    };
+    let dout = Matrix::rows(dout, shape.out_features);
+    let weight = Matrix::rows(weight, shape.in_features);
+    let slope = |row: usize, col: usize, dpre: &mut [E]| {
+        gelu_backward_piece(dpre, &pre[row * shape.in_features + col..]);
+    };
+    product(threads, dpre, extent, dout, weight, None, 1.0, false, slope);
 }
 
 /// `dx = scale * dout weight`, added to `dx` when `accumulate`.
@@ -76,7 +133,10 @@ pub fn linear_backward<E: Element>(
     };
     let dout = Matrix::rows(dout, shape.out_features);
     let weight = Matrix::rows(weight, shape.in_features);
-    product(threads, dx, extent, dout, weight, None, scale, accumulate);
+    let done = |_: usize, _: usize, _: &mut [E]| {};
+    product(
+        threads, dx, extent, dout, weight, None, scale, accumulate, done,
+    );
 }
 
 /// `dweight += scale * doutᵀ x`.
@@ -96,7 +156,8 @@ pub fn weight_gradient<E: Element>(
     };
     let dout = Matrix::transposed(dout, shape.out_features);
     let x = Matrix::rows(x, shape.in_features);
-    product(threads, dweight, extent, dout, x, None, scale, true);
+    let done = |_: usize, _: usize, _: &mut [f32]| {};
+    product(threads, dweight, extent, dout, x, None, scale, true, done);
 }
 
 /// `out = scale * a b + (out if accumulate)`, single-threaded. `out` has contiguous rows `out_stride` apart.
@@ -210,7 +271,8 @@ struct Tile {
     extent: Extent,
 }
 
-/// `out [m, n] = scale * a b + bias + (out if accumulate)`, rounded once to `O`.
+/// `out [m, n] = scale * a b + bias + (out if accumulate)`, rounded once to `O`. Pieces of rows are handed to
+/// `finish` by row and first column as soon as they are final, when they still are in the cache.
 #[allow(clippy::too_many_arguments)]
 fn product<T: Element, O: Element>(
     threads: &Threads,
@@ -221,6 +283,7 @@ fn product<T: Element, O: Element>(
     bias: Option<&[T]>,
     scale: f32,
     accumulate: bool,
+    finish: impl Fn(usize, usize, &mut [O]) + Sync,
 ) {
     let Extent { m, n, k } = extent;
     let out = &mut out[..m * n];
@@ -237,49 +300,63 @@ fn product<T: Element, O: Element>(
         let extent = Extent { m, n, k };
         Tile { row, col, extent }
     };
-    if let Some(out) = O::as_f32_mut(out) {
-        let start = Start {
-            keep: accumulate,
-            bias: bias.and_then(T::as_f32),
-        };
-        let out = Scattered::new(out);
-        threads.tasks(tiles, |index| {
-            let tile = tile(index);
-            let Tile { row, col, extent } = tile;
-            let first = out.start_of(row * n + col, (extent.m - 1) * n + extent.n);
-            with_scratch(copies_len(order, a, b, extent), |copies| {
-                // SAFETY: the places of this tile, which `start_of` found to be in `out`.
-                unsafe { compute_tile(first, n, tile, order, a, b, scale, start, copies) };
-            });
-        });
-        return;
-    }
+    let in_place = O::as_f32_mut(out).is_some();
     let out = Scattered::new(out);
     threads.tasks(tiles, |index| {
         let tile = tile(index);
         let Tile { row, col, extent } = tile;
+        // SAFETY: tiles do not overlap, and this is a row of this tile, of which no other piece is alive.
+        let piece = |row: usize| unsafe { out.at(row * n + col, extent.n) };
+        if in_place {
+            let first = out.start_of(row * n + col, (extent.m - 1) * n + extent.n);
+            let start = Start {
+                keep: accumulate,
+                bias: bias.and_then(T::as_f32),
+            };
+            let finish = |rows: Range<usize>| {
+                for row in rows {
+                    finish(row, col, piece(row));
+                }
+            };
+            with_scratch(copies_len(order, a, b, extent), |copies| {
+                let first = first.cast();
+                // SAFETY: the places of this tile, which `start_of` found to be in `out`, and which hold f32.
+                unsafe { compute_tile(first, n, tile, order, a, b, scale, start, copies, finish) };
+            });
+            return;
+        }
         let sums_len = extent.m * extent.n;
         with_scratch(sums_len + copies_len(order, a, b, extent), |scratch| {
             let (sums, copies) = scratch.split_at_mut(sums_len);
             let (first, start) = (sums.as_mut_ptr(), Start::default());
-            // SAFETY: `sums` is as large as the tile.
-            unsafe { compute_tile(first, extent.n, tile, order, a, b, scale, start, copies) };
-            for (row, sums) in (row..).zip(sums.chunks_exact(extent.n)) {
-                // SAFETY: tiles do not overlap, and this is a row of this tile.
-                let out = unsafe { out.at(row * n + col, extent.n) };
-                match bias {
-                    Some(bias) => store_with_bias(out, sums, &bias[col..], accumulate),
-                    None => store(out, sums, accumulate),
+            let finish = |rows: Range<usize>| {
+                for row in rows {
+                    let place = (row - tile.row) * extent.n;
+                    // SAFETY: a row of `sums`, which nobody writes while rows are finished.
+                    let sums = unsafe { std::slice::from_raw_parts(first.add(place), extent.n) };
+                    let out = piece(row);
+                    match bias {
+                        Some(bias) => store_with_bias(out, sums, &bias[col..], accumulate),
+                        None => store(out, sums, accumulate),
+                    }
+                    finish(row, col, out);
                 }
-            }
+            };
+            let width = extent.n;
+            // SAFETY: `sums` is as large as the tile.
+            unsafe {
+                compute_tile(
+                    first, width, tile, order, a, b, scale, start, copies, finish,
+                )
+            };
         });
     });
 }
 
-/// Rows of a left operand that are copied at once, where it has to be copied.
+/// Rows of a tile that are computed at once.
 fn rows_at_once(order: Order, rows: usize) -> usize {
     match order {
-        Order::Panels => rows.min(COPIED_ROWS),
+        Order::Panels => rows.min(BLOCK_ROWS),
         Order::Rows | Order::Stored => rows,
     }
 }
@@ -291,7 +368,8 @@ fn copies_len<T: Element>(order: Order, a: Matrix<'_, T>, b: Matrix<'_, T>, tile
     a.left_len(order, rows, depth) + Right::len(order, b, depth, tile.n)
 }
 
-/// `out = scale * a b + start` for one tile, `copies` of [`copies_len`].
+/// `out = scale * a b + start` for one tile, `copies` of [`copies_len`]. `finish` is told which rows
+/// of the output, counted from its first, are final.
 ///
 /// # Safety
 /// As [`multiply_at`].
@@ -306,6 +384,7 @@ unsafe fn compute_tile<T: Element>(
     scale: f32,
     start: Start<'_>,
     copies: &mut [f32],
+    finish: impl Fn(Range<usize>),
 ) {
     let Extent { m, n, k } = tile.extent;
     // Without copies the library cuts the sums by itself.
@@ -320,11 +399,9 @@ unsafe fn compute_tile<T: Element>(
         let b = b.part(first, tile.col);
         let (right, left) = copies.split_at_mut(Right::len(order, b, k, n));
         let b = Right::new(order, b, k, n, right);
-        let rows = match a.left_len(order, 1, 1) {
-            0 => m,
-            _ => rows_at_once(order, m),
-        };
-        for row in (0..m).step_by(rows.max(1)) {
+        let rows = rows_at_once(order, m).max(1);
+        let last = first + k == tile.extent.k;
+        for row in (0..m).step_by(rows) {
             let m = rows.min(m - row);
             let a = a.part(tile.row + row, first);
             let left = &mut left[..a.left_len(order, m, k)];
@@ -333,6 +410,9 @@ unsafe fn compute_tile<T: Element>(
             unsafe {
                 let out = out.add(row * out_stride);
                 multiply_at(out, out_stride, extent, a, &b, scale, start);
+            }
+            if last {
+                finish(tile.row + row..tile.row + row + m);
             }
         }
     }
@@ -371,6 +451,8 @@ mod tests {
     use half::f16;
 
     use super::*;
+    use crate::backend::Sums;
+    use crate::backend::cpu::elementwise;
 
     /// Small numbers, in both halves of the sign.
     fn values<T: Element>(len: usize, seed: usize) -> Vec<T> {
@@ -428,7 +510,7 @@ mod tests {
                     // SAFETY: `out` has m rows of n + 2 values.
                     unsafe {
                         let (out, copies) = (out.as_mut_ptr(), &mut copies[..]);
-                        compute_tile(out, n + 2, tile, order, a, b, 0.5, start, copies);
+                        compute_tile(out, n + 2, tile, order, a, b, 0.5, start, copies, |_| {});
                     }
                     for row in 0..m {
                         for col in 0..n + 2 {
@@ -481,7 +563,17 @@ mod tests {
             let mut out = vec![0.0; rows * n];
             let extent = Extent { m: rows, n, k };
             let (a, b) = (Matrix::rows(&x[..], k), Matrix::transposed(&weight[..], k));
-            product(&threads, &mut out, extent, a, b, None, 1.0, false);
+            product(
+                &threads,
+                &mut out,
+                extent,
+                a,
+                b,
+                None,
+                1.0,
+                false,
+                |_, _, _| {},
+            );
             out
         };
         let all = compute(1, m);
@@ -489,5 +581,45 @@ mod tests {
         for rows in [16, 65, 512] {
             assert_eq!(all[..rows * n], compute(2, rows), "{rows} rows");
         }
+    }
+
+    /// The bits of one op after the other.
+    fn gelu_is_that_of_its_own_op<T: Element + PartialEq + std::fmt::Debug>() {
+        for (rows, inner, hidden) in [(1, 3, 65), (65, 97, 3), (131, 200, 33), (17, 130, 1_030)] {
+            let threads = Threads::new(2).expect("threads");
+            let shape = |in_features, out_features| LinearShape {
+                rows,
+                in_features,
+                out_features,
+                sums: Sums::F32,
+            };
+            let (x, weight) = (
+                values::<T>(rows * hidden, 1),
+                values::<T>(inner * hidden, 2),
+            );
+            let (bias, blank) = (values::<T>(inner, 3), values::<T>(rows * inner, 4));
+            let into = shape(hidden, inner);
+            let (mut out, mut pre) = (blank.clone(), blank.clone());
+            linear_gelu(&threads, &mut out, &mut pre, &x, &weight, Some(&bias), into);
+            let (mut expected, mut before) = (blank.clone(), blank.clone());
+            let biased = Some(&bias[..]);
+            linear(&threads, &mut before, &x, &weight, biased, into, 1.0, false);
+            elementwise::gelu(&threads, &mut expected, &before);
+            assert_eq!(pre, before, "{rows} x {hidden} to {inner}");
+            assert_eq!(out, expected, "{rows} x {hidden} to {inner}");
+
+            let back = shape(inner, hidden);
+            let (mut dpre, mut expected) = (blank.clone(), blank);
+            gelu_linear_backward(&threads, &mut dpre, &x, &weight, &pre, back);
+            linear_backward(&threads, &mut expected, &x, &weight, back, 1.0, false);
+            elementwise::gelu_backward(&threads, &mut expected, &pre);
+            assert_eq!(dpre, expected, "{rows} x {inner} from {hidden}");
+        }
+    }
+
+    #[test]
+    fn gelu_in_a_product_is_that_of_its_own_op() {
+        gelu_is_that_of_its_own_op::<f32>();
+        gelu_is_that_of_its_own_op::<f16>();
     }
 }

@@ -2,9 +2,10 @@
 
 use multiversion::multiversion;
 
+use super::Cpu;
 use super::reduce;
 use super::threads::{Scattered, Threads, with_scratch};
-use crate::backend::{Element, NormShape};
+use crate::backend::{Element, NormShape, RowGradient};
 
 /// A gradient in host memory: `dout + alpha * residual`.
 #[derive(Clone, Copy)]
@@ -15,7 +16,15 @@ pub struct Gradient<'a, E> {
     pub residual: Option<(&'a [E], f32)>,
 }
 
-impl<E: Element> Gradient<'_, E> {
+impl<'a, E: Element> Gradient<'a, E> {
+    /// That of the CPU's buffers.
+    pub fn of(dout: RowGradient<'a, Cpu<E>>) -> Self {
+        Gradient {
+            dout: dout.dout,
+            residual: dout.residual.map(|(values, alpha)| (&values[..], alpha)),
+        }
+    }
+
     /// The values from `start` on.
     #[inline(always)]
     pub fn row(&self, out: &mut [f32], start: usize) {

@@ -2,7 +2,7 @@
 
 use half::f16;
 
-use super::attention::{self, Geometry, PrefixRows, Saved};
+use super::attention::{self, Geometry, Saved};
 use super::{
     Cpu, CpuBuffer, dropout, elementwise, loss, matmul, norm, optim, rms_norm, rotary, rows,
     synthetic,
@@ -13,21 +13,6 @@ use crate::backend::{
 };
 use crate::quant::Bits;
 use crate::random::Key;
-
-fn rows_of<'a, E: Element>(prefix: &Prefix<'a, Cpu<E>>) -> PrefixRows<'a, E> {
-    PrefixRows {
-        key_value: prefix.key_value,
-        len: prefix.len,
-        per_sequence: prefix.per_sequence,
-    }
-}
-
-fn gradient_of<'a, E: Element>(dout: RowGradient<'a, Cpu<E>>) -> norm::Gradient<'a, E> {
-    norm::Gradient {
-        dout: dout.dout,
-        residual: dout.residual.map(|(values, alpha)| (&values[..], alpha)),
-    }
-}
 
 type Done = Result<(), BackendError>;
 
@@ -185,7 +170,7 @@ impl<E: Element> Backend for Cpu<E> {
         weight: &CpuBuffer<E>,
         shape: NormShape,
     ) -> Done {
-        let dout = gradient_of(dout);
+        let dout = norm::Gradient::of(dout);
         norm::layer_norm_backward(&self.threads, dx, dout, x, stats, weight, shape);
         Ok(())
     }
@@ -199,7 +184,7 @@ impl<E: Element> Backend for Cpu<E> {
         stats: &CpuBuffer<f32>,
         shape: NormShape,
     ) -> Done {
-        let dout = gradient_of(dout);
+        let dout = norm::Gradient::of(dout);
         norm::layer_norm_weight_gradient(&self.threads, dweight, dbias, dout, x, stats, shape);
         Ok(())
     }
@@ -253,16 +238,9 @@ impl<E: Element> Backend for Cpu<E> {
         scale: f32,
         accumulate: bool,
     ) -> Done {
-        matmul::linear(
-            &self.threads,
-            out,
-            x,
-            weight,
-            bias.map(|bias| &bias[..]),
-            shape,
-            scale,
-            accumulate,
-        );
+        let bias = bias.map(|bias| &bias[..]);
+        let threads = &self.threads;
+        matmul::linear(threads, out, x, weight, bias, shape, scale, accumulate);
         Ok(())
     }
 
@@ -276,6 +254,32 @@ impl<E: Element> Backend for Cpu<E> {
         accumulate: bool,
     ) -> Done {
         matmul::linear_backward(&self.threads, dx, dout, weight, shape, scale, accumulate);
+        Ok(())
+    }
+
+    fn linear_gelu(
+        &self,
+        out: &mut CpuBuffer<E>,
+        pre: &mut CpuBuffer<E>,
+        x: &CpuBuffer<E>,
+        weight: &CpuBuffer<E>,
+        bias: Option<&CpuBuffer<E>>,
+        shape: LinearShape,
+    ) -> Done {
+        let bias = bias.map(|bias| &bias[..]);
+        matmul::linear_gelu(&self.threads, out, pre, x, weight, bias, shape);
+        Ok(())
+    }
+
+    fn gelu_linear_backward(
+        &self,
+        dpre: &mut CpuBuffer<E>,
+        dout: &CpuBuffer<E>,
+        weight: &CpuBuffer<E>,
+        pre: &CpuBuffer<E>,
+        shape: LinearShape,
+    ) -> Done {
+        matmul::gelu_linear_backward(&self.threads, dpre, dout, weight, pre, shape);
         Ok(())
     }
 
@@ -351,7 +355,7 @@ impl<E: Element> Backend for Cpu<E> {
             lse,
             query,
             key_value,
-            prefix.as_ref().map(rows_of),
+            prefix.as_ref().map(attention::PrefixRows::of),
             geometry,
         );
         Ok(())
@@ -386,7 +390,7 @@ impl<E: Element> Backend for Cpu<E> {
             dqkv,
             dprefix.map(|dprefix| &mut dprefix[..]),
             saved,
-            prefix.as_ref().map(rows_of),
+            prefix.as_ref().map(attention::PrefixRows::of),
             geometry,
         );
         Ok(())
@@ -582,15 +586,9 @@ impl<E: Element> Backend for Cpu<E> {
 
     fn adamw(&self, tensors: &mut [AdamwTensor<'_, Self>], step: AdamwStep) -> Done {
         for tensor in tensors {
-            let len = tensor.len;
-            let slices = optim::Tensor {
-                working: &mut tensor.working[..len],
-                master: &mut tensor.master[..len],
-                exp_avg: &mut tensor.exp_avg[..len],
-                exp_avg_sq: &mut tensor.exp_avg_sq[..len],
-                gradient: &tensor.gradient[..len],
-            };
-            optim::adamw(&self.threads, slices, tensor.weight_decay, step);
+            let weight_decay = tensor.weight_decay;
+            let tensor = optim::Tensor::of(tensor);
+            optim::adamw(&self.threads, tensor, weight_decay, step);
         }
         Ok(())
     }

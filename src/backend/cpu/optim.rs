@@ -2,9 +2,10 @@
 
 use multiversion::multiversion;
 
+use super::Cpu;
 use super::reduce;
 use super::threads::{Scattered, Threads};
-use crate::backend::{AdamwStep, Element, Work};
+use crate::backend::{AdamwStep, AdamwTensor, Element, Work};
 
 /// Values per partial sum; partial sums are added in order.
 const PIECE: usize = 8192;
@@ -50,6 +51,20 @@ pub struct Tensor<'a, E> {
     pub exp_avg_sq: &'a mut [f32],
     /// Gradient.
     pub gradient: &'a [f32],
+}
+
+impl<'a, E: Element> Tensor<'a, E> {
+    /// That of the CPU's buffers.
+    pub fn of(tensor: &'a mut AdamwTensor<'_, Cpu<E>>) -> Self {
+        let len = tensor.len;
+        Tensor {
+            working: &mut tensor.working[..len],
+            master: &mut tensor.master[..len],
+            exp_avg: &mut tensor.exp_avg[..len],
+            exp_avg_sq: &mut tensor.exp_avg_sq[..len],
+            gradient: &tensor.gradient[..len],
+        }
+    }
 }
 
 pub fn adamw<E: Element>(
