@@ -199,7 +199,6 @@ unsafe fn multiply_at(
 ) {
     match b {
         // SAFETY: as promised by the caller; panels are only made where there is AVX-512.
-        #[cfg(target_arch = "x86_64")]
         Right::Panels(b) => unsafe {
             strips::multiply(out, out_stride, extent, a, b, scale, start);
         },

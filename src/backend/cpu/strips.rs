@@ -185,6 +185,36 @@ pub unsafe fn multiply(
     }
 }
 
+/// The same where there is no AVX-512, and so nobody makes panels: one value at a time.
+///
+/// # Safety
+/// As above.
+#[cfg(not(target_arch = "x86_64"))]
+pub unsafe fn multiply(
+    out: *mut f32,
+    out_stride: usize,
+    extent: Extent,
+    a: Matrix<'_, f32>,
+    b: &Panels<'_>,
+    scale: f32,
+    start: Start<'_>,
+) {
+    for row in 0..extent.m {
+        for col in 0..extent.n {
+            let (panel, stride) = b.panel(col / PANEL * PANEL);
+            let term = |step: usize| {
+                let left = a.values[row * a.row_stride + step * a.col_stride];
+                left * panel[step * stride + col % PANEL]
+            };
+            let sum = scale * (0..extent.k).map(term).sum::<f32>();
+            // SAFETY: a place of the output, which the caller vouches for.
+            let out = unsafe { &mut *out.add(row * out_stride + col) };
+            let kept = if start.keep { *out } else { 0.0 };
+            *out = sum + start.bias.map_or(0.0, |bias| bias[col]) + kept;
+        }
+    }
+}
+
 #[cfg(target_arch = "x86_64")]
 mod avx512 {
     use std::arch::x86_64::{
